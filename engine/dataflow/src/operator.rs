@@ -1,0 +1,140 @@
+//! The contract of an operator: synchronous, batch-wise, and unaware of threads, channels and the network.
+
+use std::{fmt, sync::Arc};
+
+use bytes::Bytes;
+use floodmark_snapshot::{Env, Epoch, KeyGroupRange, Result, Shard, ShardKind, TimestampMs};
+
+use crate::{Batch, OperatorMetrics};
+
+/// Index of an operator's input: 0 for one input; 0 and 1 for the left and right side of a join.
+pub type Port = usize;
+
+/// Where an operator puts the batches that it emits, in order. Empty batches are dropped.
+#[derive(Debug, Default)]
+pub struct Output {
+    batches: Vec<Batch>,
+}
+
+impl Output {
+    /// Emits a batch downstream.
+    pub fn emit(&mut self, batch: Batch) {
+        if !batch.is_empty() {
+            self.batches.push(batch);
+        }
+    }
+
+    /// Takes what has been emitted so far.
+    pub fn take(&mut self) -> Vec<Batch> {
+        std::mem::take(&mut self.batches)
+    }
+}
+
+/// One operator of one subtask.
+///
+/// Calls come from one thread at a time, in the order of the stream. An error ends the attempt.
+pub trait Operator: Send {
+    /// Takes a batch of input `port` (never empty).
+    fn process(&mut self, port: Port, batch: Batch, out: &mut Output) -> Result<()>;
+
+    /// Event time has reached `watermark` on all inputs (strictly growing). The watermark itself travels on behind what is
+    /// emitted here.
+    fn on_watermark(&mut self, watermark: TimestampMs, out: &mut Output) -> Result<()> {
+        let _ = (watermark, out);
+        Ok(())
+    }
+
+    /// The barrier of `epoch` is about to pass: emit whatever must be downstream before it (a pre-shuffle aggregate's
+    /// buffer, for one). Also called before the stream's end.
+    fn flush(&mut self, out: &mut Output) -> Result<()> {
+        let _ = out;
+        Ok(())
+    }
+
+    /// The synchronous part of a snapshot: clone pointers, not data. Encoding happens later, off this thread, in
+    /// [`PendingShard::encode`]. `flush` has run just before.
+    fn snapshot(&mut self, epoch: Epoch) -> Result<Vec<PendingShard>> {
+        let _ = epoch;
+        Ok(Vec::new())
+    }
+
+    /// Takes over state before the first batch. `shards` are the keyed shards of this operator uid that overlap this
+    /// subtask's key groups (rows outside of them must be ignored), from any earlier parallelism.
+    fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
+        let _ = shards;
+        Ok(())
+    }
+
+    /// Checkpoint `epoch` is complete and durable.
+    fn on_completed(&mut self, epoch: Epoch) -> Result<()> {
+        let _ = epoch;
+        Ok(())
+    }
+
+    /// State kept at present: (rows, bytes), for metrics.
+    fn state_size(&self) -> (u64, u64) {
+        (0, 0)
+    }
+}
+
+/// Encodes a shard's bytes. Runs off the task's thread.
+pub type Encode = Box<dyn FnOnce() -> Result<Bytes> + Send>;
+
+/// A shard that a snapshot has fixed but not yet written.
+pub struct PendingShard {
+    /// What it holds.
+    pub kind: ShardKind,
+    /// The key groups of a keyed shard.
+    pub key_groups: Option<KeyGroupRange>,
+    /// Rows (keys or records) in it.
+    pub rows: u64,
+    /// Makes the bytes: framed by [`floodmark_snapshot::block`].
+    pub encode: Encode,
+}
+
+impl fmt::Debug for PendingShard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PendingShard").field("kind", &self.kind).field("rows", &self.rows).finish_non_exhaustive()
+    }
+}
+
+/// A shard read back, its size and hash verified.
+#[derive(Clone, Debug)]
+pub struct RestoredShard {
+    /// What the manifest says of it.
+    pub shard: Shard,
+    /// Its bytes.
+    pub bytes: Bytes,
+}
+
+/// What an operator learns about its place when it is made.
+#[derive(Clone)]
+pub struct SubtaskContext {
+    /// This subtask's index, `0..parallelism`.
+    pub index: u32,
+    /// Number of subtasks of the task.
+    pub parallelism: u32,
+    /// Number of key groups.
+    pub max_parallelism: u16,
+    /// The key groups that this subtask owns.
+    pub key_groups: KeyGroupRange,
+    /// This operator's counters.
+    pub metrics: Arc<OperatorMetrics>,
+    /// Time, names, probe.
+    pub env: Env,
+}
+
+/// Makes the operators of a node, one per subtask.
+pub trait OperatorFactory: Send + Sync {
+    /// A new operator for this subtask, with empty state.
+    fn create(&self, context: &SubtaskContext) -> Result<Box<dyn Operator>>;
+}
+
+impl<F> OperatorFactory for F
+where
+    F: Fn(&SubtaskContext) -> Result<Box<dyn Operator>> + Send + Sync,
+{
+    fn create(&self, context: &SubtaskContext) -> Result<Box<dyn Operator>> {
+        self(context)
+    }
+}

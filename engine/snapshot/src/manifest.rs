@@ -1,0 +1,131 @@
+//! What a snapshot consists of: a list, per operator uid, of its shards and its source positions. Pure data.
+//!
+//! A manifest is the body of a `Completed` log entry, and `_manifest.json` of a savepoint. People read it with `jq`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Attempt, Epoch, Generation, JobId, KeyGroupRange, OperatorUid, TimestampMs};
+
+/// Version of the manifest's shape that this code writes.
+pub const MANIFEST_FORMAT: u32 = 1;
+
+/// A complete snapshot of a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Manifest {
+    /// [`MANIFEST_FORMAT`] of the writer.
+    pub format: u32,
+    /// Whose snapshot it is.
+    pub job: JobId,
+    /// The epoch of its barrier.
+    pub epoch: Epoch,
+    /// The generation of the coordinator that completed it.
+    pub generation: Generation,
+    /// The attempt whose tasks took it.
+    pub attempt: Attempt,
+    /// Wall-clock time of the trigger, milliseconds since the Unix epoch.
+    pub triggered_at_ms: i64,
+    /// From the trigger to the last acknowledgement, milliseconds.
+    pub duration_ms: u64,
+    /// Number of key groups. Fixed for the job's life.
+    pub max_parallelism: u16,
+    /// Fingerprint of the plan that ran.
+    pub plan: String,
+    /// True if the job's inputs had all ended before the barrier: nothing comes after this snapshot.
+    #[serde(default)]
+    pub end_of_input: bool,
+    /// The state of each operator that has any.
+    pub operators: BTreeMap<OperatorUid, OperatorSnapshot>,
+}
+
+impl Manifest {
+    /// Bytes of all shards.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.shards().map(|s| s.size).sum()
+    }
+
+    /// All shards of all operators.
+    pub fn shards(&self) -> impl Iterator<Item = &Shard> {
+        self.operators.values().flat_map(|o| o.shards.iter())
+    }
+}
+
+/// The state of one operator, over all its subtasks.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct OperatorSnapshot {
+    /// What the operator is, in words: `kafka source`, `window aggregate`.
+    pub kind: String,
+    /// Describes the state's types; equal text means that the state fits.
+    pub schema: String,
+    /// Number of subtasks that the shards came from.
+    pub parallelism: u32,
+    /// Source positions, in plain words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub splits: Vec<SplitState>,
+    /// The state itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shards: Vec<Shard>,
+}
+
+/// How far one split of a source (a Kafka partition, a file, a generator's stripe) has been read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SplitState {
+    /// The split's name, unique within its source: `bids-3`, `2026/11/bids.ndjson`.
+    pub split: String,
+    /// Where to go on reading, as the connector writes it: `{"offset": 1200}`. Resolved, never "latest".
+    pub position: serde_json::Value,
+    /// The split's own watermark when the barrier passed; `None` before its first row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watermark: Option<TimestampMs>,
+    /// True once a bounded split has been read to its end.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub finished: bool,
+}
+
+/// What a shard holds, and so how it is dealt out at a restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ShardKind {
+    /// Keyed state: goes to every subtask whose key groups it overlaps.
+    Keyed,
+    /// Records that a sink has staged and not yet committed: goes to the committer of the subtask that staged them.
+    Staged,
+}
+
+/// Where the bytes of a shard stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ShardStatus {
+    /// Uploaded by this checkpoint, and durable.
+    Uploaded,
+    /// Uploaded by an earlier checkpoint and named again.
+    Reused,
+}
+
+/// One file of one subtask's state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Shard {
+    /// Relative to the job's folder: `blobs/3/01J….state`.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// xxh3-128 of the whole file, 32 hex digits.
+    pub hash: String,
+    /// Index of the subtask that wrote it.
+    pub subtask: u32,
+    /// What it holds.
+    pub kind: ShardKind,
+    /// The key groups of a keyed shard.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_groups: Option<KeyGroupRange>,
+    /// Rows (keys or records) in it.
+    pub rows: u64,
+    /// Where its bytes stand.
+    pub status: ShardStatus,
+}
