@@ -1,1 +1,324 @@
-//! Placeholder.
+//! The seam to object storage: the few operations that the protocol needs, over local files, S3 or memory.
+//!
+//! The protocol rests on two properties: [`Storage::put_new`] lets exactly one of several writers win, and a `put` that has
+//! returned is durable and listed. Local files are synchronised (file and folder) before a write returns.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::{
+    BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, RetryConfig, WriteMultipart,
+    aws::AmazonS3Builder, local::LocalFileSystem, memory::InMemory, path::Path as ObjectPath, prefix::PrefixStore,
+};
+use url::Url;
+
+use crate::{Disposition, Env, Error, Result};
+
+/// Requests of one operation are repeated for at most this long before it fails.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Objects above this size are uploaded in parts, bytes.
+const MULTIPART_THRESHOLD: usize = 16 << 20;
+
+/// What became of a create.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutNew {
+    /// The object did not exist, and now does.
+    Created,
+    /// Somebody had created it before.
+    Exists,
+}
+
+/// An object in a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectInfo {
+    /// Relative to the storage's root.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Objects under one root. Paths are relative to it and separated by `/`.
+#[async_trait]
+pub trait Storage: Send + Sync {
+    /// Creates an object; exactly one of several concurrent callers is told `Created`.
+    ///
+    /// A caller whose reply was lost and who tries again with the same bytes is told `Created`: the object is its own.
+    async fn put_new(&self, path: &str, bytes: Bytes) -> Result<PutNew>;
+
+    /// Writes an object, over an older one of that name if there is one.
+    async fn put(&self, path: &str, bytes: Bytes) -> Result<()>;
+
+    /// Reads a whole object; `None` if there is none.
+    async fn get(&self, path: &str) -> Result<Option<Bytes>>;
+
+    /// Reads bytes `from..to` of an object; `None` if there is none.
+    async fn get_range(&self, path: &str, from: u64, to: u64) -> Result<Option<Bytes>>;
+
+    /// Lists the objects whose path begins with the folder `prefix` and sorts after `start_after`, sorted by path.
+    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>>;
+
+    /// Deletes an object; one that is not there is no error.
+    async fn delete(&self, path: &str) -> Result<()>;
+
+    /// Where it is, for people: `s3://bucket/prefix`. Holds no secret.
+    fn describe(&self) -> String;
+}
+
+/// Opens the storage that a URL names: `file:///dir`, a plain path, `s3://bucket/prefix`, or `memory://`.
+///
+/// S3 takes its endpoint and credentials from the usual `AWS_*` environment variables.
+///
+/// # Errors
+/// `Abort` if the URL can't be used; the network is not touched.
+pub fn open(location: &str) -> Result<Arc<dyn Storage>> {
+    let (store, root, local_root): (Arc<dyn ObjectStore>, ObjectPath, Option<PathBuf>) = match Url::parse(location) {
+        Ok(url) if url.scheme() == "s3" => {
+            let bucket = url.host_str().unwrap_or_default();
+            if bucket.is_empty() {
+                return Err(Error::abort(format!("storage '{location}': name a bucket, as in s3://bucket/folder")));
+            }
+            (s3(bucket)?, object_path(location, url.path())?, None)
+        }
+        Ok(url) if url.scheme() == "memory" => (Arc::new(InMemory::new()), ObjectPath::default(), None),
+        Ok(url) if url.scheme() == "file" => {
+            let path = url
+                .to_file_path()
+                .map_err(|()| Error::abort(format!("storage '{location}': not a path, as in file:///folder")))?;
+            local(location, path)?
+        }
+        Ok(url) if location.contains("://") => {
+            let scheme = url.scheme();
+            return Err(Error::abort(format!(
+                "storage '{location}': unknown scheme '{scheme}'; use s3://bucket/folder, file:///folder or a path"
+            )));
+        }
+        Ok(_) | Err(_) => local(location, PathBuf::from(location))?,
+    };
+    let store: Arc<dyn ObjectStore> = Arc::new(PrefixStore::new(store, root));
+    Ok(Arc::new(ObjectStorage { store, location: location.trim_end_matches('/').to_owned(), local_root }))
+}
+
+/// Checks that the storage can be written, read and listed, with an object that is removed again.
+///
+/// # Errors
+/// Says what is wrong with the location or the credentials.
+pub async fn check_writable(storage: &dyn Storage, env: &Env) -> Result<()> {
+    let path = format!(".writable-{}", env.ids.ulid());
+    let describe = storage.describe();
+    let context = |e: Error| e.context(format!("storage {describe} is not writable"));
+    storage.put(&path, Bytes::from_static(b"floodmark")).await.map_err(context)?;
+    storage.delete(&path).await.map_err(context)
+}
+
+fn s3(bucket: &str) -> Result<Arc<dyn ObjectStore>> {
+    let retry = RetryConfig {
+        backoff: BackoffConfig {
+            init_backoff: Duration::from_millis(50),
+            max_backoff: Duration::from_secs(2),
+            base: 2.0,
+        },
+        max_retries: 8,
+        retry_timeout: RETRY_TIMEOUT,
+    };
+    let options = ClientOptions::new()
+        .with_connect_timeout(Duration::from_secs(5))
+        .with_timeout(Duration::from_secs(60))
+        .with_allow_http(std::env::var("AWS_ALLOW_HTTP").is_ok_and(|v| v == "true" || v == "1"));
+    let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retry).with_client_options(options);
+    if std::env::var_os("AWS_REGION").is_none() && std::env::var_os("AWS_DEFAULT_REGION").is_none() {
+        builder = builder.with_region("us-east-1");
+    }
+    let store = builder.build().map_err(|e| Error::abort(format!("open bucket '{bucket}': {e}")))?;
+    Ok(Arc::new(store))
+}
+
+fn local(location: &str, path: PathBuf) -> Result<(Arc<dyn ObjectStore>, ObjectPath, Option<PathBuf>)> {
+    let path = std::path::absolute(&path).map_err(|e| Error::abort(format!("storage '{location}': {e}")))?;
+    std::fs::create_dir_all(&path)
+        .map_err(|e| Error::abort(format!("storage '{location}': create folder {}: {e}", path.display())))?;
+    let store = LocalFileSystem::new_with_prefix(&path)
+        .map_err(|e| Error::abort(format!("storage '{location}': {e}")))?
+        .with_automatic_cleanup(false);
+    Ok((Arc::new(store), ObjectPath::default(), Some(path)))
+}
+
+fn object_path(location: &str, path: &str) -> Result<ObjectPath> {
+    ObjectPath::parse(path.trim_matches('/')).map_err(|e| Error::abort(format!("storage '{location}': {e}")))
+}
+
+struct ObjectStorage {
+    store: Arc<dyn ObjectStore>,
+    location: String,
+    /// The folder of local storage: its writes are synchronised before they count.
+    local_root: Option<PathBuf>,
+}
+
+impl ObjectStorage {
+    fn error(&self, action: &str, path: &str, error: object_store::Error) -> Error {
+        use object_store::Error as E;
+        let text = error.to_string();
+        let place = format!("{action} {}/{path}", self.location);
+        let disposition = match &error {
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } | E::NotSupported { .. } | E::InvalidPath { .. } => {
+                Disposition::Abort
+            }
+            _ => Disposition::Retry,
+        };
+        let hint = match &error {
+            _ if self.local_root.is_some() => "",
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
+                " (check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy)"
+            }
+            E::NotFound { .. } => " (does the bucket exist?)",
+            _ => " (check AWS_ENDPOINT_URL, and AWS_ALLOW_HTTP=true for plain http)",
+        };
+        Error::new(disposition, format!("{place}{hint}: {text}"))
+    }
+
+    async fn sync(&self, path: &str) -> Result<()> {
+        let Some(root) = &self.local_root else { return Ok(()) };
+        let file = root.join(path);
+        let sync = move || -> std::io::Result<()> {
+            std::fs::File::open(&file)?.sync_all()?;
+            match file.parent() {
+                Some(folder) => std::fs::File::open(folder)?.sync_all(),
+                None => Ok(()),
+            }
+        };
+        let outcome = tokio::task::spawn_blocking(sync)
+            .await
+            .map_err(|e| Error::abort(format!("synchronise {}/{path}: {e}", self.location)))?;
+        outcome.map_err(|e| Error::retry(format!("synchronise {}/{path}: {e}", self.location)))
+    }
+}
+
+#[async_trait]
+impl Storage for ObjectStorage {
+    async fn put_new(&self, path: &str, bytes: Bytes) -> Result<PutNew> {
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        match self.store.put_opts(&ObjectPath::from(path), bytes.clone().into(), options).await {
+            Ok(_) => {}
+            // A retried request whose first reply was lost meets its own object.
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                return Ok(match self.get(path).await? {
+                    Some(found) if found == bytes => PutNew::Created,
+                    Some(_) | None => PutNew::Exists,
+                });
+            }
+            Err(e) => return Err(self.error("create", path, e)),
+        }
+        self.sync(path).await?;
+        Ok(PutNew::Created)
+    }
+
+    async fn put(&self, path: &str, bytes: Bytes) -> Result<()> {
+        let location = ObjectPath::from(path);
+        if bytes.len() > MULTIPART_THRESHOLD && self.local_root.is_none() {
+            let upload =
+                self.store.put_multipart_opts(&location, Default::default()).await.map_err(|e| self.error("write", path, e))?;
+            let mut parts = WriteMultipart::new_with_chunk_size(upload, MULTIPART_THRESHOLD / 2);
+            parts.put(bytes);
+            parts.finish().await.map_err(|e| self.error("write", path, e))?;
+        } else {
+            self.store.put(&location, bytes.into()).await.map_err(|e| self.error("write", path, e))?;
+        }
+        self.sync(path).await
+    }
+
+    async fn get(&self, path: &str) -> Result<Option<Bytes>> {
+        match self.store.get(&ObjectPath::from(path)).await {
+            Ok(found) => found.bytes().await.map(Some).map_err(|e| self.error("read", path, e)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.error("read", path, e)),
+        }
+    }
+
+    async fn get_range(&self, path: &str, from: u64, to: u64) -> Result<Option<Bytes>> {
+        match self.store.get_range(&ObjectPath::from(path), from..to).await {
+            Ok(found) => Ok(Some(found)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.error("read", path, e)),
+        }
+    }
+
+    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>> {
+        let folder = ObjectPath::from(prefix);
+        let found = match start_after {
+            Some(after) => self.store.list_with_offset(Some(&folder), &ObjectPath::from(after)),
+            None => self.store.list(Some(&folder)),
+        };
+        let found: Vec<_> = found.try_collect().await.map_err(|e| self.error("list", prefix, e))?;
+        let mut objects: Vec<_> =
+            found.into_iter().map(|o| ObjectInfo { path: o.location.to_string(), size: o.size }).collect();
+        objects.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(objects)
+    }
+
+    async fn delete(&self, path: &str) -> Result<()> {
+        match self.store.delete(&ObjectPath::from(path)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(e) => Err(self.error("delete", path, e)),
+        }
+    }
+
+    fn describe(&self) -> String {
+        self.location.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn behaves(storage: &dyn Storage) {
+        check_writable(storage, &Env::system()).await.unwrap();
+        let put = |path: &'static str, text: &'static str| storage.put_new(path, Bytes::from_static(text.as_bytes()));
+        assert_eq!(put("a/1", "one").await.unwrap(), PutNew::Created);
+        assert_eq!(put("a/1", "other").await.unwrap(), PutNew::Exists);
+        assert_eq!(put("a/1", "one").await.unwrap(), PutNew::Created, "its own object");
+        assert_eq!(put("a/2", "two").await.unwrap(), PutNew::Created);
+        storage.put("b/1", Bytes::from_static(b"old")).await.unwrap();
+        storage.put("b/1", Bytes::from_static(b"newer")).await.unwrap();
+        assert_eq!(storage.get("b/1").await.unwrap().unwrap(), "newer");
+        assert_eq!(storage.get_range("b/1", 1, 3).await.unwrap().unwrap(), "ew");
+        assert_eq!(storage.get("b/2").await.unwrap(), None);
+        let paths = |listed: Vec<ObjectInfo>| listed.into_iter().map(|o| o.path).collect::<Vec<_>>();
+        assert_eq!(paths(storage.list("a", None).await.unwrap()), ["a/1", "a/2"]);
+        assert_eq!(paths(storage.list("a", Some("a/1")).await.unwrap()), ["a/2"]);
+        storage.delete("a/1").await.unwrap();
+        storage.delete("a/1").await.unwrap();
+        assert_eq!(paths(storage.list("a", None).await.unwrap()), ["a/2"]);
+    }
+
+    #[tokio::test]
+    async fn memory_and_local_files_behave_alike() {
+        behaves(&*open("memory://").unwrap()).await;
+        let folder = tempfile::tempdir().unwrap();
+        behaves(&*open(folder.path().to_str().unwrap()).unwrap()).await;
+        let url = Url::from_directory_path(folder.path().join("nested")).unwrap();
+        behaves(&*open(url.as_str()).unwrap()).await;
+    }
+
+    #[tokio::test]
+    async fn of_many_creators_exactly_one_wins() {
+        let folder = tempfile::tempdir().unwrap();
+        for location in ["memory://", folder.path().to_str().unwrap()] {
+            let storage = open(location).unwrap();
+            let creates = (0..32).map(|i| storage.put_new("log/1", Bytes::from(format!("writer {i}"))));
+            let outcomes = futures::future::try_join_all(creates).await.unwrap();
+            assert_eq!(outcomes.iter().filter(|o| **o == PutNew::Created).count(), 1, "{location}");
+        }
+    }
+
+    #[test]
+    fn a_location_that_cannot_be_used_says_why() {
+        let message = |location| open(location).err().unwrap().to_string();
+        assert_eq!(
+            message("gs://bucket"),
+            "storage 'gs://bucket': unknown scheme 'gs'; use s3://bucket/folder, file:///folder or a path"
+        );
+        assert!(message("/dev/null/x").starts_with("storage '/dev/null/x': create folder /dev/null/x:"));
+    }
+}

@@ -1,0 +1,127 @@
+//! Makes what a subtask handed over at a barrier durable: encode off the task's thread, upload, report.
+//!
+//! Invariant: an acknowledgement names only shards whose upload has been confirmed, and every record that a sink has staged
+//! and not seen committed is in it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use floodmark_dataflow::{PendingShard, task::OperatorPart};
+use floodmark_snapshot::{
+    Env, Epoch, Error, OperatorSnapshot, OperatorUid, Result, Shard, ShardKind, Step,
+    log::JobFolder,
+    manifest::{ShardStatus, hash_hex},
+    storage::Storage,
+};
+use futures::{StreamExt, TryStreamExt, stream};
+use tokio::task::spawn_blocking;
+
+use crate::committers::Staged;
+
+/// Shards of one subtask that are encoded and uploaded at the same time.
+const UPLOADS_IN_FLIGHT_MAX: usize = 4;
+
+/// Uploads shards into the folder of one attempt.
+pub(crate) struct Uploader {
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) env: Env,
+    /// The job's folder.
+    pub(crate) folder: JobFolder,
+    /// Folder of this attempt's blobs, relative to the job's: `blobs/3`.
+    pub(crate) blobs: String,
+}
+
+/// A shard ready to be written.
+struct Encoded {
+    kind: ShardKind,
+    key_groups: Option<floodmark_snapshot::KeyGroupRange>,
+    rows: u64,
+    bytes: Bytes,
+}
+
+impl Uploader {
+    /// Uploads the parts of subtask `subtask` and answers with what the manifest will say of each operator.
+    ///
+    /// `staged` gives the records that the sink `uid` of this subtask still holds uncommitted.
+    pub(crate) async fn upload(
+        &self,
+        epoch: Epoch,
+        subtask: u32,
+        parts: Vec<OperatorPart>,
+        staged: impl Fn(&OperatorUid) -> Option<Staged>,
+    ) -> Result<Vec<(OperatorUid, OperatorSnapshot)>> {
+        self.env.probe.reached(Step::BeforeUpload, epoch);
+        let mut acknowledged = Vec::with_capacity(parts.len());
+        for part in parts {
+            let mut encoded = Vec::with_capacity(part.shards.len());
+            for shard in part.shards {
+                encoded.push(encode(shard).await?);
+            }
+            if let Some(staged) = staged(&part.uid) {
+                encoded = restage(encoded, &staged, epoch);
+            }
+            let shards = stream::iter(encoded.into_iter().map(|shard| self.put(subtask, shard)))
+                .buffered(UPLOADS_IN_FLIGHT_MAX)
+                .try_collect()
+                .await
+                .map_err(|e: Error| e.context(format!("upload state of {}", part.uid)))?;
+            let snapshot = OperatorSnapshot {
+                kind: part.kind,
+                schema: part.schema,
+                parallelism: part.parallelism,
+                splits: part.splits,
+                shards,
+            };
+            acknowledged.push((part.uid, snapshot));
+        }
+        self.env.probe.reached(Step::AfterUpload, epoch);
+        Ok(acknowledged)
+    }
+
+    async fn put(&self, subtask: u32, shard: Encoded) -> Result<Shard> {
+        let ending = match shard.kind {
+            ShardKind::Keyed => "state",
+            ShardKind::Staged => "staged",
+        };
+        let path = format!("{}/{}.{ending}", self.blobs, self.env.ids.ulid());
+        let size = shard.bytes.len() as u64;
+        let hash = hash_hex(&shard.bytes);
+        self.storage.put(&self.folder.path(&path), shard.bytes).await?;
+        Ok(Shard {
+            path,
+            size,
+            hash,
+            subtask,
+            kind: shard.kind,
+            key_groups: shard.key_groups,
+            rows: shard.rows,
+            status: ShardStatus::Uploaded,
+        })
+    }
+}
+
+async fn encode(shard: PendingShard) -> Result<Encoded> {
+    let PendingShard { kind, key_groups, rows, encode } = shard;
+    let bytes = spawn_blocking(encode)
+        .await
+        .map_err(|e| Error::abort(format!("internal error: encoding a shard panicked: {e}")))??;
+    Ok(Encoded { kind, key_groups, rows, bytes })
+}
+
+/// Adds this epoch's staged records to those that an aborted epoch left uncommitted, and answers with all of them: a
+/// checkpoint must hold whatever its commit will have to write.
+fn restage(encoded: Vec<Encoded>, staged: &Staged, epoch: Epoch) -> Vec<Encoded> {
+    let (new, mut others): (Vec<_>, Vec<_>) = encoded.into_iter().partition(|s| s.kind == ShardKind::Staged);
+    for shard in new {
+        if shard.rows > 0 {
+            staged.add(epoch, shard.rows, shard.bytes);
+        }
+    }
+    others.extend(
+        staged
+            .up_to(epoch)
+            .into_iter()
+            .map(|(rows, bytes)| Encoded { kind: ShardKind::Staged, key_groups: None, rows, bytes }),
+    );
+    others
+}
