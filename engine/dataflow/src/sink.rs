@@ -40,7 +40,10 @@ pub trait SinkFactory: Send + Sync {
 
     /// The committer of subtask `index`, or `None` for a sink that writes as it goes. `index` may be past the present
     /// parallelism: what an earlier, wider attempt staged is committed under its own identity.
-    fn committer(&self, index: u32) -> Result<Option<Box<dyn Committer>>>;
+    ///
+    /// `history` names the checkpoint log that the epochs belong to. A marker of another history (the user has removed the
+    /// job's storage, and epochs count from 1 again) counts for nothing.
+    fn committer(&self, index: u32, history: &str) -> Result<Option<Box<dyn Committer>>>;
 }
 
 /// A sink as it stands at the end of a task's chain.

@@ -1,1 +1,573 @@
-//! Placeholder.
+//! The checkpoint log: the one truth of a job, in its object store.
+//!
+//! A log is a run of small JSON files, `log/00000000000000000042.json`, each made by create-if-absent. Where a job stands is
+//! a pure fold over them ([`LogState`]). A coordinator begins its reign by appending `Opened`; whoever then tries to append
+//! the same number loses the create, reads who won, and stops.
+//!
+//! Old entries are trimmed, so a coordinator that slept for long might create a number that was taken once and is free
+//! again. Therefore an append counts only if a listing made *after* the create shows nothing behind the entry; and readers
+//! take only the newest unbroken run of numbers, from the number on that the newest `Released` names. Such a stray entry is
+//! thus seen by its writer as a lost race, and by nobody else at all.
+//!
+//! Every byte of an entry is covered: the frame is compared literally, the body by a CRC32C. An entry that is damaged keeps
+//! its number. Because it may have been an `Opened` or a `Completed`, the numbers derived from the log (generation, attempt,
+//! epoch) skip one for each damaged entry: they never go back.
+
+use std::{fmt, sync::Arc};
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Attempt, Context, Env, Epoch, Error, Generation, JobId, Manifest, Result,
+    storage::{PutNew, Storage},
+};
+
+/// Coordinators that may race for the same number before an open gives up.
+const OPEN_RACES_MAX: usize = 64;
+/// Entries read at the same time.
+const READS_IN_FLIGHT_MAX: usize = 16;
+const FRAME_HEAD: &str = "{\"format\":1,\"crc32c\":\"";
+const FRAME_MIDDLE: &str = "\",\"entry\":";
+const FRAME_END: &str = "}\n";
+
+/// A job's folder in its storage: `<namespace>/<name>/<uid>`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobFolder(String);
+
+impl JobFolder {
+    /// The folder of this job.
+    #[must_use]
+    pub fn of(job: &JobId) -> Self {
+        Self(format!("{}/{}/{}", job.namespace, job.name, job.uid))
+    }
+
+    /// The path, from the storage's root, of something in the folder.
+    #[must_use]
+    pub fn path(&self, relative: &str) -> String {
+        format!("{}/{relative}", self.0)
+    }
+
+    /// The folder of the blobs of one attempt, relative to the job's folder.
+    #[must_use]
+    pub fn blobs(attempt: Attempt) -> String {
+        format!("blobs/{attempt}")
+    }
+
+    /// A path from the storage's root, relative to the job's folder.
+    #[must_use]
+    pub fn relative<'a>(&self, path: &'a str) -> Option<&'a str> {
+        path.strip_prefix(&self.0)?.strip_prefix('/')
+    }
+
+    fn entry(&self, seq: u64) -> String {
+        self.path(&format!("log/{seq:020}.json"))
+    }
+}
+
+/// What an entry says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "camelCase", deny_unknown_fields)]
+pub enum Event {
+    /// A coordinator begins its reign.
+    Opened,
+    /// The job went on from this checkpoint although there were newer ones (they were damaged), or from nothing.
+    /// Checkpoints newer than it are no candidates any more.
+    Restored {
+        /// The checkpoint; `None` for a start without state.
+        epoch: Option<Epoch>,
+    },
+    /// A checkpoint is complete: all its shards are durable.
+    Completed {
+        /// What it consists of.
+        manifest: Box<Manifest>,
+    },
+    /// Everything that sinks staged up to this epoch is visible.
+    Committed {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// These checkpoints are no longer kept; their files may be deleted from now on.
+    Released {
+        /// The checkpoints.
+        epochs: Vec<Epoch>,
+        /// Entries before this number may be deleted too, and count no more.
+        #[serde(rename = "oldestSeq")]
+        oldest_seq: u64,
+    },
+    /// All inputs have ended and everything is committed.
+    Finished {
+        /// The last checkpoint.
+        epoch: Epoch,
+    },
+    /// The job stopped when asked to.
+    Stopped {
+        /// The last checkpoint.
+        epoch: Epoch,
+    },
+}
+
+/// One entry of the log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Entry {
+    /// Its number, from 0; also its file's name.
+    pub seq: u64,
+    /// Identity of the log: the same in all its entries. Markers that sinks leave elsewhere carry it.
+    pub history: String,
+    /// Reign of the writer.
+    pub generation: Generation,
+    /// Attempt of the job's tasks.
+    pub attempt: Attempt,
+    /// Makes two writers' entries differ in their bytes.
+    pub nonce: String,
+    /// Wall clock of the writer, milliseconds since the Unix epoch.
+    pub written_at_ms: i64,
+    /// The writer: `host:pid`.
+    pub holder: String,
+    /// What it says.
+    pub event: Event,
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "entry {} of generation {}, written by {}", self.seq, self.generation, self.holder)
+    }
+}
+
+/// The bytes of an entry's file.
+///
+/// # Errors
+/// When the entry can't be written as JSON; it always can.
+pub fn encode(entry: &Entry) -> Result<Bytes> {
+    let body = serde_json::to_string(entry).map_err(|e| Error::abort(format!("encode log entry: {e}")))?;
+    let crc = crc32c::crc32c(body.as_bytes());
+    Ok(Bytes::from(format!("{FRAME_HEAD}{crc:08x}{FRAME_MIDDLE}{body}{FRAME_END}")))
+}
+
+/// Verifies and decodes an entry's file.
+///
+/// # Errors
+/// `Corrupt` if a single byte is not as [`encode`] wrote it.
+pub fn decode(bytes: &[u8]) -> Result<Entry> {
+    let corrupt = |what: &str| Error::corrupt(format!("log entry is damaged: {what}"));
+    let text = std::str::from_utf8(bytes).map_err(|_| corrupt("not UTF-8"))?;
+    let rest = text.strip_prefix(FRAME_HEAD).ok_or_else(|| corrupt("bad frame"))?;
+    let (crc, rest) = rest.split_at_checked(8).ok_or_else(|| corrupt("too short"))?;
+    let body = rest
+        .strip_prefix(FRAME_MIDDLE)
+        .and_then(|r| r.strip_suffix(FRAME_END))
+        .ok_or_else(|| corrupt("bad frame"))?;
+    if crc != format!("{:08x}", crc32c::crc32c(body.as_bytes())) {
+        return Err(corrupt("checksum mismatch"));
+    }
+    serde_json::from_str(body).map_err(|e| corrupt(&e.to_string()))
+}
+
+/// A checkpoint that the log still holds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Retained {
+    /// Number of its `Completed` entry.
+    pub seq: u64,
+    /// What it consists of.
+    pub manifest: Manifest,
+}
+
+/// An entry that can't be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damaged {
+    /// Its number.
+    pub seq: u64,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// Where a job stands: the fold of its log.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LogState {
+    /// Number of the next entry.
+    pub next_seq: u64,
+    /// The log's identity; empty for a log without a readable entry.
+    pub history: String,
+    /// The newest reign.
+    pub generation: Generation,
+    /// The newest attempt.
+    pub attempt: Attempt,
+    /// Candidates for a restore, oldest first.
+    pub retained: Vec<Retained>,
+    /// Checkpoints that are kept in storage but are no candidates: a restore went back behind them.
+    pub abandoned: Vec<Retained>,
+    /// The greatest epoch that may ever have been completed; new ones begin after it.
+    pub last_epoch: Epoch,
+    /// The greatest epoch that sinks have made visible.
+    pub committed: Epoch,
+    /// Set if the job has finished; cleared when it runs again.
+    pub finished: Option<Epoch>,
+    /// Entries that can't be read.
+    pub damaged: Vec<Damaged>,
+}
+
+impl LogState {
+    /// Takes the next entry into account.
+    pub fn apply(&mut self, seq: u64, entry: Result<Entry>) {
+        self.next_seq = seq + 1;
+        let entry = match entry {
+            Ok(entry) if entry.seq == seq => entry,
+            Ok(entry) => {
+                return self.damage(seq, format!("file {seq} holds entry {}", entry.seq));
+            }
+            Err(error) => return self.damage(seq, error.to_string()),
+        };
+        self.generation = self.generation.max(entry.generation);
+        self.attempt = self.attempt.max(entry.attempt);
+        self.history = entry.history;
+        match entry.event {
+            Event::Opened => self.finished = None,
+            Event::Restored { epoch } => {
+                let keep = |r: &Retained| epoch.is_some_and(|e| r.manifest.epoch <= e);
+                let (kept, abandoned) = std::mem::take(&mut self.retained).into_iter().partition(keep);
+                self.retained = kept;
+                self.abandoned.extend(abandoned);
+            }
+            Event::Completed { manifest } => {
+                self.last_epoch = self.last_epoch.max(manifest.epoch);
+                self.retained.push(Retained { seq, manifest: *manifest });
+            }
+            Event::Committed { epoch } => self.committed = self.committed.max(epoch),
+            Event::Released { epochs, oldest_seq } => {
+                self.retained.retain(|r| !epochs.contains(&r.manifest.epoch));
+                self.abandoned.retain(|r| !epochs.contains(&r.manifest.epoch));
+                self.damaged.retain(|d| d.seq >= oldest_seq);
+            }
+            Event::Finished { epoch } => self.finished = Some(epoch),
+            Event::Stopped { epoch: _ } => {}
+        }
+    }
+
+    fn damage(&mut self, seq: u64, reason: String) {
+        // It may have been anything: see the header of this file.
+        self.generation = self.generation.next();
+        self.attempt = self.attempt.next();
+        self.last_epoch = self.last_epoch.next();
+        self.damaged.push(Damaged { seq, reason });
+    }
+
+    /// Whether the job has run before, as far as the log knows.
+    #[must_use]
+    pub fn has_history(&self) -> bool {
+        !self.retained.is_empty() || !self.damaged.is_empty() || !self.abandoned.is_empty()
+    }
+}
+
+/// Reads a job's log, changing nothing.
+///
+/// # Errors
+/// When the storage can't be read. Damaged entries are no error: see [`LogState::damaged`].
+pub async fn read(storage: &dyn Storage, folder: &JobFolder) -> Result<LogState> {
+    let listed = storage.list(&folder.path("log"), None).await.context_with(|| "read checkpoint log")?;
+    let numbers = listed.iter().filter_map(|o| number_of(&o.path));
+    let run = newest_run(numbers.collect());
+    let entries: Vec<(u64, Result<Entry>)> = stream::iter(run)
+        .map(|seq| async move {
+            // An entry that vanishes between listing and reading was trimmed by a newer coordinator.
+            let bytes = storage.get(&folder.entry(seq)).await?;
+            Ok::<_, Error>((seq, bytes.ok_or_else(|| Error::corrupt("log entry is missing")).and_then(|b| decode(&b))))
+        })
+        .buffered(READS_IN_FLIGHT_MAX)
+        .try_collect()
+        .await
+        .context_with(|| "read checkpoint log")?;
+    Ok(fold(entries))
+}
+
+fn number_of(path: &str) -> Option<u64> {
+    let name = path.rsplit('/').next()?.strip_suffix(".json")?;
+    (name.len() == 20).then(|| name.parse().ok())?
+}
+
+/// The longest run of successive numbers that ends with the greatest.
+fn newest_run(mut numbers: Vec<u64>) -> Vec<u64> {
+    numbers.sort_unstable();
+    let start = (1..numbers.len()).rev().find(|i| numbers[i - 1] + 1 != numbers[*i]).unwrap_or(0);
+    numbers.split_off(start.min(numbers.len()))
+}
+
+fn fold(entries: Vec<(u64, Result<Entry>)>) -> LogState {
+    let released = |e: &(u64, Result<Entry>)| match &e.1 {
+        Ok(Entry { event: Event::Released { oldest_seq, .. }, .. }) => Some(*oldest_seq),
+        Ok(_) | Err(_) => None,
+    };
+    let oldest = entries.iter().filter_map(released).max().unwrap_or(0);
+    let mut state = LogState::default();
+    for (seq, entry) in entries.into_iter().filter(|(seq, _)| *seq >= oldest) {
+        state.apply(seq, entry);
+    }
+    state
+}
+
+/// The log as its present coordinator writes it.
+pub struct CheckpointLog {
+    storage: Arc<dyn Storage>,
+    env: Env,
+    folder: JobFolder,
+    holder: String,
+    history: String,
+    generation: Generation,
+    attempt: Attempt,
+    next_seq: u64,
+}
+
+impl CheckpointLog {
+    /// Reads the log and begins a new reign and a new attempt. The state that is answered is that of before.
+    ///
+    /// # Errors
+    /// When the storage can't be read or written.
+    pub async fn open(storage: Arc<dyn Storage>, env: Env, job: &JobId, holder: &str) -> Result<(Self, LogState)> {
+        let folder = JobFolder::of(job);
+        for _ in 0..OPEN_RACES_MAX {
+            let state = read(&*storage, &folder).await?;
+            let mut log = Self {
+                storage: storage.clone(),
+                history: if state.history.is_empty() { env.ids.ulid() } else { state.history.clone() },
+                env: env.clone(),
+                folder: folder.clone(),
+                holder: holder.to_owned(),
+                generation: state.generation.next(),
+                attempt: state.attempt.next(),
+                next_seq: state.next_seq,
+            };
+            if log.create(Event::Opened).await?.is_some() {
+                return Ok((log, state));
+            }
+        }
+        Err(Error::retry(format!("open checkpoint log: lost {OPEN_RACES_MAX} races in a row to other coordinators")))
+    }
+
+    /// Appends an entry; answers with its number. When this returns, the entry is durable and this reign was the newest.
+    ///
+    /// # Errors
+    /// `Fenced`, naming the newer coordinator, if there is one; otherwise when the storage can't be written.
+    pub async fn append(&mut self, event: Event) -> Result<u64> {
+        match self.create(event).await? {
+            Some(seq) => Ok(seq),
+            None => Err(self.fenced().await),
+        }
+    }
+
+    /// The reign of this coordinator.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// The attempt of this coordinator's tasks.
+    #[must_use]
+    pub fn attempt(&self) -> Attempt {
+        self.attempt
+    }
+
+    /// Identity of the log.
+    #[must_use]
+    pub fn history(&self) -> &str {
+        &self.history
+    }
+
+    /// The job's folder.
+    #[must_use]
+    pub fn folder(&self) -> &JobFolder {
+        &self.folder
+    }
+
+    /// Creates the next entry. `None` if somebody else has appended.
+    async fn create(&mut self, event: Event) -> Result<Option<u64>> {
+        let seq = self.next_seq;
+        let entry = Entry {
+            seq,
+            history: self.history.clone(),
+            generation: self.generation,
+            attempt: self.attempt,
+            nonce: self.env.ids.ulid(),
+            written_at_ms: self.env.clock.wall_ms(),
+            holder: self.holder.clone(),
+            event,
+        };
+        let path = self.folder.entry(seq);
+        let created = self.storage.put_new(&path, encode(&entry)?).await.context_with(|| "append to checkpoint log")?;
+        if created == PutNew::Exists {
+            return Ok(None);
+        }
+        let behind = self.storage.list(&self.folder.path("log"), Some(&path)).await.context_with(|| "check the log's end")?;
+        if !behind.is_empty() {
+            return Ok(None);
+        }
+        self.next_seq += 1;
+        Ok(Some(seq))
+    }
+
+    async fn fenced(&self) -> Error {
+        let winner = match read(&*self.storage, &self.folder).await {
+            Ok(state) if state.next_seq > 0 => self.last_entry(state.next_seq - 1).await,
+            Ok(_) | Err(_) => None,
+        };
+        let winner = winner.map_or_else(|| "a newer process".to_owned(), |w| format!("{} (generation {})", w.holder, w.generation));
+        Error::fenced(format!(
+            "this process (generation {}) is fenced: {winner} has taken the job over; it writes nothing more",
+            self.generation
+        ))
+    }
+
+    async fn last_entry(&self, seq: u64) -> Option<Entry> {
+        let bytes = self.storage.get(&self.folder.entry(seq)).await.ok()??;
+        decode(&bytes).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::{Disposition, storage};
+
+    fn job() -> JobId {
+        JobId { namespace: "default".into(), name: "j".into(), uid: "local".into() }
+    }
+
+    fn manifest(epoch: u64) -> Box<Manifest> {
+        Box::new(Manifest {
+            format: 1,
+            job: job(),
+            epoch: Epoch(epoch),
+            generation: Generation(1),
+            attempt: Attempt(1),
+            triggered_at_ms: 0,
+            duration_ms: 1,
+            max_parallelism: 128,
+            plan: String::new(),
+            end_of_input: false,
+            operators: BTreeMap::new(),
+        })
+    }
+
+    fn epochs(retained: &[Retained]) -> Vec<u64> {
+        retained.iter().map(|r| r.manifest.epoch.0).collect()
+    }
+
+    async fn open(storage: &Arc<dyn Storage>, holder: &str) -> (CheckpointLog, LogState) {
+        CheckpointLog::open(storage.clone(), Env::system(), &job(), holder).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_new_reign_sees_what_the_old_one_completed() {
+        let storage = storage::open("memory://").unwrap();
+        let (mut first, state) = open(&storage, "a:1").await;
+        assert!(!state.has_history());
+        for epoch in 1..=3 {
+            first.append(Event::Completed { manifest: manifest(epoch) }).await.unwrap();
+            first.append(Event::Committed { epoch: Epoch(epoch) }).await.unwrap();
+        }
+        first.append(Event::Released { epochs: vec![Epoch(1)], oldest_seq: 3 }).await.unwrap();
+        let (second, state) = open(&storage, "b:2").await;
+        assert_eq!(epochs(&state.retained), [2, 3]);
+        assert_eq!((state.last_epoch, state.committed, state.finished), (Epoch(3), Epoch(3), None));
+        assert_eq!((second.generation(), second.attempt()), (Generation(2), Attempt(2)));
+        assert_eq!(second.history(), first.history());
+    }
+
+    #[tokio::test]
+    async fn the_older_of_two_coordinators_is_fenced_and_told_by_whom() {
+        let storage = storage::open("memory://").unwrap();
+        let (mut old, _) = open(&storage, "old:1").await;
+        let (mut new, _) = open(&storage, "new:2").await;
+        let error = old.append(Event::Completed { manifest: manifest(1) }).await.unwrap_err();
+        assert_eq!(error.disposition(), Disposition::Fenced);
+        assert!(error.to_string().contains("new:2 (generation 2) has taken the job over"), "{error}");
+        new.append(Event::Completed { manifest: manifest(1) }).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_sleeper_that_creates_a_trimmed_number_is_fenced_and_its_entry_is_ignored() {
+        let storage = storage::open("memory://").unwrap();
+        let (mut sleeper, _) = open(&storage, "sleeper:1").await;
+        let (mut new, _) = open(&storage, "new:2").await;
+        for epoch in 1..=4 {
+            new.append(Event::Completed { manifest: manifest(epoch) }).await.unwrap();
+        }
+        new.append(Event::Released { epochs: vec![Epoch(1)], oldest_seq: 3 }).await.unwrap();
+        // The new coordinator trims what counts no more, the sleeper's next number (1) and its neighbour (2) among it;
+        // or, at worst, exactly up to it.
+        for trimmed in [vec![0, 1, 2], vec![0, 1]] {
+            for seq in &trimmed {
+                storage.delete(&new.folder().entry(*seq)).await.unwrap();
+            }
+            let error = sleeper.append(Event::Completed { manifest: manifest(77) }).await.unwrap_err();
+            assert_eq!(error.disposition(), Disposition::Fenced);
+            let state = read(&*storage, new.folder()).await.unwrap();
+            assert_eq!(epochs(&state.retained), [2, 3, 4]);
+            storage.put(&new.folder().entry(2), Bytes::from_static(b"back")).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_restore_that_went_back_abandons_what_was_newer() {
+        let storage = storage::open("memory://").unwrap();
+        let (mut log, _) = open(&storage, "a:1").await;
+        for epoch in 1..=3 {
+            log.append(Event::Completed { manifest: manifest(epoch) }).await.unwrap();
+        }
+        log.append(Event::Restored { epoch: Some(Epoch(2)) }).await.unwrap();
+        log.append(Event::Completed { manifest: manifest(4) }).await.unwrap();
+        let state = read(&*storage, log.folder()).await.unwrap();
+        assert_eq!((epochs(&state.retained), epochs(&state.abandoned)), (vec![1, 2, 4], vec![3]));
+        log.append(Event::Restored { epoch: None }).await.unwrap();
+        let state = read(&*storage, log.folder()).await.unwrap();
+        assert!(state.retained.is_empty() && state.has_history());
+        assert_eq!(state.last_epoch, Epoch(4));
+    }
+
+    #[tokio::test]
+    async fn a_damaged_entry_costs_only_itself_and_numbers_never_go_back() {
+        let storage = storage::open("memory://").unwrap();
+        let (mut log, _) = open(&storage, "a:1").await;
+        for epoch in 1..=3 {
+            log.append(Event::Completed { manifest: manifest(epoch) }).await.unwrap();
+        }
+        for seq in 0..=3 {
+            let path = log.folder().entry(seq);
+            let good = storage.get(&path).await.unwrap().unwrap();
+            let mut bad = good.to_vec();
+            bad[40] ^= 1;
+            storage.put(&path, bad.into()).await.unwrap();
+            let state = read(&*storage, log.folder()).await.unwrap();
+            assert_eq!(state.damaged.len(), 1, "{seq}");
+            assert!(state.generation >= Generation(1) && state.last_epoch >= Epoch(3) && state.next_seq == 4, "{seq}");
+            assert_eq!(state.retained.len(), if seq == 0 { 3 } else { 2 }, "{seq}");
+            storage.put(&path, good).await.unwrap();
+        }
+    }
+
+    #[test]
+    fn every_flipped_byte_of_an_entry_is_found() {
+        let entry = Entry {
+            seq: 7,
+            history: "h".into(),
+            generation: Generation(1),
+            attempt: Attempt(2),
+            nonce: "n".into(),
+            written_at_ms: 5,
+            holder: "host:1".into(),
+            event: Event::Completed { manifest: manifest(3) },
+        };
+        let good = encode(&entry).unwrap();
+        assert_eq!(decode(&good).unwrap(), entry);
+        for at in 0..good.len() {
+            for flip in [1_u8, 0x20, 0x80] {
+                let mut bad = good.to_vec();
+                bad[at] ^= flip;
+                assert!(decode(&bad).is_err(), "byte {at} ^ {flip}");
+            }
+            assert!(decode(&good[..at]).is_err(), "cut at {at}");
+        }
+    }
+}

@@ -11,6 +11,12 @@ use crate::{Attempt, Epoch, Generation, JobId, KeyGroupRange, OperatorUid, Times
 /// Version of the manifest's shape that this code writes.
 pub const MANIFEST_FORMAT: u32 = 1;
 
+/// The hash by which a shard's bytes are known: xxh3-128, 32 hex digits.
+#[must_use]
+pub fn hash_hex(bytes: &[u8]) -> String {
+    format!("{:032x}", xxhash_rust::xxh3::xxh3_128(bytes))
+}
+
 /// A complete snapshot of a job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
