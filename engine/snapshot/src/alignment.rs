@@ -145,59 +145,89 @@ mod tests {
 
     #[test]
     fn a_channel_is_blocked_until_the_barrier_has_come_on_all() {
-        check(3, AlignmentMode::ExactlyOnce, &["b0 1", "b2 1", "b1 1", "b1 2", "b0 2", "b2 2"], expect![[r#"
+        check(
+            3,
+            AlignmentMode::ExactlyOnce,
+            &["b0 1", "b2 1", "b1 1", "b1 2", "b0 2", "b2 2"],
+            expect![[r#"
             b0 1: blocked [0]
             b2 1: blocked [0, 2]
             b1 1: snapshot 1 blocked []
             b1 2: blocked [1]
             b0 2: blocked [0, 1]
             b2 2: snapshot 2 blocked []
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn at_least_once_blocks_nothing_and_snapshots_at_the_last_barrier() {
-        check(2, AlignmentMode::AtLeastOnce, &["b0 1", "b1 1"], expect![[r#"
+        check(
+            2,
+            AlignmentMode::AtLeastOnce,
+            &["b0 1", "b1 1"],
+            expect![[r#"
             b0 1: blocked []
             b1 1: snapshot 1 blocked []
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn a_single_channel_never_blocks() {
-        check(1, AlignmentMode::ExactlyOnce, &["b0 1", "b0 2"], expect![[r#"
+        check(
+            1,
+            AlignmentMode::ExactlyOnce,
+            &["b0 1", "b0 2"],
+            expect![[r#"
             b0 1: snapshot 1 blocked []
             b0 2: snapshot 2 blocked []
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn an_ended_channel_counts_as_aligned() {
-        check(2, AlignmentMode::ExactlyOnce, &["b0 1", "end1", "b0 2"], expect![[r#"
+        check(
+            2,
+            AlignmentMode::ExactlyOnce,
+            &["b0 1", "end1", "b0 2"],
+            expect![[r#"
             b0 1: blocked [0]
             end1: snapshot 1 blocked []
             b0 2: snapshot 2 blocked []
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn a_newer_barrier_gives_up_an_older_alignment() {
-        check(2, AlignmentMode::ExactlyOnce, &["b0 1", "b1 2", "b0 2", "b1 1"], expect![[r#"
+        check(
+            2,
+            AlignmentMode::ExactlyOnce,
+            &["b0 1", "b1 2", "b0 2", "b1 1"],
+            expect![[r#"
             b0 1: blocked [0]
             b1 2: blocked [1]
             b0 2: snapshot 2 blocked []
             b1 1: blocked []
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn an_abort_unblocks_and_swallows_late_barriers() {
-        check(2, AlignmentMode::ExactlyOnce, &["b0 1", "abort 1", "b1 1", "b1 2", "b0 2"], expect![[r#"
+        check(
+            2,
+            AlignmentMode::ExactlyOnce,
+            &["b0 1", "abort 1", "b1 1", "b1 2", "b0 2"],
+            expect![[r#"
             b0 1: blocked [0]
             abort 1: blocked []
             b1 1: blocked []
             b1 2: blocked [1]
             b0 2: snapshot 2 blocked []
-        "#]]);
+        "#]],
+        );
     }
 }

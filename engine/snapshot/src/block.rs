@@ -48,7 +48,10 @@ impl BlockWriter {
     /// When the payload is longer than [`BLOCK_LEN_MAX`].
     pub fn push(&mut self, payload: &[u8]) -> Result<()> {
         if payload.len() > BLOCK_LEN_MAX {
-            return Err(Error::abort(format!("a block of {} bytes is over the limit of {BLOCK_LEN_MAX}", payload.len())));
+            return Err(Error::abort(format!(
+                "a block of {} bytes is over the limit of {BLOCK_LEN_MAX}",
+                payload.len()
+            )));
         }
         let len = payload.len() as u32;
         self.out.reserve(payload.len() + 8);
@@ -199,7 +202,12 @@ mod tests {
         one.push(b"bbbb").unwrap();
         let file = one.finish();
         let (head, block) = (11, 12);
-        let swapped = [&file[..head], &file[head + block..head + 2 * block], &file[head..head + block], &file[head + 2 * block..]];
+        let swapped = [
+            &file[..head],
+            &file[head + block..head + 2 * block],
+            &file[head..head + block],
+            &file[head + 2 * block..],
+        ];
         read_blocks("state", &swapped.concat().into()).expect_err("swapped blocks");
         read_blocks("staged", &file).expect_err("another kind");
     }

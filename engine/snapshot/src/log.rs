@@ -155,10 +155,8 @@ pub fn decode(bytes: &[u8]) -> Result<Entry> {
     let text = std::str::from_utf8(bytes).map_err(|_| corrupt("not UTF-8"))?;
     let rest = text.strip_prefix(FRAME_HEAD).ok_or_else(|| corrupt("bad frame"))?;
     let (crc, rest) = rest.split_at_checked(8).ok_or_else(|| corrupt("too short"))?;
-    let body = rest
-        .strip_prefix(FRAME_MIDDLE)
-        .and_then(|r| r.strip_suffix(FRAME_END))
-        .ok_or_else(|| corrupt("bad frame"))?;
+    let body =
+        rest.strip_prefix(FRAME_MIDDLE).and_then(|r| r.strip_suffix(FRAME_END)).ok_or_else(|| corrupt("bad frame"))?;
     if crc != format!("{:08x}", crc32c::crc32c(body.as_bytes())) {
         return Err(corrupt("checksum mismatch"));
     }
@@ -397,7 +395,8 @@ impl CheckpointLog {
         if created == PutNew::Exists {
             return Ok(None);
         }
-        let behind = self.storage.list(&self.folder.path("log"), Some(&path)).await.context_with(|| "check the log's end")?;
+        let behind =
+            self.storage.list(&self.folder.path("log"), Some(&path)).await.context_with(|| "check the log's end")?;
         if !behind.is_empty() {
             return Ok(None);
         }
@@ -410,7 +409,8 @@ impl CheckpointLog {
             Ok(state) if state.next_seq > 0 => self.last_entry(state.next_seq - 1).await,
             Ok(_) | Err(_) => None,
         };
-        let winner = winner.map_or_else(|| "a newer process".to_owned(), |w| format!("{} (generation {})", w.holder, w.generation));
+        let winner = winner
+            .map_or_else(|| "a newer process".to_owned(), |w| format!("{} (generation {})", w.holder, w.generation));
         Error::fenced(format!(
             "this process (generation {}) is fenced: {winner} has taken the job over; it writes nothing more",
             self.generation

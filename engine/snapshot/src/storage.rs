@@ -126,7 +126,8 @@ fn s3(bucket: &str) -> Result<Arc<dyn ObjectStore>> {
         .with_connect_timeout(Duration::from_secs(5))
         .with_timeout(Duration::from_secs(60))
         .with_allow_http(std::env::var("AWS_ALLOW_HTTP").is_ok_and(|v| v == "true" || v == "1"));
-    let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retry).with_client_options(options);
+    let mut builder =
+        AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retry).with_client_options(options);
     if std::env::var_os("AWS_REGION").is_none() && std::env::var_os("AWS_DEFAULT_REGION").is_none() {
         builder = builder.with_region("us-east-1");
     }
@@ -216,8 +217,11 @@ impl Storage for ObjectStorage {
     async fn put(&self, path: &str, bytes: Bytes) -> Result<()> {
         let location = ObjectPath::from(path);
         if bytes.len() > MULTIPART_THRESHOLD && self.local_root.is_none() {
-            let upload =
-                self.store.put_multipart_opts(&location, Default::default()).await.map_err(|e| self.error("write", path, e))?;
+            let upload = self
+                .store
+                .put_multipart_opts(&location, Default::default())
+                .await
+                .map_err(|e| self.error("write", path, e))?;
             let mut parts = WriteMultipart::new_with_chunk_size(upload, MULTIPART_THRESHOLD / 2);
             parts.put(bytes);
             parts.finish().await.map_err(|e| self.error("write", path, e))?;
