@@ -1,0 +1,251 @@
+//! `StreamJob`: the one object that a user writes. Types, defaults and the rules that types can't express. Pure.
+//!
+//! The doc comment of each field becomes its description in the cluster (`kubectl explain streamjob.spec`). Only fields that
+//! work are here.
+
+#![allow(unreachable_pub, reason = "the schema's derive repeats each struct, with its `pub`, inside a function")]
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSONSchemaProps};
+use kube::{CustomResource, CustomResourceExt, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{HumanDuration, manifest::Problem};
+
+/// `apiVersion` of a manifest.
+pub const API_VERSION: &str = "floodmark.io/v1alpha1";
+/// Greatest `maxParallelism`.
+const KEY_GROUPS_MAX: u16 = 32_768;
+/// Longest `metadata.name`: it is part of folders, transactional ids and labels.
+const NAME_LENGTH_MAX: usize = 63;
+
+/// A stream job: SQL that reads streams, and how to keep its state.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "floodmark.io",
+    version = "v1alpha1",
+    kind = "StreamJob",
+    shortname = "sj",
+    namespaced,
+    derive = "PartialEq",
+    doc = "A stream job: SQL that reads streams, and how to keep its state.",
+    printcolumn(name = "Parallelism", type_ = "integer", json_path = ".spec.parallelism"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[x_kube(validation = Rule::new("self.parallelism <= self.maxParallelism")
+    .message("parallelism must not exceed maxParallelism"))]
+#[serde(rename_all = "camelCase")]
+pub struct StreamJobSpec {
+    /// The job: statements separated by `;`. `CREATE TABLE ... WITH (...)` declares sources and sinks, `INSERT INTO` starts
+    /// the dataflow.
+    #[schemars(regex(pattern = r"\S"))]
+    pub sql: String,
+
+    /// Number of parallel subtasks of each task. At most maxParallelism.
+    #[serde(default = "default_parallelism")]
+    #[schemars(range(min = 1))]
+    pub parallelism: u32,
+
+    /// Number of key groups, the units in which keyed state moves when parallelism changes. Fixed for the life of the job's
+    /// state. From 1 to 32768.
+    #[serde(default = "default_max_parallelism")]
+    #[schemars(range(min = 1, max = 32_768))]
+    pub max_parallelism: u16,
+
+    /// When and where the job's state is snapshotted.
+    #[serde(default)]
+    pub checkpoints: CheckpointSpec,
+
+    /// What the job may start from.
+    #[serde(default)]
+    pub restore: RestoreSpec,
+}
+
+/// When and where a job's state is snapshotted.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("self.mode == 'Disabled' || duration(self.interval) > duration('0s')")
+    .message("interval must be longer than 0s"))]
+#[x_kube(validation = Rule::new("duration(self.timeout) > duration('0s')").message("timeout must be longer than 0s"))]
+#[serde(rename_all = "camelCase")]
+pub struct CheckpointSpec {
+    /// Where checkpoints are kept: `s3://bucket/folder`, `file:///folder` or `memory://` (lost with the process). Without it
+    /// `floodmark run` uses the folder `floodmark-data` in the directory where it is started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub storage: Option<String>,
+
+    /// From the start of one checkpoint to the start of the next, such as `10s`. Exactly-once output becomes visible at this
+    /// rhythm.
+    #[serde(default = "default_interval")]
+    pub interval: HumanDuration,
+
+    /// What a failure may do to the results: `ExactlyOnce` (nothing is lost or repeated), `AtLeastOnce` (nothing is lost) or
+    /// `Disabled` (no checkpoints: a restart begins at the sources' start positions).
+    #[serde(default)]
+    pub mode: CheckpointMode,
+
+    /// A checkpoint that takes longer is given up, and counts as failed.
+    #[serde(default = "default_timeout")]
+    pub timeout: HumanDuration,
+
+    /// Least time from the end of one checkpoint to the start of the next.
+    #[serde(default)]
+    pub min_pause: HumanDuration,
+
+    /// How many checkpoints in a row may fail before the job does.
+    #[serde(default = "default_tolerable_failures")]
+    #[schemars(range(max = 1_000_000))]
+    pub tolerable_failures: u32,
+
+    /// How many of the newest completed checkpoints are kept.
+    #[serde(default = "default_retain")]
+    #[schemars(range(min = 1, max = 1_000))]
+    pub retain: u32,
+}
+
+/// What a failure may do to a job's results.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum CheckpointMode {
+    /// Nothing is lost, nothing is repeated: aligned barriers, and sinks that commit with the checkpoint.
+    #[default]
+    ExactlyOnce,
+    /// Nothing is lost; what came after the last checkpoint may be repeated.
+    AtLeastOnce,
+    /// No checkpoints: a restart begins at the sources' start positions.
+    Disabled,
+}
+
+/// What a job may start from.
+#[derive(JsonSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RestoreSpec {
+    /// Start even if the checkpoint holds state that no operator of the present SQL takes; that state is dropped.
+    #[serde(default)]
+    pub allow_dropped_state: bool,
+}
+
+impl Default for CheckpointSpec {
+    fn default() -> Self {
+        Self {
+            storage: None,
+            interval: default_interval(),
+            mode: CheckpointMode::default(),
+            timeout: default_timeout(),
+            min_pause: HumanDuration::default(),
+            tolerable_failures: default_tolerable_failures(),
+            retain: default_retain(),
+        }
+    }
+}
+
+fn default_parallelism() -> u32 {
+    1
+}
+
+fn default_max_parallelism() -> u16 {
+    128
+}
+
+fn default_interval() -> HumanDuration {
+    HumanDuration::from_millis(10_000)
+}
+
+fn default_timeout() -> HumanDuration {
+    HumanDuration::from_millis(600_000)
+}
+
+fn default_tolerable_failures() -> u32 {
+    3
+}
+
+fn default_retain() -> u32 {
+    3
+}
+
+/// The custom resource definition of [`StreamJob`].
+#[must_use]
+pub fn crd() -> CustomResourceDefinition {
+    let mut definition = StreamJob::crd();
+    for version in &mut definition.spec.versions {
+        if let Some(schema) = version.schema.as_mut().and_then(|s| s.open_api_v3_schema.as_mut()) {
+            drop_unsigned_formats(schema);
+        }
+    }
+    definition
+}
+
+/// Takes out formats such as `uint32`: API servers don't know them and warn at each apply. The bounds say the same.
+fn drop_unsigned_formats(schema: &mut JSONSchemaProps) {
+    schema.format.take_if(|format| format.starts_with("uint"));
+    schema.properties.iter_mut().flat_map(|p| p.values_mut()).for_each(drop_unsigned_formats);
+}
+
+impl StreamJob {
+    /// What is wrong with the object beyond its types; the same rules stand in the custom resource definition. Empty if
+    /// nothing is.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let mut require = |ok: bool, path: &str, message: String| {
+            if !ok {
+                problems.push(Problem::new(path, message));
+            }
+        };
+        let spec = &self.spec;
+        match self.metadata.name.as_deref() {
+            None | Some("") => {
+                require(false, "metadata.name", "is missing; the job's state is kept under it".to_owned())
+            }
+            Some(name) => require(is_dns_name(name), "metadata.name", format!("'{name}' {DNS_NAME_RULE}")),
+        }
+        if let Some(namespace) = self.metadata.namespace.as_deref() {
+            require(is_dns_name(namespace), "metadata.namespace", format!("'{namespace}' {DNS_NAME_RULE}"));
+        }
+        if let Some(uid) = self.metadata.uid.as_deref() {
+            require(is_dns_name(uid), "metadata.uid", format!("'{uid}' {DNS_NAME_RULE}"));
+        }
+        require(!spec.sql.trim().is_empty(), "spec.sql", "is empty; write at least one INSERT INTO".to_owned());
+        require(spec.parallelism >= 1, "spec.parallelism", "must be at least 1".to_owned());
+        let key_groups = 1..=KEY_GROUPS_MAX;
+        require(
+            key_groups.contains(&spec.max_parallelism),
+            "spec.maxParallelism",
+            format!("{} is not between 1 and {KEY_GROUPS_MAX}", spec.max_parallelism),
+        );
+        require(
+            !key_groups.contains(&spec.max_parallelism) || spec.parallelism <= u32::from(spec.max_parallelism),
+            "spec.parallelism",
+            format!("{} exceeds maxParallelism, which is {}", spec.parallelism, spec.max_parallelism),
+        );
+        problems.extend(spec.checkpoints.problems());
+        problems
+    }
+}
+
+impl CheckpointSpec {
+    fn problems(&self) -> Vec<Problem> {
+        let storage_named = self.storage.as_deref().is_none_or(|s| !s.trim().is_empty());
+        let rules = [
+            (storage_named, "storage", "is empty; name a location such as s3://bucket/folder, or leave it out"),
+            (self.mode == CheckpointMode::Disabled || !self.interval.is_zero(), "interval", "must be longer than 0s"),
+            (!self.timeout.is_zero(), "timeout", "must be longer than 0s"),
+            (self.tolerable_failures <= 1_000_000, "tolerableFailures", "must be at most 1000000"),
+            ((1..=1_000).contains(&self.retain), "retain", "must be between 1 and 1000"),
+        ];
+        let broken = rules.into_iter().filter(|(ok, ..)| !ok);
+        broken.map(|(_, field, message)| Problem::new(format!("spec.checkpoints.{field}"), message)).collect()
+    }
+}
+
+const DNS_NAME_RULE: &str = "is not a valid name: use at most 63 lower-case letters, digits, '-' and '.', beginning and ending \
+                             with a letter or digit";
+
+fn is_dns_name(name: &str) -> bool {
+    let edge = |c: Option<u8>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
+    let bytes = name.as_bytes();
+    bytes.len() <= NAME_LENGTH_MAX
+        && edge(bytes.first().copied())
+        && edge(bytes.last().copied())
+        && bytes.iter().all(|c| edge(Some(*c)) || *c == b'-' || *c == b'.')
+        && !name.contains("..")
+}
