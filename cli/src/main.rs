@@ -1,1 +1,54 @@
-fn main() {}
+//! `floodmark`: runs stream jobs from their manifests, and checks them.
+//!
+//! Reads arguments and hands over: [`job`] reads manifests and plans them, [`run`] runs them in this process, [`check`] shows
+//! what would run. Results go to standard output; logs and progress to standard error.
+//!
+//! Invariant: every way out ends with one of the codes of [`exit::Exit`], and every failure with a message.
+
+mod args;
+mod check;
+mod crash;
+mod display;
+mod exit;
+mod job;
+mod logs;
+mod run;
+mod screen;
+mod signals;
+mod summary;
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    process::ExitCode,
+};
+
+use clap::Parser;
+
+use crate::{
+    args::{Args, Command},
+    exit::{Exit, Failure},
+    screen::Screen,
+};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let screen = Screen::new();
+    let done = logs::start(args.log_level.as_deref(), &screen).and_then(|()| {
+        let command = || match &args.command {
+            Command::Run(run) => run::run(run, &screen),
+            Command::Check(check) => check::check(check),
+        };
+        // The default hook has printed the panic's own message and place by then.
+        catch_unwind(AssertUnwindSafe(command)).unwrap_or_else(|_| {
+            Err(Failure::new(Exit::JobFailed, "floodmark has a bug: please report the message above with your job"))
+        })
+    });
+    screen.clear();
+    match done {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            eprintln!("error: {}", failure.message);
+            failure.exit.into()
+        }
+    }
+}

@@ -1,1 +1,227 @@
-//! Placeholder.
+//! How far event time has come: over the splits of a source, and over the input channels of a task. Pure.
+//!
+//! Invariant: a combined watermark only grows, and is never past the watermark of an input that is active.
+
+use std::time::Duration;
+
+use floodmark_snapshot::TimestampMs;
+
+use crate::{WATERMARK_MAX, WATERMARK_MIN};
+
+/// What the inputs come to together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Combined {
+    /// Nothing new.
+    Unchanged,
+    /// Event time has reached this.
+    Advanced(TimestampMs),
+    /// No input is active any more: whoever is downstream must not wait for this one.
+    BecameIdle,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Split {
+    watermark: Option<TimestampMs>,
+    last_row: Duration,
+    finished: bool,
+}
+
+/// Watermarks of a source subtask's splits.
+#[derive(Debug)]
+pub struct SplitWatermarks {
+    splits: Vec<Split>,
+    idle_timeout: Option<Duration>,
+    sent: TimestampMs,
+    idle: bool,
+}
+
+impl SplitWatermarks {
+    /// Splits with the watermarks (and ends) that a snapshot holds of them. Idleness counts from `now`, by the monotonic clock.
+    #[must_use]
+    pub fn new(
+        restored: impl IntoIterator<Item = (Option<TimestampMs>, bool)>,
+        idle_timeout: Option<Duration>,
+        now: Duration,
+    ) -> Self {
+        let split = |(watermark, finished)| Split { watermark, last_row: now, finished };
+        Self { splits: restored.into_iter().map(split).collect(), idle_timeout, sent: WATERMARK_MIN, idle: false }
+    }
+
+    /// Rows of `split` have come; `watermark` is the greatest that they stand for.
+    pub fn rows(&mut self, split: usize, watermark: Option<TimestampMs>, now: Duration) {
+        if let Some(state) = self.splits.get_mut(split) {
+            state.last_row = now;
+            state.watermark = state.watermark.max(watermark);
+        }
+    }
+
+    /// `split` has been read to its end.
+    pub fn finished(&mut self, split: usize) {
+        if let Some(state) = self.splits.get_mut(split) {
+            state.finished = true;
+        }
+    }
+
+    /// The watermark of one split; `None` before its first row.
+    #[must_use]
+    pub fn of(&self, split: usize) -> Option<TimestampMs> {
+        self.splits.get(split).and_then(|s| s.watermark)
+    }
+
+    /// What the splits come to now: the least watermark of those that are neither finished nor idle.
+    pub fn combine(&mut self, now: Duration) -> Combined {
+        let idle = |s: &Split| self.idle_timeout.is_some_and(|t| now.saturating_sub(s.last_row) >= t);
+        let least =
+            self.splits.iter().filter(|s| !s.finished && !idle(s)).map(|s| s.watermark.unwrap_or(WATERMARK_MIN)).min();
+        match least {
+            Some(watermark) if watermark > self.sent => {
+                self.sent = watermark;
+                self.idle = false;
+                Combined::Advanced(watermark)
+            }
+            // A subtask that was idle is active again: what is downstream must wait for it again.
+            Some(_) if self.idle && self.sent > WATERMARK_MIN => {
+                self.idle = false;
+                Combined::Advanced(self.sent)
+            }
+            Some(_) => Combined::Unchanged,
+            None if self.idle => Combined::Unchanged,
+            None => {
+                self.idle = true;
+                Combined::BecameIdle
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Channel {
+    watermark: TimestampMs,
+    idle: bool,
+}
+
+/// Watermarks of a task's input channels.
+#[derive(Debug)]
+pub struct InputWatermarks {
+    channels: Vec<Channel>,
+    sent: TimestampMs,
+    idle: bool,
+}
+
+impl InputWatermarks {
+    /// Channels that have sent nothing yet.
+    #[must_use]
+    pub fn new(channels: usize) -> Self {
+        Self {
+            channels: vec![Channel { watermark: WATERMARK_MIN, idle: false }; channels],
+            sent: WATERMARK_MIN,
+            idle: false,
+        }
+    }
+
+    /// A watermark has come on `channel`: it is active.
+    pub fn watermark(&mut self, channel: usize, watermark: TimestampMs) -> Combined {
+        if let Some(state) = self.channels.get_mut(channel) {
+            *state = Channel { watermark: watermark.max(state.watermark), idle: false };
+        }
+        self.combine()
+    }
+
+    /// `channel` holds no watermark back until it sends something again.
+    pub fn idle(&mut self, channel: usize) -> Combined {
+        if let Some(state) = self.channels.get_mut(channel) {
+            state.idle = true;
+        }
+        self.combine()
+    }
+
+    /// Nothing more comes on `channel`.
+    pub fn ended(&mut self, channel: usize) -> Combined {
+        self.idle(channel)
+    }
+
+    /// The last combined watermark.
+    #[must_use]
+    pub fn current(&self) -> TimestampMs {
+        self.sent
+    }
+
+    fn combine(&mut self) -> Combined {
+        match self.channels.iter().filter(|c| !c.idle).map(|c| c.watermark).min() {
+            Some(least) if least > self.sent => {
+                self.sent = least.min(WATERMARK_MAX);
+                self.idle = false;
+                Combined::Advanced(self.sent)
+            }
+            Some(_) if self.idle && self.sent > WATERMARK_MIN => {
+                self.idle = false;
+                Combined::Advanced(self.sent)
+            }
+            Some(_) => Combined::Unchanged,
+            None if self.idle => Combined::Unchanged,
+            None => {
+                self.idle = true;
+                Combined::BecameIdle
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seconds(s: u64) -> Duration {
+        Duration::from_secs(s)
+    }
+
+    #[test]
+    fn the_slowest_active_split_holds_the_watermark() {
+        let mut splits = SplitWatermarks::new([(None, false), (None, false)], None, seconds(0));
+        splits.rows(0, Some(100), seconds(1));
+        assert_eq!(splits.combine(seconds(1)), Combined::Unchanged);
+        splits.rows(1, Some(70), seconds(1));
+        assert_eq!(splits.combine(seconds(1)), Combined::Advanced(70));
+        splits.rows(1, Some(60), seconds(2));
+        assert_eq!(splits.combine(seconds(2)), Combined::Unchanged);
+        splits.finished(1);
+        assert_eq!(splits.combine(seconds(2)), Combined::Advanced(100));
+        splits.finished(0);
+        assert_eq!(splits.combine(seconds(2)), Combined::BecameIdle);
+        assert_eq!(splits.combine(seconds(3)), Combined::Unchanged);
+    }
+
+    #[test]
+    fn a_silent_split_stops_counting_after_the_timeout_and_counts_again_with_its_next_row() {
+        let mut splits = SplitWatermarks::new([(None, false), (None, false)], Some(seconds(5)), seconds(0));
+        splits.rows(0, Some(100), seconds(4));
+        assert_eq!(splits.combine(seconds(4)), Combined::Unchanged);
+        assert_eq!(splits.combine(seconds(5)), Combined::Advanced(100));
+        assert_eq!(splits.combine(seconds(9)), Combined::BecameIdle);
+        splits.rows(1, Some(40), seconds(10));
+        assert_eq!(splits.combine(seconds(10)), Combined::Advanced(100), "active again, and never back");
+        splits.rows(1, Some(170), seconds(11));
+        assert_eq!(splits.combine(seconds(11)), Combined::Advanced(170));
+    }
+
+    #[test]
+    fn restored_splits_go_on_from_their_watermarks() {
+        let mut splits = SplitWatermarks::new([(Some(50), false), (Some(80), true)], None, seconds(0));
+        assert_eq!(splits.combine(seconds(0)), Combined::Advanced(50));
+        assert_eq!(splits.of(1), Some(80));
+    }
+
+    #[test]
+    fn the_slowest_active_channel_holds_the_watermark() {
+        let mut inputs = InputWatermarks::new(2);
+        assert_eq!(inputs.watermark(0, 10), Combined::Unchanged);
+        assert_eq!(inputs.watermark(1, 5), Combined::Advanced(5));
+        assert_eq!(inputs.idle(1), Combined::Advanced(10));
+        assert_eq!(inputs.idle(0), Combined::BecameIdle);
+        assert_eq!(inputs.watermark(1, 7), Combined::Advanced(10), "active again, and never back");
+        assert_eq!(inputs.watermark(1, 30), Combined::Advanced(30));
+        assert_eq!(inputs.watermark(0, 20), Combined::Unchanged);
+        assert_eq!(inputs.ended(1), Combined::Unchanged);
+        assert_eq!(inputs.watermark(0, WATERMARK_MAX), Combined::Advanced(WATERMARK_MAX));
+    }
+}

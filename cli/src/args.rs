@@ -1,0 +1,98 @@
+//! The command line. Declarations only.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+    0  done: all input processed, or stopped when asked to
+    1  the job failed
+    2  bad input: usage, manifest, SQL, or a table that can't be read or written as declared
+    3  fenced: a newer process has taken the job over
+    4  the storage can't be used, or its checkpoints don't allow a start
+  130  ended at once by a second Ctrl-C";
+
+/// Stateful stream processing in SQL, exactly once.
+#[derive(Debug, Parser)]
+#[command(name = "floodmark", version, about, after_help = EXIT_CODES)]
+pub(crate) struct Args {
+    /// What to log, such as `debug` or `warn,floodmark_worker=trace`; default: the variable RUST_LOG, else `info`
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub(crate) log_level: Option<String>,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a job in this process, from its newest checkpoint if it has one
+    #[command(after_help = EXIT_CODES)]
+    Run(RunArgs),
+    /// Check a job and show its dataflow, without running it
+    Check(CheckArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RunArgs {
+    /// The manifest: a file with one StreamJob, or `-` for standard input
+    #[arg(value_name = "JOB.yaml")]
+    pub(crate) job: PathBuf,
+
+    /// Where checkpoints are kept: s3://bucket/folder, file:///folder, a path, or memory://; overrides the manifest.
+    /// Default: the folder floodmark-data in the current directory
+    #[arg(long, value_name = "URL")]
+    pub(crate) storage: Option<String>,
+
+    /// What to start from
+    #[arg(long, value_enum, default_value_t = Restore::Latest)]
+    pub(crate) restore: Restore,
+
+    /// What to print at the end: `json` is one JSON object, the last line of standard output
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub(crate) output: Output,
+
+    /// Number of parallel subtasks; overrides the manifest
+    #[arg(long, value_name = "N")]
+    pub(crate) parallelism: Option<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CheckArgs {
+    /// The manifest: a file with one StreamJob, or `-` for standard input
+    #[arg(value_name = "JOB.yaml")]
+    pub(crate) job: PathBuf,
+
+    /// Also check that sources can be read, sinks and storage written
+    #[arg(long)]
+    pub(crate) online: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Restore {
+    /// The newest complete and intact checkpoint, or nothing if there never was one
+    Latest,
+    /// Nothing, even if there are checkpoints
+    None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// A few lines on standard error
+    Text,
+    /// One JSON object on standard output
+    Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_declarations_are_consistent() {
+        Args::command().debug_assert();
+    }
+}

@@ -1,0 +1,87 @@
+//! From a manifest to a dataflow: reads the file, and asks the planner. Touches no source, sink or storage.
+
+use std::{io::Read, path::Path};
+
+use floodmark_crds::{CheckpointMode, ManifestError, StreamJob};
+use floodmark_dataflow::{
+    JobGraph,
+    connector::{Guarantee, PlanContext},
+};
+use floodmark_snapshot::{Env, JobId};
+
+use crate::exit::Failure;
+
+/// Uid of a job that no cluster has given one.
+const LOCAL_UID: &str = "local";
+/// Namespace of a manifest that names none.
+const DEFAULT_NAMESPACE: &str = "default";
+/// A manifest above this is taken for a mistake, bytes.
+const MANIFEST_SIZE_MAX: u64 = 16 << 20;
+
+/// A job that is ready to run.
+pub(crate) struct Job {
+    /// Whose state it is.
+    pub(crate) id: JobId,
+    /// The manifest, defaults filled in.
+    pub(crate) manifest: StreamJob,
+    /// What it does.
+    pub(crate) graph: JobGraph,
+}
+
+impl Job {
+    /// Reads and plans a manifest; `-` is standard input. `parallelism` goes before the manifest's.
+    pub(crate) fn load(path: &Path, parallelism: Option<u32>, env: &Env) -> Result<Self, Failure> {
+        let file = if path == Path::new("-") { "standard input".to_owned() } else { path.display().to_string() };
+        let text = read(path).map_err(|e| Failure::input(format!("read {file}: {e}")))?;
+        let mut manifest = StreamJob::from_yaml(&text, &file).map_err(Failure::input)?;
+        if let Some(parallelism) = parallelism {
+            manifest.spec.parallelism = parallelism;
+            let problems = manifest.problems();
+            if !problems.is_empty() {
+                let file = "--parallelism".to_owned();
+                return Err(Failure::input(ManifestError { file, problems }));
+            }
+        }
+        let id = job_id(&manifest);
+        let graph = plan(&manifest, &id, env).map_err(|e| Failure::input(format!("{file}: spec.sql: {e}")))?;
+        Ok(Self { id, manifest, graph })
+    }
+}
+
+fn read(path: &Path) -> std::io::Result<String> {
+    let mut text = String::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().lock().take(MANIFEST_SIZE_MAX + 1).read_to_string(&mut text)?
+    } else {
+        std::fs::File::open(path)?.take(MANIFEST_SIZE_MAX + 1).read_to_string(&mut text)?
+    };
+    if read as u64 > MANIFEST_SIZE_MAX {
+        return Err(std::io::Error::other(format!("longer than {MANIFEST_SIZE_MAX} bytes")));
+    }
+    Ok(text)
+}
+
+fn job_id(manifest: &StreamJob) -> JobId {
+    let metadata = &manifest.metadata;
+    let or = |value: &Option<String>, default: &str| value.clone().unwrap_or_else(|| default.to_owned());
+    JobId {
+        namespace: or(&metadata.namespace, DEFAULT_NAMESPACE),
+        name: or(&metadata.name, "job"),
+        uid: or(&metadata.uid, LOCAL_UID),
+    }
+}
+
+/// The planner's error text comes rendered: each problem with its place in the SQL.
+fn plan(manifest: &StreamJob, id: &JobId, env: &Env) -> Result<JobGraph, String> {
+    let guarantee = match manifest.spec.checkpoints.mode {
+        CheckpointMode::ExactlyOnce => Guarantee::ExactlyOnce,
+        CheckpointMode::AtLeastOnce => Guarantee::AtLeastOnce,
+        CheckpointMode::Disabled => Guarantee::None,
+    };
+    let connectors = floodmark_connectors::all(env);
+    let options = floodmark_sql::PlanOptions {
+        context: PlanContext { job: id.clone(), guarantee },
+        connectors: &connectors,
+    };
+    floodmark_sql::plan(&manifest.spec.sql, &options).map_err(|e| e.to_string())
+}

@@ -1,0 +1,49 @@
+//! Standard error, shared by log lines and the live display: on a terminal the display stays below the lines.
+
+use std::io::{self, IsTerminal, Write};
+
+use indicatif::{MultiProgress, ProgressDrawTarget};
+
+/// Standard error.
+#[derive(Clone)]
+pub(crate) struct Screen {
+    /// `None` if standard error is no terminal.
+    bars: Option<MultiProgress>,
+}
+
+impl Screen {
+    pub(crate) fn new() -> Self {
+        let terminal = io::stderr().is_terminal();
+        Self { bars: terminal.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr())) }
+    }
+
+    /// Where live lines are drawn; `None` if there is no terminal to draw on.
+    pub(crate) fn bars(&self) -> Option<&MultiProgress> {
+        self.bars.as_ref()
+    }
+
+    /// Removes the live lines.
+    pub(crate) fn clear(&self) {
+        if let Some(bars) = &self.bars {
+            // A terminal that is gone has nothing left to clear.
+            let _ = bars.clear();
+        }
+    }
+}
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_all(bytes).map(|()| bytes.len())
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match &self.bars {
+            Some(bars) => bars.suspend(|| io::stderr().write_all(bytes)),
+            None => io::stderr().write_all(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
