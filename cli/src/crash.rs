@@ -49,9 +49,10 @@ struct CrashPoint {
 impl CrashPoint {
     fn parse(text: &str) -> Result<Self, String> {
         let (name, when) = text.split_once(':').unwrap_or((text, "+1"));
-        let step = Step::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| {
-            format!("no step '{name}'; the steps are {}", Step::ALL.map(Step::name).join(", "))
-        })?;
+        let step = Step::ALL
+            .into_iter()
+            .find(|s| s.name() == name)
+            .ok_or_else(|| format!("no step '{name}'; the steps are {}", Step::ALL.map(Step::name).join(", ")))?;
         let number = |digits: &str| {
             let usage = || format!("'{when}' is neither an epoch (7) nor a count from 1 (+3)");
             digits.parse::<u64>().ok().filter(|n| *n > 0).ok_or_else(usage)
@@ -119,7 +120,9 @@ mod tests {
 
     #[test]
     fn what_is_no_point_is_refused() {
-        for text in ["after", "after-upload:", "after-upload:x", "after-upload:+0", "after-upload:0", "after-upload:+", ":1"] {
+        for text in
+            ["after", "after-upload:", "after-upload:x", "after-upload:+0", "after-upload:0", "after-upload:+", ":1"]
+        {
             assert!(CrashPoint::parse(text).is_err(), "{text}");
         }
         let message = CrashPoint::parse("upload").unwrap_err();

@@ -79,9 +79,7 @@ fn plan(manifest: &StreamJob, id: &JobId, env: &Env) -> Result<JobGraph, String>
         CheckpointMode::Disabled => Guarantee::None,
     };
     let connectors = floodmark_connectors::all(env);
-    let options = floodmark_sql::PlanOptions {
-        context: PlanContext { job: id.clone(), guarantee },
-        connectors: &connectors,
-    };
+    let options =
+        floodmark_sql::PlanOptions { context: PlanContext { job: id.clone(), guarantee }, connectors: &connectors };
     floodmark_sql::plan(&manifest.spec.sql, &options).map_err(|e| e.to_string())
 }

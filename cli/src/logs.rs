@@ -17,7 +17,9 @@ pub(crate) fn start(filter: Option<&str>, screen: &Screen) -> Result<(), Failure
         (None, Ok(_) | Err(_)) => ("default", DEFAULT_FILTER.to_owned()),
     };
     let filter = EnvFilter::builder().parse(&text).map_err(|e| {
-        Failure::input(format!("{source} '{text}': {e}; write a level (error, warn, info, debug, trace) or target=level"))
+        Failure::input(format!(
+            "{source} '{text}': {e}; write a level (error, warn, info, debug, trace) or target=level"
+        ))
     })?;
     let writer = screen.clone();
     tracing_subscriber::fmt()

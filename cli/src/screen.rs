@@ -1,8 +1,15 @@
-//! Standard error, shared by log lines and the live display: on a terminal the display stays below the lines.
+//! Standard output for results; standard error, shared by log lines and the live display: on a terminal the display stays
+//! below the lines.
 
 use std::io::{self, IsTerminal, Write};
 
 use indicatif::{MultiProgress, ProgressDrawTarget};
+
+/// Prints results on standard output. Readers that have gone away (`| head`) are no failure.
+pub(crate) fn print(text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
 
 /// Standard error.
 #[derive(Clone)]

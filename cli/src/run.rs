@@ -1,0 +1,156 @@
+//! `floodmark run`: coordinator and worker of one job in this process. The one file of this crate that drives the worker.
+
+use std::{sync::Arc, time::Duration};
+
+use floodmark_crds::{CheckpointMode as Mode, CheckpointSpec};
+use floodmark_snapshot::{Disposition, Env, storage};
+use floodmark_worker::{
+    CheckpointMode, CheckpointSettings, Outcome, Progress, RestoreMode, RunError, RunSpec, Summary,
+};
+use nix::sys::resource::{UsageWho, getrusage};
+use tokio::sync::watch;
+
+use crate::{
+    args::{Output, Restore, RunArgs},
+    crash,
+    display::Display,
+    exit::{Exit, Failure},
+    job::Job,
+    screen::{Screen, print},
+    signals,
+    summary::{RunOutcome, RunReport},
+};
+
+/// Where checkpoints go if nobody says where.
+pub(crate) const DEFAULT_STORAGE: &str = "floodmark-data";
+
+/// Runs the job to its end and prints the summary.
+pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
+    let env = crash::arm(Env::system())?;
+    let started = env.clock.monotonic();
+    let progress = Arc::new(Progress::default());
+    let mut job = String::new();
+    let ran = Job::load(&args.job, args.parallelism, &env).and_then(|loaded| {
+        job = loaded.id.to_string();
+        let spec = run_spec(args, loaded)?;
+        drive(spec, &env, &progress, screen)
+    });
+    screen.clear();
+    let (mut report, failure) = match ran {
+        Ok(summary) => {
+            let last_epoch = summary.last_epoch.map(|e| e.0);
+            (RunReport::empty(job, outcome(summary.outcome)).with_progress(&summary.progress, last_epoch), None)
+        }
+        Err(failure) => {
+            let outcome = match failure.exit {
+                Exit::JobFailed | Exit::Done | Exit::Interrupted => RunOutcome::Failed,
+                Exit::Fenced => RunOutcome::Fenced,
+                Exit::BadInput | Exit::Storage => RunOutcome::Refused,
+            };
+            (RunReport::empty(job, outcome).with_progress(&progress.view(), None), Some(failure))
+        }
+    };
+    report.error = failure.as_ref().map(|f| f.message.clone());
+    report.exit_code = failure.as_ref().map_or(Exit::Done, |f| f.exit).code();
+    report.cpu_seconds = cpu_seconds();
+    report.wall_seconds = (env.clock.monotonic() - started).as_secs_f64();
+    match args.output {
+        Output::Json => print(&format!("{}\n", report.json())),
+        // A job that never started has nothing to sum up.
+        Output::Text if report.outcome != RunOutcome::Refused => eprintln!("{}", report.text()),
+        Output::Text => {}
+    }
+    failure.map_or(Ok(Exit::Done), Err)
+}
+
+fn run_spec(args: &RunArgs, job: Job) -> Result<RunSpec, Failure> {
+    let spec = job.manifest.spec;
+    let location = args.storage.as_deref().or(spec.checkpoints.storage.as_deref()).unwrap_or(DEFAULT_STORAGE);
+    let storage = storage::open(location).map_err(|e| Failure::new(Exit::Storage, e))?;
+    tracing::info!("job {}: checkpoints in {}", job.id, storage.describe());
+    Ok(RunSpec {
+        job: job.id,
+        graph: job.graph,
+        parallelism: spec.parallelism,
+        max_parallelism: spec.max_parallelism,
+        checkpoints: checkpoint_settings(&spec.checkpoints),
+        storage,
+        restore: match args.restore {
+            Restore::Latest => RestoreMode::Latest,
+            Restore::None => RestoreMode::None,
+        },
+        allow_dropped_state: spec.restore.allow_dropped_state,
+        holder: holder(),
+    })
+}
+
+fn checkpoint_settings(spec: &CheckpointSpec) -> CheckpointSettings {
+    CheckpointSettings {
+        mode: match spec.mode {
+            Mode::ExactlyOnce => CheckpointMode::ExactlyOnce,
+            Mode::AtLeastOnce => CheckpointMode::AtLeastOnce,
+            Mode::Disabled => CheckpointMode::Disabled,
+        },
+        interval: spec.interval.get(),
+        timeout: spec.timeout.get(),
+        min_pause: spec.min_pause.get(),
+        tolerable_failures: spec.tolerable_failures,
+        retain: spec.retain as usize,
+    }
+}
+
+/// Runs the worker under a display and with signals listened to.
+fn drive(spec: RunSpec, env: &Env, progress: &Arc<Progress>, screen: &Screen) -> Result<Summary, Failure> {
+    let failed = |what: &str, e: &dyn std::fmt::Display| Failure::new(Exit::JobFailed, format!("{what}: {e}"));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| failed("start the runtime", &e))?;
+    let (stop, stopped) = watch::channel(false);
+    signals::listen(stop, screen.clone())?;
+    let display =
+        Display::start(progress.clone(), env.clone(), screen.clone()).map_err(|e| failed("start the display", &e))?;
+    let ran = runtime.block_on(floodmark_worker::run(spec, env.clone(), stopped, progress.clone()));
+    display.finish();
+    // Whatever still blocks in the background (a library's thread, an upload of a fenced run) must not keep the process.
+    runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+    ran.map_err(|error| {
+        let exit = exit_of(&error);
+        Failure::new(exit, error)
+    })
+}
+
+/// How long the runtime's blocking calls may take to end after the job has.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+
+fn exit_of(error: &RunError) -> Exit {
+    match error {
+        // What may go away by itself (a broker that can't be reached) is no fault of the declaration.
+        RunError::Connector(e) if e.disposition() == Disposition::Retry => Exit::JobFailed,
+        RunError::Connector(_) => Exit::BadInput,
+        RunError::Storage(e) if e.disposition() == Disposition::Fenced => Exit::Fenced,
+        RunError::Storage(_) => Exit::Storage,
+        RunError::Failed(_) => Exit::JobFailed,
+        RunError::Fenced(_) => Exit::Fenced,
+    }
+}
+
+fn outcome(outcome: Outcome) -> RunOutcome {
+    match outcome {
+        Outcome::Finished => RunOutcome::Finished,
+        Outcome::Stopped => RunOutcome::Stopped,
+        Outcome::AlreadyFinished => RunOutcome::AlreadyFinished,
+    }
+}
+
+/// Who runs the job, for readers of the checkpoint log.
+fn holder() -> String {
+    let host = nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok());
+    format!("{}:{}", host.as_deref().unwrap_or("unknown"), std::process::id())
+}
+
+/// User and system time of this process so far.
+fn cpu_seconds() -> f64 {
+    let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
+    getrusage(UsageWho::RUSAGE_SELF).map_or(0.0, |usage| seconds(usage.user_time()) + seconds(usage.system_time()))
+}
