@@ -47,18 +47,21 @@ pub(crate) enum CommitterReport {
     Failed(CommitterId, Error),
 }
 
+/// A staged shard: its rows and its bytes.
+pub(crate) type StagedShard = (u64, Bytes);
+
 /// Records that a sink has staged and whose commit is not confirmed, by epoch.
 #[derive(Clone, Default)]
-pub(crate) struct Staged(Arc<Mutex<BTreeMap<Epoch, Vec<Bytes>>>>);
+pub(crate) struct Staged(Arc<Mutex<BTreeMap<Epoch, Vec<StagedShard>>>>);
 
 impl Staged {
     /// Keeps what the barrier of `epoch` handed over.
-    pub(crate) fn add(&self, epoch: Epoch, records: Bytes) {
-        self.lock().entry(epoch).or_default().push(records);
+    pub(crate) fn add(&self, epoch: Epoch, shard: StagedShard) {
+        self.lock().entry(epoch).or_default().push(shard);
     }
 
     /// Everything not yet confirmed, of epochs up to `epoch`, in order.
-    pub(crate) fn up_to(&self, epoch: Epoch) -> Vec<Bytes> {
+    pub(crate) fn up_to(&self, epoch: Epoch) -> Vec<StagedShard> {
         self.lock().range(..=epoch).flat_map(|(_, records)| records.iter().cloned()).collect()
     }
 
@@ -67,7 +70,7 @@ impl Staged {
         *staged = staged.split_off(&epoch.next());
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Epoch, Vec<Bytes>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Epoch, Vec<StagedShard>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -79,14 +82,24 @@ pub(crate) struct CommitterHandle {
 }
 
 impl CommitterHandle {
-    /// Tells the machine of an event; one that comes after the thread has failed is dropped, its failure was reported.
-    pub(crate) fn send(&self, event: Event) {
-        let _ = self.events.send(event);
+    /// A barrier's records are in [`CommitterHandle::staged`], and durable.
+    pub(crate) fn staged_at(&self, epoch: Epoch) {
+        self.send(Event::Staged(epoch));
+    }
+
+    /// A checkpoint is complete: what was staged up to it is to be made visible.
+    pub(crate) fn completed(&self, epoch: Epoch) {
+        self.send(Event::Completed(epoch));
     }
 
     /// The records that wait for a commit.
-    pub(crate) fn staged(&self) -> Staged {
-        self.staged.clone()
+    pub(crate) fn staged(&self) -> &Staged {
+        &self.staged
+    }
+
+    /// An event that comes after the thread has failed is dropped: its failure was reported.
+    fn send(&self, event: Event) {
+        let _ = self.events.send(event);
     }
 }
 
@@ -94,40 +107,97 @@ impl CommitterHandle {
 pub(crate) fn start(
     id: CommitterId,
     committer: Box<dyn Committer>,
-    restored: Option<(Epoch, Vec<Bytes>)>,
+    restored: Option<(Epoch, Vec<StagedShard>)>,
     env: Env,
     report: Report,
 ) -> Result<CommitterHandle> {
     let (events, inbox) = mpsc::channel();
     let staged = Staged::default();
-    let restored = restored.map(|(epoch, records)| {
-        let count = records.len();
-        for shard in records {
-            staged.add(epoch, shard);
-        }
-        (epoch, count)
-    });
-    let thread = CommitterThread {
-        name: id.to_string(),
-        id,
-        committer,
-        machine: CommitMachine::new(),
-        staged: staged.clone(),
-        env,
-        report,
-        inbox,
-    };
-    spawn_thread(format!("commit {}", thread.name), move || thread.run(restored))?;
+    let pending = restored.as_ref().map(|(epoch, shards)| (*epoch, !shards.is_empty()));
+    if let Some((epoch, shards)) = restored {
+        shards.into_iter().for_each(|shard| staged.add(epoch, shard));
+    }
+    let (machine, first) = CommitMachine::new(pending);
+    let name = format!("commit {id}");
+    let thread = CommitterThread { id, committer, machine, staged: staged.clone(), env, report, inbox };
+    spawn_thread(name, move || thread.run(first))?;
     Ok(CommitterHandle { events, staged })
 }
 
 struct CommitterThread {
     id: CommitterId,
-    name: String,
     committer: Box<dyn Committer>,
     machine: CommitMachine,
     staged: Staged,
     env: Env,
     report: Report,
     inbox: Receiver<Event>,
+}
+
+impl CommitterThread {
+    fn run(mut self, first: Effect) {
+        let mut effect = Some(first);
+        loop {
+            while let Some(now) = effect {
+                let Some(event) = self.carry_out(now) else { return };
+                effect = event.and_then(|e| self.machine.step(e));
+            }
+            match self.inbox.recv() {
+                Ok(event) => effect = self.machine.step(event),
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Carries an effect out, and answers with what came of it. `None` ends the thread.
+    fn carry_out(&mut self, effect: Effect) -> Option<Option<Event>> {
+        match effect {
+            Effect::Open => Some(Some(match self.committer.open() {
+                Ok(marker) => Event::Opened { marker },
+                Err(error) => self.failed("open", error),
+            })),
+            Effect::Write(epoch) => {
+                let staged: Vec<Bytes> = self.staged.up_to(epoch).into_iter().map(|s| s.1).collect();
+                let probe = self.env.probe.clone();
+                Some(Some(match self.committer.commit(epoch, &staged, &|step: Step| probe.reached(step, epoch)) {
+                    Ok(()) => Event::Written(epoch),
+                    Err(error) => self.failed("commit", error),
+                }))
+            }
+            Effect::Confirm(epoch) => {
+                self.staged.confirm(epoch);
+                (self.report)(CommitterReport::Committed(self.id.clone(), epoch));
+                Some(None)
+            }
+            Effect::Wait(delay) => self.wait(delay).then_some(Some(Event::Waited)),
+            Effect::Stop(error) => {
+                (self.report)(CommitterReport::Failed(self.id.clone(), error));
+                None
+            }
+        }
+    }
+
+    fn failed(&self, what: &str, error: Error) -> Event {
+        if error.disposition() == Disposition::Retry {
+            tracing::warn!(committer = %self.id, %error, "{what} failed; trying again");
+        }
+        Event::Failed(error.context(what))
+    }
+
+    /// Waits out a delay, taking in what is said meanwhile (none of it leads to an effect while the link is down). False if
+    /// nobody listens any more.
+    fn wait(&mut self, delay: Duration) -> bool {
+        let end = self.env.clock.monotonic() + delay;
+        loop {
+            let left = end.saturating_sub(self.env.clock.monotonic());
+            match self.inbox.recv_timeout(left) {
+                Ok(event) => {
+                    let effect = self.machine.step(event);
+                    debug_assert!(effect.is_none(), "no effect while waiting");
+                }
+                Err(RecvTimeoutError::Timeout) => return true,
+                Err(RecvTimeoutError::Disconnected) => return false,
+            }
+        }
+    }
 }

@@ -3,7 +3,7 @@
 //! Invariant: an acknowledgement names only shards whose upload has been confirmed, and every record that a sink has staged
 //! and not seen committed is in it.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
 use floodmark_dataflow::{PendingShard, task::OperatorPart};
@@ -42,13 +42,13 @@ struct Encoded {
 impl Uploader {
     /// Uploads the parts of subtask `subtask` and answers with what the manifest will say of each operator.
     ///
-    /// `staged` gives the records that the sink `uid` of this subtask still holds uncommitted.
+    /// `staged` has, for each sink of this subtask that commits, the records that it still holds uncommitted.
     pub(crate) async fn upload(
         &self,
         epoch: Epoch,
         subtask: u32,
         parts: Vec<OperatorPart>,
-        staged: impl Fn(&OperatorUid) -> Option<Staged>,
+        staged: &HashMap<OperatorUid, Staged>,
     ) -> Result<Vec<(OperatorUid, OperatorSnapshot)>> {
         self.env.probe.reached(Step::BeforeUpload, epoch);
         let mut acknowledged = Vec::with_capacity(parts.len());
@@ -57,8 +57,8 @@ impl Uploader {
             for shard in part.shards {
                 encoded.push(encode(shard).await?);
             }
-            if let Some(staged) = staged(&part.uid) {
-                encoded = restage(encoded, &staged, epoch);
+            if let Some(staged) = staged.get(&part.uid) {
+                encoded = restage(encoded, staged, epoch);
             }
             let shards = stream::iter(encoded.into_iter().map(|shard| self.put(subtask, shard)))
                 .buffered(UPLOADS_IN_FLIGHT_MAX)
@@ -114,7 +114,7 @@ fn restage(encoded: Vec<Encoded>, staged: &Staged, epoch: Epoch) -> Vec<Encoded>
     let (new, mut others): (Vec<_>, Vec<_>) = encoded.into_iter().partition(|s| s.kind == ShardKind::Staged);
     for shard in new {
         if shard.rows > 0 {
-            staged.add(epoch, shard.rows, shard.bytes);
+            staged.add(epoch, (shard.rows, shard.bytes));
         }
     }
     others.extend(

@@ -159,10 +159,10 @@ mod tests {
     fn equal_values_hash_alike_whatever_their_layout() {
         let plain: ArrayRef = Arc::new(StringArray::from(vec!["a", "a string longer than twelve bytes"]));
         let view: ArrayRef = Arc::new(StringViewArray::from(vec!["a", "a string longer than twelve bytes"]));
-        assert_eq!(hashes(&[plain.clone()]), hashes(&[view]));
+        assert_eq!(hashes(std::slice::from_ref(&plain)), hashes(&[view]));
         let dictionary =
             cast(&plain, &DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8))).unwrap();
-        assert_eq!(hashes(&[plain.clone()]), hashes(&[dictionary]));
+        assert_eq!(hashes(std::slice::from_ref(&plain)), hashes(&[dictionary]));
         let short: ArrayRef = Arc::new(Int32Array::from(vec![5]));
         let long: ArrayRef = Arc::new(Int64Array::from(vec![5]));
         assert_eq!(hashes(&[short]), hashes(&[long]));

@@ -34,7 +34,8 @@ pub trait Source: Send {
     fn poll(&mut self, wait: Duration) -> Result<Polled>;
 
     /// Where each split of this subtask stands, silent and finished ones included: everything that `poll` has returned is
-    /// before the position, nothing else is. `watermark` may be left `None`: the task fills it in.
+    /// before the position, nothing else is. `watermark` may be left `None`: the task fills it in. The splits that `open` was
+    /// given come first, in their order; those that the source has found since follow.
     fn positions(&self) -> Result<Vec<SplitState>>;
 
     /// Checkpoint `epoch`, which held these positions, is complete: for monitoring only (a consumer group's offsets).

@@ -48,7 +48,12 @@ impl SplitWatermarks {
     }
 
     /// Rows of `split` have come; `watermark` is the greatest that they stand for.
+    ///
+    /// A split that is past those known so far was found while the job ran.
     pub fn rows(&mut self, split: usize, watermark: Option<TimestampMs>, now: Duration) {
+        while self.splits.len() <= split {
+            self.splits.push(Split { watermark: None, last_row: now, finished: false });
+        }
         if let Some(state) = self.splits.get_mut(split) {
             state.last_row = now;
             state.watermark = state.watermark.max(watermark);
