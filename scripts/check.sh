@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Every rule that a program can check. Stops at the first that is broken.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/lib.sh
+
+skipped=()
+step() { say "check: $1"; }
+
+step "formatting"
+cargo fmt --all --check
+
+step "lints"
+cargo clippy --workspace --all-targets --locked -- -D warnings
+
+step "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
+
+step "crds/streamjob.yaml is what the Rust types say"
+cargo run --quiet --locked -p floodmark-crds --bin crdgen -- --check crds/streamjob.yaml
+
+step "shell scripts"
+for script in scripts/*.sh .ci/run; do bash -n "$script"; done
+
+step "unused dependencies"
+if have cargo-shear; then cargo-shear; else skipped+=("unused dependencies (no cargo-shear)"); fi
+
+step "licences, sources and bans of dependencies"
+if have cargo-deny; then
+  cargo-deny --locked check --hide-inclusion-graph licenses bans sources
+  step "known advisories"
+  # The database is fetched over the network. An advisory is an error; a database that can't be had is not.
+  if report=$(cargo-deny --locked check --hide-inclusion-graph advisories 2>&1); then :
+  elif grep -q '^error\[' <<<"$report"; then printf '%s\n' "$report" >&2; exit 1
+  else skipped+=("advisories (their database can't be reached)")
+  fi
+else
+  skipped+=("licences, sources and bans (no cargo-deny)")
+fi
+
+for what in ${skipped[@]+"${skipped[@]}"}; do say "check: SKIPPED $what"; done
+say "check: all passed"
