@@ -7,7 +7,7 @@ use floodmark_dataflow::{
     JobGraph,
     connector::{Guarantee, PlanContext},
 };
-use floodmark_snapshot::{Env, JobId};
+use floodmark_snapshot::JobId;
 
 use crate::exit::Failure;
 
@@ -30,7 +30,7 @@ pub(crate) struct Job {
 
 impl Job {
     /// Reads and plans a manifest; `-` is standard input. `parallelism` goes before the manifest's.
-    pub(crate) fn load(path: &Path, parallelism: Option<u32>, env: &Env) -> Result<Self, Failure> {
+    pub(crate) fn load(path: &Path, parallelism: Option<u32>) -> Result<Self, Failure> {
         let file = if path == Path::new("-") { "standard input".to_owned() } else { path.display().to_string() };
         let text = read(path).map_err(|e| Failure::input(format!("read {file}: {e}")))?;
         let mut manifest = StreamJob::from_yaml(&text, &file).map_err(Failure::input)?;
@@ -43,7 +43,7 @@ impl Job {
             }
         }
         let id = job_id(&manifest);
-        let graph = plan(&manifest, &id, env).map_err(|e| Failure::input(format!("{file}: spec.sql: {e}")))?;
+        let graph = plan(&manifest, &id).map_err(|e| Failure::input(format!("{file}: spec.sql: {e}")))?;
         Ok(Self { id, manifest, graph })
     }
 }
@@ -72,13 +72,13 @@ fn job_id(manifest: &StreamJob) -> JobId {
 }
 
 /// The planner's error text comes rendered: each problem with its place in the SQL.
-fn plan(manifest: &StreamJob, id: &JobId, env: &Env) -> Result<JobGraph, String> {
+fn plan(manifest: &StreamJob, id: &JobId) -> Result<JobGraph, String> {
     let guarantee = match manifest.spec.checkpoints.mode {
         CheckpointMode::ExactlyOnce => Guarantee::ExactlyOnce,
         CheckpointMode::AtLeastOnce => Guarantee::AtLeastOnce,
         CheckpointMode::Disabled => Guarantee::None,
     };
-    let connectors = floodmark_connectors::all(env);
+    let connectors = floodmark_connectors::all();
     let options =
         floodmark_sql::PlanOptions { context: PlanContext { job: id.clone(), guarantee }, connectors: &connectors };
     floodmark_sql::plan(&manifest.spec.sql, &options).map_err(|e| e.to_string())

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use floodmark_crds::{CheckpointMode as Mode, CheckpointSpec};
+use floodmark_dataflow::{JobGraph, graph::NodeKind};
 use floodmark_snapshot::{Disposition, Env, storage};
 use floodmark_worker::{
     CheckpointMode, CheckpointSettings, Outcome, Progress, RestoreMode, RunError, RunSpec, Summary,
@@ -30,7 +31,7 @@ pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
     let started = env.clock.monotonic();
     let progress = Arc::new(Progress::default());
     let mut job = String::new();
-    let ran = Job::load(&args.job, args.parallelism, &env).and_then(|loaded| {
+    let ran = Job::load(&args.job, args.parallelism).and_then(|loaded| {
         job = loaded.id.to_string();
         let spec = run_spec(args, loaded)?;
         drive(spec, &env, &progress, screen)
@@ -107,9 +108,9 @@ fn drive(spec: RunSpec, env: &Env, progress: &Arc<Progress>, screen: &Screen) ->
         .build()
         .map_err(|e| failed("start the runtime", &e))?;
     let (stop, stopped) = watch::channel(false);
+    let screen = if prints_rows(&spec.graph) { screen.shared_with_rows() } else { screen.clone() };
     signals::listen(stop, screen.clone())?;
-    let display =
-        Display::start(progress.clone(), env.clone(), screen.clone()).map_err(|e| failed("start the display", &e))?;
+    let display = Display::start(progress.clone(), env.clone(), screen).map_err(|e| failed("start the display", &e))?;
     let ran = runtime.block_on(floodmark_worker::run(spec, env.clone(), stopped, progress.clone()));
     display.finish();
     // Whatever still blocks in the background (a library's thread, an upload of a fenced run) must not keep the process.
@@ -118,6 +119,11 @@ fn drive(spec: RunSpec, env: &Env, progress: &Arc<Progress>, screen: &Screen) ->
         let exit = exit_of(&error);
         Failure::new(exit, error)
     })
+}
+
+/// Whether a sink writes to standard output. Only the display depends on it.
+fn prints_rows(graph: &JobGraph) -> bool {
+    graph.nodes().any(|(_, node)| matches!(&node.node, NodeKind::Sink(sink) if sink.kind() == "print sink"))
 }
 
 /// How long the runtime's blocking calls may take to end after the job has.

@@ -24,6 +24,11 @@ impl Screen {
         Self { bars: terminal.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr())) }
     }
 
+    /// The screen for a job that prints rows: where rows and live lines would meet on one terminal, only the rows go there.
+    pub(crate) fn shared_with_rows(&self) -> Self {
+        Self { bars: self.bars.clone().filter(|_| !io::stdout().is_terminal()) }
+    }
+
     /// Where live lines are drawn; `None` if there is no terminal to draw on.
     pub(crate) fn bars(&self) -> Option<&MultiProgress> {
         self.bars.as_ref()

@@ -137,7 +137,7 @@ impl RunReport {
                 add(&mut self.rows_in, table, operator.rows_out);
                 add(&mut self.bad_records, table, operator.bad);
             }
-            Some(Table::Sink(table)) => add(&mut self.rows_out, table, operator.rows_in),
+            Some(Table::Sink(table)) => add(&mut self.rows_out, table, operator.rows_out),
             None => {}
         }
     }
@@ -223,8 +223,8 @@ mod tests {
             operators: vec![
                 operator("source:bid", 0, 1_000, 3, 0),
                 operator("hot/window-aggregate-1", 1_000, 12, 0, 7),
-                operator("sink:hot", 12, 0, 0, 0),
-                operator("sink:hot#2", 5, 0, 0, 0),
+                operator("sink:hot", 12, 12, 0, 0),
+                operator("sink:hot#2", 6, 5, 0, 0),
             ],
         };
         let mut report =

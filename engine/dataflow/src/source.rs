@@ -33,6 +33,11 @@ pub trait Source: Send {
     /// Brings the next rows; waits at most `wait` for them. Sources that have rows at once never wait.
     fn poll(&mut self, wait: Duration) -> Result<Polled>;
 
+    /// A barrier is about to pass: makes durable what was put aside (dead letters) of everything returned so far.
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Where each split of this subtask stands, silent and finished ones included: everything that `poll` has returned is
     /// before the position, nothing else is. `watermark` may be left `None`: the task fills it in. The splits that `open` was
     /// given come first, in their order; those that the source has found since follow.

@@ -56,6 +56,9 @@ pub trait Storage: Send + Sync {
     /// Reads bytes `from..to` of an object; `None` if there is none.
     async fn get_range(&self, path: &str, from: u64, to: u64) -> Result<Option<Bytes>>;
 
+    /// Bytes of an object; `None` if there is none.
+    async fn size(&self, path: &str) -> Result<Option<u64>>;
+
     /// Lists the objects whose path begins with the folder `prefix` and sorts after `start_after`, sorted by path.
     async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>>;
 
@@ -244,6 +247,14 @@ impl Storage for ObjectStorage {
             Ok(found) => Ok(Some(found)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(e) => Err(self.error("read", path, e)),
+        }
+    }
+
+    async fn size(&self, path: &str) -> Result<Option<u64>> {
+        match self.store.head(&ObjectPath::from(path)).await {
+            Ok(found) => Ok(Some(found.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.error("look up", path, e)),
         }
     }
 

@@ -467,6 +467,7 @@ impl SourceHead {
     }
 
     fn snapshot(&mut self, epoch: Epoch, parallelism: u32) -> Result<OperatorPart> {
+        self.spec.source.flush().map_err(|e| e.context(&self.spec.uid))?;
         let mut splits = self.spec.source.positions().map_err(|e| e.context(&self.spec.uid))?;
         if splits.len() < self.spec.splits.len() {
             return Err(Error::abort(format!(

@@ -1,0 +1,213 @@
+//! `'connector' = 'datagen'`: made-up rows, the same for the same seed. Each column is a sequence or random within bounds.
+
+use std::{sync::Arc, time::Duration};
+
+use arrow::{
+    array::{ArrayRef, BooleanArray, Float64Array, Int64Array, RecordBatch, RecordBatchOptions, StringArray},
+    compute::cast,
+    datatypes::{DataType, SchemaRef},
+};
+use floodmark_dataflow::{
+    SubtaskContext,
+    connector::{Connector, PlanContext, SinkInput, TableDef, TableError},
+    sink::SinkNode,
+    source::{Polled, Source, SourceFactory},
+};
+use floodmark_snapshot::{Error, Result, SplitState};
+use serde_json::json;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::{format::BATCH_ROWS, options::Options, pace::Pace};
+
+/// See the header of this file.
+pub(crate) struct Datagen;
+
+/// Stripes of the row numbers; more subtasks than this find nothing to do.
+const STRIPES: u64 = 32;
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Sequence { start: i64 },
+    Random { min: f64, max: f64, length: usize },
+}
+
+struct Column {
+    kind: Kind,
+    seed: u64,
+}
+
+impl Connector for Datagen {
+    fn name(&self) -> &'static str {
+        "datagen"
+    }
+
+    fn source(&self, table: &TableDef, projection: &SchemaRef, _: &PlanContext) -> Result<Arc<dyn SourceFactory>, TableError> {
+        let options = Options::new(table, &["seed", "rows", "rate"], &["fields."])?;
+        for (name, option) in table.options.iter().filter(|o| o.0.starts_with("fields.")) {
+            let known = table.schema.fields().iter().any(|f| {
+                let rest = name.strip_prefix("fields.").and_then(|n| n.strip_prefix(f.name().as_str()));
+                matches!(rest, Some(".kind" | ".start" | ".min" | ".max" | ".length"))
+            });
+            if !known {
+                let message = format!("unknown option '{name}': a column's options are fields.<column>.kind, start, min, max and length");
+                return Err(TableError::option(option, message));
+            }
+        }
+        let seed: u64 = options.parsed("seed", "a number")?.unwrap_or(42);
+        let mut columns = Vec::new();
+        for field in projection.fields() {
+            let option = |name: &str| format!("fields.{}.{name}", field.name());
+            let number = |name: &str, default: f64| Ok(options.parsed(&option(name), "a number")?.unwrap_or(default));
+            let sequence = options.choice(&option("kind"), &[("random", false), ("sequence", true)])?;
+            let kind = if sequence {
+                Kind::Sequence { start: number("start", 0.0)? as i64 }
+            } else {
+                let (min, max) = (number("min", 0.0)?, number("max", 1_000_000.0)?);
+                if min > max {
+                    return Err(TableError::table(format!("column '{}': min {min} is above max {max}", field.name())));
+                }
+                Kind::Random { min, max, length: number("length", 16.0)? as usize }
+            };
+            check_type(field.name(), field.data_type())?;
+            columns.push(Column { kind, seed: xxh3_64_with_seed(field.name().as_bytes(), seed) });
+        }
+        Ok(Arc::new(Rows {
+            columns: Arc::new(columns),
+            schema: projection.clone(),
+            rows: options.parsed("rows", "a number")?,
+            rate: options.parsed("rate", "a number")?,
+        }))
+    }
+
+    fn sink(&self, _: &TableDef, _: &SinkInput, _: &PlanContext) -> Result<SinkNode, TableError> {
+        Err(TableError::table("connector 'datagen' can be read from, not written to"))
+    }
+}
+
+fn check_type(name: &str, data_type: &DataType) -> Result<(), TableError> {
+    let fine = data_type.is_numeric() || data_type.is_temporal() || matches!(data_type, DataType::Boolean | DataType::Utf8);
+    if fine { Ok(()) } else { Err(TableError::table(format!("column '{name}': datagen makes no values of type {data_type}"))) }
+}
+
+struct Rows {
+    columns: Arc<Vec<Column>>,
+    schema: SchemaRef,
+    rows: Option<u64>,
+    rate: Option<f64>,
+}
+
+impl SourceFactory for Rows {
+    fn kind(&self) -> String {
+        "datagen source".to_owned()
+    }
+
+    fn bounded(&self) -> bool {
+        self.rows.is_some()
+    }
+
+    fn splits(&self, restored: &[SplitState]) -> Result<Vec<SplitState>> {
+        let fresh = |stripe: u64| SplitState {
+            split: format!("stripe-{stripe:02}"),
+            position: json!({ "next": stripe }),
+            watermark: None,
+            finished: false,
+        };
+        let known = |split: SplitState| restored.iter().find(|r| r.split == split.split).cloned().unwrap_or(split);
+        Ok((0..STRIPES).map(|stripe| known(fresh(stripe))).collect())
+    }
+
+    fn open(&self, splits: Vec<SplitState>, context: &SubtaskContext) -> Result<Box<dyn Source>> {
+        let next = |split: &SplitState| {
+            let next = split.position["next"].as_u64();
+            next.ok_or_else(|| Error::abort(format!("{} has no position: {}", split.split, split.position)))
+        };
+        let share = splits.len() as f64 / STRIPES as f64;
+        Ok(Box::new(Reader {
+            columns: self.columns.clone(),
+            schema: self.schema.clone(),
+            rows: self.rows.unwrap_or(u64::MAX),
+            next: splits.iter().map(next).collect::<Result<_>>()?,
+            pace: Pace::new(context.env.clock.clone(), self.rate.map(|r| r * share)),
+            splits,
+        }))
+    }
+}
+
+struct Reader {
+    columns: Arc<Vec<Column>>,
+    schema: SchemaRef,
+    rows: u64,
+    next: Vec<u64>,
+    pace: Pace,
+    splits: Vec<SplitState>,
+}
+
+impl Source for Reader {
+    fn poll(&mut self, wait: Duration) -> Result<Polled> {
+        let open = (0..self.splits.len()).filter(|i| !self.splits[*i].finished);
+        let Some(split) = open.min_by_key(|i| self.next[*i]) else { return Ok(Polled::Exhausted) };
+        let left = self.rows.saturating_sub(self.next[split]).div_ceil(STRIPES);
+        if left == 0 {
+            self.splits[split].finished = true;
+            return Ok(Polled::SplitFinished { split });
+        }
+        let rows = self.pace.allowed(left.min(BATCH_ROWS as u64), wait);
+        if rows == 0 {
+            return Ok(Polled::Pending);
+        }
+        let first = self.next[split];
+        let numbers: Vec<u64> = (0..rows).map(|i| first + i * STRIPES).collect();
+        self.next[split] += rows * STRIPES;
+        self.pace.took(rows);
+        Ok(Polled::Batch { split, rows: self.rows_of(&numbers)? })
+    }
+
+    fn positions(&self) -> Result<Vec<SplitState>> {
+        let now = self.splits.iter().zip(&self.next);
+        Ok(now.map(|(split, next)| SplitState { position: json!({ "next": next }), ..split.clone() }).collect())
+    }
+}
+
+impl Reader {
+    fn rows_of(&self, numbers: &[u64]) -> Result<RecordBatch> {
+        let failed = |e| Error::abort(format!("make rows: {e}"));
+        let columns = self.schema.fields().iter().zip(self.columns.iter());
+        let columns = columns
+            .map(|(field, column)| column.make(numbers, field.data_type()).map_err(failed))
+            .collect::<Result<Vec<_>>>()?;
+        let options = RecordBatchOptions::new().with_row_count(Some(numbers.len()));
+        RecordBatch::try_new_with_options(self.schema.clone(), columns, &options).map_err(failed)
+    }
+}
+
+impl Column {
+    fn make(&self, numbers: &[u64], data_type: &DataType) -> Result<ArrayRef, arrow::error::ArrowError> {
+        let draw = |n: &u64| xxh3_64_with_seed(&n.to_le_bytes(), self.seed);
+        let fraction = |n: &u64| (draw(n) >> 11) as f64 / (1_u64 << 53) as f64;
+        let made: ArrayRef = match (self.kind, data_type) {
+            (Kind::Sequence { start }, _) => Arc::new(numbers.iter().map(|n| start + *n as i64).collect::<Int64Array>()),
+            (Kind::Random { .. }, DataType::Boolean) => {
+                Arc::new(numbers.iter().map(|n| Some(draw(n) & 1 == 1)).collect::<BooleanArray>())
+            }
+            (Kind::Random { length, .. }, DataType::Utf8) => {
+                let text = |n: &u64| {
+                    let hex = format!("{:016x}", draw(n));
+                    Some(hex.chars().cycle().take(length).collect::<String>())
+                };
+                Arc::new(numbers.iter().map(text).collect::<StringArray>())
+            }
+            (Kind::Random { min, max, .. }, other) if other.is_floating() => {
+                Arc::new(numbers.iter().map(|n| min + fraction(n) * (max - min)).collect::<Float64Array>())
+            }
+            (Kind::Random { min, max, .. }, _) => {
+                let value = |n: &u64| (min + fraction(n) * (max - min + 1.0)).floor().min(max) as i64;
+                Arc::new(numbers.iter().map(value).collect::<Int64Array>())
+            }
+        };
+        // Decimals and dates can't be cast from 64-bit integers in one step everywhere.
+        match data_type {
+            DataType::Date32 => cast(&cast(&made, &DataType::Int32)?, data_type),
+            _ => cast(&made, data_type),
+        }
+    }
+}
