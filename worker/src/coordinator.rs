@@ -56,7 +56,11 @@ pub(crate) async fn run(
         start = open(&spec, &env).await?;
         if let (Some(epoch), None) = (start.state.finished, start.log.as_ref()) {
             progress.phase(JobPhase::Done);
-            return Ok(Summary { outcome: Outcome::AlreadyFinished, progress: progress.view(), last_epoch: Some(epoch) });
+            return Ok(Summary {
+                outcome: Outcome::AlreadyFinished,
+                progress: progress.view(),
+                last_epoch: Some(epoch),
+            });
         }
     }
     if let Some(restored) = &start.restored {
@@ -109,12 +113,14 @@ async fn deploy_all(
     let restored = start.restored.as_ref();
     let mut handles = BTreeMap::new();
     if let Some(log) = &start.log {
-        let all = deploy::committers(&spec.graph, spec.parallelism, log.history(), restored).map_err(RunError::Connector)?;
+        let all =
+            deploy::committers(&spec.graph, spec.parallelism, log.history(), restored).map_err(RunError::Connector)?;
         for committing in all {
             let to = sender.clone();
             let report = Box::new(move |report| drop(to.send(Event::Committer(report))));
             let id = committing.id.clone();
-            let handle = committers::start(committing.id, committing.committer, committing.restored, env.clone(), report);
+            let handle =
+                committers::start(committing.id, committing.committer, committing.restored, env.clone(), report);
             handles.insert(id, handle.map_err(RunError::Failed)?);
         }
     }
@@ -127,7 +133,15 @@ async fn deploy_all(
             .map_err(RunError::Failed)?;
         tasks.insert(id, RunningTask { commands, source, sinks, thread: Some(thread), ended: false });
     }
-    Ok(Running { spec: spec.clone(), env: env.clone(), progress: progress.clone(), sender, events, tasks, committers: handles })
+    Ok(Running {
+        spec: spec.clone(),
+        env: env.clone(),
+        progress: progress.clone(),
+        sender,
+        events,
+        tasks,
+        committers: handles,
+    })
 }
 
 struct RunningTask {
@@ -454,7 +468,8 @@ impl Shell {
         spawn(async move {
             match storage.list(&folder.path("blobs"), None).await {
                 Ok(listed) => {
-                    let listed: Vec<_> = listed.iter().filter_map(|o| folder.relative(&o.path)).map(str::to_owned).collect();
+                    let listed: Vec<_> =
+                        listed.iter().filter_map(|o| folder.relative(&o.path)).map(str::to_owned).collect();
                     retention::delete(&*storage, &folder, retention::orphans(&listed, &state, attempt)).await;
                 }
                 Err(error) => tracing::warn!(%error, "could not look for orphaned files; left for the next start"),
@@ -479,7 +494,10 @@ fn spawn(work: impl Future<Output = ()> + Send + 'static) {
     drop(tokio::spawn(work));
 }
 
-#[allow(clippy::disallowed_methods, reason = "the machine is told the time as an event; this is the shell that tells it")]
+#[allow(
+    clippy::disallowed_methods,
+    reason = "the machine is told the time as an event; this is the shell that tells it"
+)]
 async fn pause(duration: Option<Duration>) {
     match duration {
         Some(duration) => tokio::time::sleep(duration).await,

@@ -70,7 +70,8 @@ pub(crate) fn committers(
     for (task, node) in graph.nodes() {
         let NodeKind::Sink(sink) = &node.node else { continue };
         let present = 0..width(graph, task, parallelism);
-        let earlier = restored.and_then(|r| r.operator(&node.uid)).into_iter().flat_map(|o| &o.shards).map(|s| s.subtask);
+        let earlier =
+            restored.and_then(|r| r.operator(&node.uid)).into_iter().flat_map(|o| &o.shards).map(|s| s.subtask);
         for index in present.chain(earlier).collect::<BTreeSet<u32>>() {
             let Some(committer) = sink.committer(index, history).map_err(|e| e.context(&node.uid))? else { break };
             let restored = restored.map(|r| {
@@ -107,7 +108,8 @@ pub(crate) fn tasks(
         for index in 0..parallelism {
             let of_node = |n: usize| metrics[n][index as usize].clone();
             let builder = Builder { spec, env, splits, restored, index, parallelism };
-            let ends = wiring.remove(&(t, index)).ok_or_else(|| Error::abort("internal error: a subtask without wiring"))?;
+            let ends =
+                wiring.remove(&(t, index)).ok_or_else(|| Error::abort("internal error: a subtask without wiring"))?;
             deployed.push(builder.build(TaskId(t), &vertex.chain, of_node, ends)?);
         }
     }

@@ -20,9 +20,7 @@ use floodmark_dataflow::JobGraph;
 use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, storage::Storage};
 use tokio::sync::watch;
 
-pub use progress::{
-    CheckpointCounts, CheckpointStatus, JobPhase, OperatorStatus, Progress, ProgressView,
-};
+pub use progress::{CheckpointCounts, CheckpointStatus, JobPhase, OperatorStatus, Progress, ProgressView};
 
 /// How a job takes its snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,10 +1,7 @@
 //! What a running job shows of itself: counters per operator and the last checkpoint. Written by the coordinator's shell and
 //! the tasks, read by whoever displays it; no decision rests on it.
 
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
-    atomic::Ordering,
-};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering};
 
 use floodmark_dataflow::{OperatorMetrics, metrics::read};
 use floodmark_snapshot::{Epoch, OperatorUid, TimestampMs};

@@ -40,7 +40,8 @@ pub(crate) fn start(
 ) -> Result<std::thread::JoinHandle<()>> {
     spawn_thread(name, move || {
         // A panic is a defect of ours; it must still end the job with a message rather than leave it hanging.
-        let outcome = catch_unwind(AssertUnwindSafe(|| drive(task, &signal, |event| report(TaskReport::Event(id, event)))));
+        let outcome =
+            catch_unwind(AssertUnwindSafe(|| drive(task, &signal, |event| report(TaskReport::Event(id, event)))));
         match outcome {
             Ok(Ok(())) => {}
             Ok(Err(error)) => report(TaskReport::Failed(id, error)),

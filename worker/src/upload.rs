@@ -117,11 +117,11 @@ fn restage(encoded: Vec<Encoded>, staged: &Staged, epoch: Epoch) -> Vec<Encoded>
             staged.add(epoch, (shard.rows, shard.bytes));
         }
     }
-    others.extend(
-        staged
-            .up_to(epoch)
-            .into_iter()
-            .map(|(rows, bytes)| Encoded { kind: ShardKind::Staged, key_groups: None, rows, bytes }),
-    );
+    others.extend(staged.up_to(epoch).into_iter().map(|(rows, bytes)| Encoded {
+        kind: ShardKind::Staged,
+        key_groups: None,
+        rows,
+        bytes,
+    }));
     others
 }

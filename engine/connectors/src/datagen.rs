@@ -41,7 +41,12 @@ impl Connector for Datagen {
         "datagen"
     }
 
-    fn source(&self, table: &TableDef, projection: &SchemaRef, _: &PlanContext) -> Result<Arc<dyn SourceFactory>, TableError> {
+    fn source(
+        &self,
+        table: &TableDef,
+        projection: &SchemaRef,
+        _: &PlanContext,
+    ) -> Result<Arc<dyn SourceFactory>, TableError> {
         let options = Options::new(table, &["seed", "rows", "rate"], &["fields."])?;
         for (name, option) in table.options.iter().filter(|o| o.0.starts_with("fields.")) {
             let known = table.schema.fields().iter().any(|f| {
@@ -49,7 +54,9 @@ impl Connector for Datagen {
                 matches!(rest, Some(".kind" | ".start" | ".min" | ".max" | ".length"))
             });
             if !known {
-                let message = format!("unknown option '{name}': a column's options are fields.<column>.kind, start, min, max and length");
+                let message = format!(
+                    "unknown option '{name}': a column's options are fields.<column>.kind, start, min, max and length"
+                );
                 return Err(TableError::option(option, message));
             }
         }
@@ -85,8 +92,13 @@ impl Connector for Datagen {
 }
 
 fn check_type(name: &str, data_type: &DataType) -> Result<(), TableError> {
-    let fine = data_type.is_numeric() || data_type.is_temporal() || matches!(data_type, DataType::Boolean | DataType::Utf8);
-    if fine { Ok(()) } else { Err(TableError::table(format!("column '{name}': datagen makes no values of type {data_type}"))) }
+    let fine =
+        data_type.is_numeric() || data_type.is_temporal() || matches!(data_type, DataType::Boolean | DataType::Utf8);
+    if fine {
+        Ok(())
+    } else {
+        Err(TableError::table(format!("column '{name}': datagen makes no values of type {data_type}")))
+    }
 }
 
 struct Rows {
@@ -185,7 +197,9 @@ impl Column {
         let draw = |n: &u64| xxh3_64_with_seed(&n.to_le_bytes(), self.seed);
         let fraction = |n: &u64| (draw(n) >> 11) as f64 / (1_u64 << 53) as f64;
         let made: ArrayRef = match (self.kind, data_type) {
-            (Kind::Sequence { start }, _) => Arc::new(numbers.iter().map(|n| start + *n as i64).collect::<Int64Array>()),
+            (Kind::Sequence { start }, _) => {
+                Arc::new(numbers.iter().map(|n| start + *n as i64).collect::<Int64Array>())
+            }
             (Kind::Random { .. }, DataType::Boolean) => {
                 Arc::new(numbers.iter().map(|n| Some(draw(n) & 1 == 1)).collect::<BooleanArray>())
             }

@@ -118,7 +118,8 @@ mod tests {
             option 'rate': 'fast' is not a number
             option 'pause': '7' is not a duration such as '500 ms' or '10 s'
             option 'mode': 'never' is none of 'bounded', 'following'
-            option 'topic' is missing"#]].assert_eq(&messages.join("\n"));
+            option 'topic' is missing"#]]
+        .assert_eq(&messages.join("\n"));
     }
 
     #[test]

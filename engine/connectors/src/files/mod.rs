@@ -35,7 +35,12 @@ impl Connector for Files {
         "files"
     }
 
-    fn source(&self, table: &TableDef, projection: &SchemaRef, _: &PlanContext) -> Result<Arc<dyn SourceFactory>, TableError> {
+    fn source(
+        &self,
+        table: &TableDef,
+        projection: &SchemaRef,
+        _: &PlanContext,
+    ) -> Result<Arc<dyn SourceFactory>, TableError> {
         let own = ["path", "mode", "poll-interval"];
         let known: Vec<&str> = own.into_iter().chain(FORMAT_OPTIONS).chain(BadRecords::OPTIONS).collect();
         let options = Options::new(table, &known, &[])?;

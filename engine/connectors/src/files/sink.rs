@@ -47,17 +47,12 @@ impl SinkFactory for FilesSink {
     fn create(&self, context: &SubtaskContext) -> Result<Box<dyn Operator>> {
         let direct = if self.exactly_once { None } else { Some((storage::open(&self.path)?, blocking()?)) };
         let header = match self.format {
-            Format::Csv { header: true, delimiter } => Some(self.columns.join(&char::from(delimiter).to_string()) + "\n"),
+            Format::Csv { header: true, delimiter } => {
+                Some(self.columns.join(&char::from(delimiter).to_string()) + "\n")
+            }
             Format::Csv { header: false, .. } | Format::Json => None,
         };
-        Ok(Box::new(Lines {
-            format: self.format,
-            header,
-            text: Vec::new(),
-            rows: 0,
-            direct,
-            context: context.clone(),
-        }))
+        Ok(Box::new(Lines { format: self.format, header, text: Vec::new(), rows: 0, direct, context: context.clone() }))
     }
 
     fn committer(&self, index: u32, history: &str) -> Result<Option<Box<dyn Committer>>> {

@@ -53,14 +53,16 @@ impl FilesSource {
     fn place(&self) -> Result<Location> {
         let path = self.path.strip_prefix("file://").unwrap_or(&self.path);
         let remote = path.contains("://");
-        let is_file = if remote { !path.ends_with('/') && has_ending(path) } else { std::path::Path::new(path).is_file() };
+        let is_file =
+            if remote { !path.ends_with('/') && has_ending(path) } else { std::path::Path::new(path).is_file() };
         if !remote && !std::path::Path::new(path).exists() {
             return Err(Error::abort(format!("there is no file or folder {path}; check option 'path'")));
         }
         match path.rsplit_once('/').filter(|_| is_file) {
-            Some((folder, name)) => {
-                Ok(Location { storage: storage::open(if folder.is_empty() { "/" } else { folder })?, file: Some(name.to_owned()) })
-            }
+            Some((folder, name)) => Ok(Location {
+                storage: storage::open(if folder.is_empty() { "/" } else { folder })?,
+                file: Some(name.to_owned()),
+            }),
             None if is_file => Ok(Location { storage: storage::open(".")?, file: Some(path.to_owned()) }),
             None => Ok(Location { storage: storage::open(path)?, file: None }),
         }
@@ -110,7 +112,9 @@ impl SourceFactory for FilesSource {
                     )));
                 }
                 None if split.finished => {}
-                None => return Err(Error::abort(format!("file {} is gone before it was read to its end", split.split))),
+                None => {
+                    return Err(Error::abort(format!("file {} is gone before it was read to its end", split.split)));
+                }
             }
         }
         let new = files.iter().filter(|f| restored.iter().all(|r| r.split != f.path));
@@ -246,7 +250,8 @@ impl Reader {
         let file = &mut self.files[i];
         let from = file.offset + file.ahead.len() as u64;
         let size = self.runtime.block_on(self.place.storage.size(&file.name))?;
-        let size = size.ok_or_else(|| Error::abort(format!("file {} is gone before it was read to its end", file.name)))?;
+        let size =
+            size.ok_or_else(|| Error::abort(format!("file {} is gone before it was read to its end", file.name)))?;
         if size < from {
             return Err(Error::abort(format!("file {} has shrunk to {size} bytes while it was read", file.name)));
         }
@@ -269,7 +274,10 @@ impl Reader {
             return Ok(Polled::Pending);
         }
         if taken == 0 && file.ahead.len() > LINE_MAX {
-            return Err(Error::abort(format!("file {}: the line at byte {} is over {LINE_MAX} bytes long", file.name, file.offset)));
+            return Err(Error::abort(format!(
+                "file {}: the line at byte {} is over {LINE_MAX} bytes long",
+                file.name, file.offset
+            )));
         }
         let mut malformed = Vec::new();
         let rows = self.decoder.finish(&mut malformed)?;

@@ -276,7 +276,16 @@ fn fields(event: Event) -> &'static [&'static str] {
     match event {
         Event::Person => &["id", "name", "emailAddress", "creditCard", "city", "state", "dateTime", "extra"],
         Event::Auction => &[
-            "id", "itemName", "description", "initialBid", "reserve", "dateTime", "expires", "seller", "category", "extra",
+            "id",
+            "itemName",
+            "description",
+            "initialBid",
+            "reserve",
+            "dateTime",
+            "expires",
+            "seller",
+            "category",
+            "extra",
         ],
         Event::Bid => &["auction", "bidder", "price", "channel", "url", "dateTime", "extra"],
     }

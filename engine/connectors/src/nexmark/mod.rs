@@ -30,37 +30,46 @@ pub fn schema() -> Schema {
     let row = |name: &str, fields: Vec<Field>| field(name, DataType::Struct(Fields::from(fields)));
     Schema::new(vec![
         field("event_type", DataType::Int32),
-        row("person", vec![
-            field("id", int.clone()),
-            field("name", text.clone()),
-            field("emailAddress", text.clone()),
-            field("creditCard", text.clone()),
-            field("city", text.clone()),
-            field("state", text.clone()),
-            field("dateTime", time.clone()),
-            field("extra", text.clone()),
-        ]),
-        row("auction", vec![
-            field("id", int.clone()),
-            field("itemName", text.clone()),
-            field("description", text.clone()),
-            field("initialBid", int.clone()),
-            field("reserve", int.clone()),
-            field("dateTime", time.clone()),
-            field("expires", time.clone()),
-            field("seller", int.clone()),
-            field("category", int.clone()),
-            field("extra", text.clone()),
-        ]),
-        row("bid", vec![
-            field("auction", int.clone()),
-            field("bidder", int.clone()),
-            field("price", int),
-            field("channel", text.clone()),
-            field("url", text.clone()),
-            field("dateTime", time),
-            field("extra", text),
-        ]),
+        row(
+            "person",
+            vec![
+                field("id", int.clone()),
+                field("name", text.clone()),
+                field("emailAddress", text.clone()),
+                field("creditCard", text.clone()),
+                field("city", text.clone()),
+                field("state", text.clone()),
+                field("dateTime", time.clone()),
+                field("extra", text.clone()),
+            ],
+        ),
+        row(
+            "auction",
+            vec![
+                field("id", int.clone()),
+                field("itemName", text.clone()),
+                field("description", text.clone()),
+                field("initialBid", int.clone()),
+                field("reserve", int.clone()),
+                field("dateTime", time.clone()),
+                field("expires", time.clone()),
+                field("seller", int.clone()),
+                field("category", int.clone()),
+                field("extra", text.clone()),
+            ],
+        ),
+        row(
+            "bid",
+            vec![
+                field("auction", int.clone()),
+                field("bidder", int.clone()),
+                field("price", int),
+                field("channel", text.clone()),
+                field("url", text.clone()),
+                field("dateTime", time),
+                field("extra", text),
+            ],
+        ),
     ])
 }
 
@@ -69,7 +78,12 @@ impl Connector for Nexmark {
         "nexmark"
     }
 
-    fn source(&self, table: &TableDef, projection: &SchemaRef, _: &PlanContext) -> Result<Arc<dyn SourceFactory>, TableError> {
+    fn source(
+        &self,
+        table: &TableDef,
+        projection: &SchemaRef,
+        _: &PlanContext,
+    ) -> Result<Arc<dyn SourceFactory>, TableError> {
         let options = Options::new(table, &["seed", "events", "rate", "event-rate", "start"], &[])?;
         check_columns(&table.schema)?;
         let generator = Generator {
@@ -104,9 +118,9 @@ fn check_columns(declared: &SchemaRef) -> Result<(), TableError> {
             )));
         };
         let fits = match (field.data_type(), expected.data_type()) {
-            (DataType::Struct(declared), DataType::Struct(all)) => declared
-                .iter()
-                .all(|d| all.iter().any(|f| f.name() == d.name() && f.data_type() == d.data_type())),
+            (DataType::Struct(declared), DataType::Struct(all)) => {
+                declared.iter().all(|d| all.iter().any(|f| f.name() == d.name() && f.data_type() == d.data_type()))
+            }
             (declared, expected) => declared == expected,
         };
         if !fits {

@@ -3,7 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use arrow::{
-    array::{ArrayRef, Int32Array, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder, StructArray, TimestampMillisecondArray},
+    array::{
+        ArrayRef, Int32Array, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder, StructArray,
+        TimestampMillisecondArray,
+    },
     buffer::NullBuffer,
     datatypes::{DataType, Field, SchemaRef},
 };
