@@ -10,6 +10,7 @@ use floodmark_dataflow::connector::Connectors;
 mod datagen;
 pub mod files;
 pub mod format;
+pub mod kafka;
 pub mod nexmark;
 mod options;
 mod pace;
@@ -20,6 +21,8 @@ mod simple;
 pub fn all() -> Connectors {
     Connectors::default()
         .with(Arc::new(files::Files))
+        .with(Arc::new(kafka::Kafka { upsert: false }))
+        .with(Arc::new(kafka::Kafka { upsert: true }))
         .with(Arc::new(nexmark::Nexmark))
         .with(Arc::new(datagen::Datagen))
         .with(Arc::new(simple::Blackhole))
