@@ -1,1 +1,13 @@
-//! Placeholder.
+//! What the whole-system tests are made of: the program as a child process, input with seeds, answers that are computed
+//! without the engine, and comparisons that show what differs.
+//!
+//! Boundary: nothing here links the engine's operators, planner or protocol. What is shared with the product is the Nexmark
+//! generator (input) and the names of the protocol's steps (where to crash).
+
+#![allow(clippy::disallowed_methods, reason = "these tests drive real processes in real time")]
+
+pub mod chaos;
+pub mod compare;
+pub mod events;
+pub mod job;
+pub mod oracle;

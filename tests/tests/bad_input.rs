@@ -1,0 +1,297 @@
+//! Bad input: each mistake ends with its own exit code and a message that says what, where and what to do; nothing panics,
+//! nothing is lost. Needs no server; see `bad_input_servers.rs` for what does.
+
+#![allow(clippy::disallowed_methods, reason = "these tests drive real processes in real time")]
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use floodmark_tests::{
+    chaos::finish,
+    job::{Ended, Job, PATIENCE, lines_of, run_with},
+};
+
+const BAD_INPUT: i32 = 2;
+const JOB_FAILED: i32 = 1;
+const FENCED: i32 = 3;
+const STORAGE: i32 = 4;
+
+const BID: &str = "CREATE TABLE bid (auction BIGINT, price BIGINT, at TIMESTAMP(3),
+  WATERMARK FOR at AS at - INTERVAL '1' SECOND
+) WITH ('connector' = 'files', 'path' = 'bids', 'format' = 'json');
+CREATE TABLE nothing (auction BIGINT, price BIGINT) WITH ('connector' = 'blackhole');
+";
+
+/// Runs a manifest as it stands, with storage of its own.
+fn run_manifest(manifest: &str) -> Result<Ended> {
+    let folder = tempfile::tempdir()?;
+    fs::write(folder.path().join("job.yaml"), manifest)?;
+    fs::create_dir(folder.path().join("bids"))?;
+    fs::write(folder.path().join("bids/1.ndjson"), "{\"auction\":1,\"price\":2,\"at\":\"2026-01-01 00:00:00\"}\n")?;
+    run_with(folder.path(), &["run", "job.yaml", "--output", "json"])
+}
+
+fn run_sql(sql: &str) -> Result<Ended> {
+    let folder = Path::new("/unused");
+    run_manifest(&Job::new(folder, "job", sql).manifest())
+}
+
+/// Checks what is said about SQL that follows [`BID`], whose lines are 1 to 4.
+fn refused_sql(sql: &str, words: &[&str]) -> Result<()> {
+    run_sql(&format!("{BID}{sql}"))?.refused(BAD_INPUT, words)
+}
+
+#[test]
+fn the_sql_of_these_tests_is_right_but_for_the_mistakes() -> Result<()> {
+    let ended = run_sql(&format!("{BID}INSERT INTO nothing SELECT auction, price FROM bid;"))?;
+    assert_eq!(ended.ok("finished")?.rows_out.get("nothing"), Some(&1));
+    Ok(())
+}
+
+#[test]
+fn an_unknown_field_is_named_with_its_path_and_its_likely_name() -> Result<()> {
+    let manifest = Job::new(Path::new("/unused"), "job", "INSERT INTO a SELECT 1").manifest();
+    let misspelt = manifest.replace("parallelism:", "paralellism:");
+    run_manifest(&misspelt)?
+        .refused(BAD_INPUT, &["job.yaml:6: spec.paralellism: unknown field, did you mean 'parallelism'?"])?;
+    let misspelt = manifest.replace("interval:", "intervall:");
+    run_manifest(&misspelt)?.refused(BAD_INPUT, &["job.yaml:8: spec.checkpoints.intervall", "did you mean 'interval'?"])
+}
+
+#[test]
+fn a_manifest_that_is_missing_or_no_yaml_is_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    run_with(folder.path(), &["run", "nowhere.yaml"])?.refused(BAD_INPUT, &["nowhere.yaml", "No such file"])?;
+    run_manifest("spec: [")?.refused(BAD_INPUT, &["job.yaml", "is not valid YAML"])?;
+    run_manifest("apiVersion: v1\nkind: Pod\n")?
+        .refused(BAD_INPUT, &["'Pod' is not known here; it must be 'StreamJob'"])
+}
+
+#[test]
+fn a_syntax_error_is_shown_with_line_and_column() -> Result<()> {
+    refused_sql("INSERT INTO nothing SELECT auction price, FROM bid;", &["line 5", "column"])?;
+    refused_sql("INSERT INTO nothing SELECT auction, price FORM bid;", &["line 5", "column"])?;
+    refused_sql("CREATE TABLE x (a BIGINT) WITH ('connector' = );", &["line 5", "column"])
+}
+
+#[test]
+fn an_unknown_table_column_or_function_is_shown_with_the_nearest_name() -> Result<()> {
+    refused_sql("INSERT INTO nothing SELECT auction, price FROM bidd;", &["line 5", "'bidd'", "did you mean 'bid'"])?;
+    refused_sql(
+        "INSERT INTO nothin SELECT auction, price FROM bid;",
+        &["line 5", "'nothin'", "did you mean 'nothing'"],
+    )?;
+    refused_sql("INSERT INTO nothing SELECT auction, prise FROM bid;", &["line 5", "'prise'", "did you mean 'price'"])?;
+    refused_sql("INSERT INTO nothing SELECT auction, absolute(price) FROM bid;", &["line 5", "'absolute'"])?;
+    refused_sql(
+        "INSERT INTO nothing SELECT auction, rownd(price) FROM bid;",
+        &["line 5", "'rownd'", "did you mean 'round'"],
+    )
+}
+
+#[test]
+fn what_is_not_supported_is_refused_by_name_and_place() -> Result<()> {
+    refused_sql("INSERT INTO nothing SELECT auction, price FROM bid\nORDER BY price;", &["line 6", "ORDER BY"])?;
+    refused_sql("INSERT INTO nothing SELECT auction, price FROM bid\nLIMIT 5;", &["line 6", "LIMIT"])?;
+    refused_sql(
+        "INSERT INTO nothing\nSELECT a.auction, b.price FROM bid a JOIN bid b ON a.auction = b.auction;",
+        &["line 6", "JOIN"],
+    )?;
+    refused_sql("INSERT INTO nothing SELECT auction, now() FROM bid;", &["line 5", "now"])
+}
+
+#[test]
+fn an_unknown_connector_or_option_is_shown_with_the_nearest_name() -> Result<()> {
+    refused_sql(
+        "CREATE TABLE x (a BIGINT) WITH ('connector' = 'nexmrk');\nINSERT INTO nothing SELECT a, a FROM x;",
+        &["line 5", "'nexmrk'", "'nexmark'"],
+    )?;
+    refused_sql(
+        "CREATE TABLE x (a BIGINT) WITH ('connector' = 'files', 'paht' = 'y');\nINSERT INTO nothing SELECT a, a FROM x;",
+        &["line 5", "unknown option 'paht'; did you mean 'path'?"],
+    )
+}
+
+#[test]
+fn a_changelog_into_an_append_only_sink_is_refused() -> Result<()> {
+    refused_sql(
+        "CREATE TABLE out (auction BIGINT, n BIGINT) WITH ('connector' = 'files', 'path' = 'out');
+INSERT INTO out SELECT auction, count(*) FROM bid GROUP BY auction;",
+        &["'out'", "takes insertions only", "upsert-kafka"],
+    )
+}
+
+#[test]
+fn a_folder_to_read_that_is_not_there_is_refused() -> Result<()> {
+    refused_sql(
+        "CREATE TABLE x (a BIGINT) WITH ('connector' = 'files', 'path' = '/nowhere/at/all');
+INSERT INTO nothing SELECT a, a FROM x;",
+        &["/nowhere/at/all", "check option 'path'"],
+    )
+}
+
+/// Six records, two of them malformed.
+fn job_with_bad_records(folder: &Path, policy: &str) -> Result<Job> {
+    fs::create_dir(folder.join("in"))?;
+    let records = "{\"a\":1}\n{\"a\":\"x\"}\n{\"a\":3}\n{\"a\":4}\nnonsense\n{\"a\":6}\n";
+    fs::write(folder.join("in/records.ndjson"), records)?;
+    let sql = format!(
+        "CREATE TABLE x (a BIGINT) WITH ('connector' = 'files', 'path' = '{0}/in', 'format' = 'json'{policy});
+CREATE TABLE y (a BIGINT) WITH ('connector' = 'files', 'path' = '{0}/out', 'format' = 'json');
+INSERT INTO y SELECT a FROM x;",
+        folder.display()
+    );
+    Ok(Job::new(folder, "bad-records", sql))
+}
+
+#[test]
+fn a_malformed_record_fails_the_job_and_is_shown_with_its_place() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let job = job_with_bad_records(folder.path(), "")?;
+    job.run()?.refused(
+        JOB_FAILED,
+        &["malformed record at records.ndjson@8", "{\"a\":\"x\"}", "set 'bad-records' to 'skip'"],
+    )?;
+    // Nothing is lost: once the record is mended, the job goes on and all rows are there.
+    let mended = "{\"a\":1}\n{\"a\":222}\n{\"a\":3}\n{\"a\":4}\n{\"a\":55}\n{\"a\":6}\n";
+    fs::write(folder.path().join("in/records.ndjson"), mended)?;
+    finish(&job)?;
+    assert_eq!(lines_of(&folder.path().join("out"))?.len(), 6);
+    Ok(())
+}
+
+#[test]
+fn malformed_records_are_skipped_and_counted_if_the_table_says_so() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let ended = finish(&job_with_bad_records(folder.path(), ", 'bad-records' = 'skip'")?)?;
+    assert_eq!(ended.ok("finished")?.bad, 2);
+    assert_eq!(lines_of(&folder.path().join("out"))?, ["{\"a\":1}", "{\"a\":3}", "{\"a\":4}", "{\"a\":6}"]);
+    Ok(())
+}
+
+#[test]
+fn malformed_records_are_kept_aside_and_counted_if_the_table_says_so() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let letters = folder.path().join("letters");
+    let policy = format!(", 'bad-records' = 'dead-letter', 'bad-records.path' = '{}'", letters.display());
+    let ended = finish(&job_with_bad_records(folder.path(), &policy)?)?;
+    assert_eq!(ended.ok("finished")?.bad, 2);
+    assert_eq!(lines_of(&folder.path().join("out"))?.len(), 4);
+    let letters = lines_of(&letters)?.join("\n");
+    ensure!(letters.lines().count() == 2, "{letters}");
+    for word in ["records.ndjson", "nonsense", "{\\\"a\\\":\\\"x\\\"}", "\"reason\""] {
+        ensure!(letters.contains(word), "no {word} in {letters}");
+    }
+    Ok(())
+}
+
+#[test]
+fn storage_that_cannot_be_written_is_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut job = small_job(folder.path(), "job");
+    fs::write(folder.path().join("file"), "")?;
+    let inside_a_file = folder.path().join("file/storage").display().to_string();
+    for location in [inside_a_file.as_str(), "/proc/floodmark"] {
+        job.storage = location.to_owned();
+        job.run()?.refused(STORAGE, &[location])?;
+    }
+    job.storage = "gs://bucket/folder".to_owned();
+    job.run()?.refused(STORAGE, &["gs://bucket/folder", "unknown scheme 'gs'; use s3://"])
+}
+
+/// A job with windowed state that runs for a few seconds.
+fn small_job(folder: &Path, name: &str) -> Job {
+    let sql = format!(
+        "CREATE TABLE nexmark (event_type INT, bid ROW<auction BIGINT, price BIGINT, `dateTime` TIMESTAMP(3)>,
+  `dateTime` AS bid.`dateTime`, WATERMARK FOR `dateTime` AS `dateTime` - INTERVAL '4' SECOND
+) WITH ('connector' = 'nexmark', 'events' = '90000', 'rate' = '30000', 'event-rate' = '1000');
+CREATE TABLE busy (window_end TIMESTAMP(3), auction BIGINT, bids BIGINT)
+  WITH ('connector' = 'files', 'path' = '{}', 'format' = 'json');
+INSERT INTO busy SELECT window_end, bid.auction, count(*)
+  FROM TABLE(TUMBLE(TABLE nexmark, DESCRIPTOR(`dateTime`), INTERVAL '10' SECOND))
+  WHERE event_type = 2 GROUP BY window_start, window_end, bid.auction;",
+        folder.join("busy").display()
+    );
+    let mut job = Job::new(folder, name, sql);
+    job.interval = "200ms".to_owned();
+    job
+}
+
+/// Runs a job until it has a few checkpoints, and kills it.
+fn with_checkpoints(job: &Job) -> Result<()> {
+    let mut run = job.start()?;
+    run.until("it had checkpoints", PATIENCE, || Ok(job.log()?.last_epoch() >= 3))?;
+    run.kill()?;
+    Ok(())
+}
+
+fn copy_folder(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let (from, to) = (entry.as_ref().map(|e| e.path()), entry.as_ref().map(|e| to.join(e.file_name())));
+        let (Ok(from), Ok(to)) = (from, to) else { continue };
+        if from.is_dir() {
+            copy_folder(&from, &to)?;
+        } else {
+            fs::copy(from, to)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_of_another_job_is_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let job = small_job(folder.path(), "first");
+    with_checkpoints(&job)?;
+    let other = small_job(folder.path(), "second");
+    copy_folder(&job.checkpoint_folder(), &other.checkpoint_folder())?;
+    other.run()?.refused(STORAGE, &["default/first/local", "not to default/second/local"])
+}
+
+#[test]
+fn a_checkpoint_of_the_same_name_but_other_sql_is_refused_unless_state_may_be_dropped() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let job = small_job(folder.path(), "job");
+    with_checkpoints(&job)?;
+    let mut other = small_job(folder.path(), "job");
+    let path = folder.path().join("bids").display().to_string();
+    other.sql = other.sql[..other.sql.find("CREATE TABLE busy").unwrap_or(0)].to_owned()
+        + &format!(
+            "CREATE TABLE bids (auction BIGINT) WITH ('connector' = 'files', 'path' = '{path}', 'format' = 'json');
+INSERT INTO bids SELECT bid.auction FROM nexmark WHERE event_type = 2;"
+        );
+    other.run()?.refused(STORAGE, &["busy/", "allowDroppedState"])?;
+    // The checkpoint is still there for the job that it belongs to.
+    let ended = finish(&job)?;
+    ensure!(ended.ok("finished")?.restored_from >= Some(3), "{ended}");
+    Ok(())
+}
+
+#[test]
+fn of_two_processes_on_the_same_storage_the_older_is_fenced_and_says_so() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let job = small_job(folder.path(), "job");
+    let mut older = job.start()?;
+    older.until("it had a checkpoint", PATIENCE, || Ok(job.log()?.last_epoch() >= 1))?;
+    let newer = job.start()?;
+    older.wait(PATIENCE)?.refused(FENCED, &["newer"])?;
+    newer.wait(PATIENCE)?.ok("finished")?;
+    Ok(())
+}
+
+#[test]
+fn checking_a_job_says_the_same_without_running_it() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let sql = format!("{BID}INSERT INTO nothing SELECT auction, prise FROM bid;");
+    fs::write(folder.path().join("job.yaml"), Job::new(folder.path(), "job", sql).manifest())?;
+    let start = Instant::now();
+    run_with(folder.path(), &["check", "job.yaml"])?.refused(BAD_INPUT, &["line 5", "did you mean 'price'"])?;
+    ensure!(start.elapsed() < Duration::from_secs(10));
+    ensure!(!folder.path().join("floodmark-data").exists(), "checking wrote something");
+    Ok(())
+}

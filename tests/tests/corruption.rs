@@ -1,0 +1,124 @@
+//! Damaged checkpoints: one turned bit is found, the checkpoint before is used, and the log says so. Needs no server.
+
+use std::{fs, path::Path, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use floodmark_connectors::nexmark::Generator;
+use floodmark_tests::{
+    chaos::finish,
+    compare::{Column, multiset, row_of_json},
+    job::{Ended, Job, PATIENCE, flip_a_byte, lines_of},
+    oracle::bids_per_auction,
+};
+
+const EVENTS: u64 = 150_000;
+const COLUMNS: [Column; 4] =
+    [Column::Time("window_end"), Column::Plain("auction"), Column::Plain("bids"), Column::Plain("highest")];
+
+/// A job that died right after its fourth checkpoint became durable: its sinks have not committed it yet.
+fn crashed_job(folder: &Path) -> Result<Job> {
+    let sql = format!(
+        "CREATE TABLE nexmark (
+  event_type INT,
+  bid ROW<auction BIGINT, price BIGINT, `dateTime` TIMESTAMP(3)>,
+  `dateTime` AS bid.`dateTime`,
+  WATERMARK FOR `dateTime` AS `dateTime` - INTERVAL '4' SECOND
+) WITH ('connector' = 'nexmark', 'events' = '{EVENTS}', 'event-rate' = '1000', 'rate' = '50000');
+CREATE TABLE busy (window_end TIMESTAMP(3), auction BIGINT, bids BIGINT, highest BIGINT)
+  WITH ('connector' = 'files', 'path' = '{}', 'format' = 'json');
+INSERT INTO busy SELECT window_end, bid.auction, count(*), max(bid.price)
+  FROM TABLE(TUMBLE(TABLE nexmark, DESCRIPTOR(`dateTime`), INTERVAL '10' SECOND))
+  WHERE event_type = 2 GROUP BY window_start, window_end, bid.auction;",
+        folder.join("busy").display()
+    );
+    let mut job = Job::new(folder, "busy", sql);
+    job.interval = "300ms".to_owned();
+    let ended = job.start_with(Some("after-log-entry:+4"))?.wait(Duration::from_secs(60))?;
+    ensure!(ended.killed(), "it was not killed: {ended}");
+    Ok(job)
+}
+
+fn check_output(folder: &Path) -> Result<()> {
+    let generator = Generator { events_per_second: 1_000, ..Generator::default() };
+    let lines = lines_of(&folder.join("busy"))?;
+    let rows = lines.iter().map(|line| row_of_json(line.as_bytes(), &COLUMNS)).collect::<Result<Vec<_>>>()?;
+    multiset(bids_per_auction(generator, EVENTS, 10_000)?, rows)?;
+    Ok(())
+}
+
+/// Epochs of the newest checkpoint and the one before.
+fn newest_two(job: &Job) -> Result<(u64, u64)> {
+    let log = job.log()?;
+    let mut epochs = log.completed().rev().filter_map(|(_, manifest)| manifest["epoch"].as_u64());
+    Ok((epochs.next().context("no checkpoint")?, epochs.next().context("just one checkpoint")?))
+}
+
+fn says_so(ended: &Ended, from: u64) -> Result<()> {
+    assert_eq!(ended.ok("finished")?.restored_from, Some(from));
+    ensure!(ended.log.contains("damaged"), "it doesn't say that something is damaged: {ended}");
+    ensure!(ended.log.contains("restored an older checkpoint"), "it doesn't say what it starts from: {ended}");
+    Ok(())
+}
+
+#[test]
+fn a_turned_bit_in_a_shard_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let job = crashed_job(folder.path())?;
+    let (newest, before) = newest_two(&job)?;
+    let shards = job.log()?.shards();
+    let shard = shards.first().context("the checkpoint has no shard")?;
+    flip_a_byte(&job.checkpoint_folder().join(shard))?;
+    let ended = finish(&job)?;
+    says_so(&ended, before)?;
+    ensure!(ended.log.contains(&format!("checkpoint={newest}")), "it doesn't name checkpoint {newest}: {ended}");
+    ensure!(ended.log.contains(shard), "it doesn't name shard {shard}: {ended}");
+    check_output(folder.path())
+}
+
+#[test]
+fn a_missing_shard_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let job = crashed_job(folder.path())?;
+    let (_, before) = newest_two(&job)?;
+    let shards = job.log()?.shards();
+    fs::remove_file(job.checkpoint_folder().join(shards.first().context("the checkpoint has no shard")?))?;
+    let ended = finish(&job)?;
+    says_so(&ended, before)?;
+    check_output(folder.path())
+}
+
+#[test]
+fn a_turned_bit_in_a_log_entry_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let job = crashed_job(folder.path())?;
+    let (_, before) = newest_two(&job)?;
+    let entry = job.log()?.completed().next_back().context("no checkpoint")?.0.to_owned();
+    flip_a_byte(&entry)?;
+    let ended = finish(&job)?;
+    says_so(&ended, before)?;
+    check_output(folder.path())
+}
+
+#[test]
+fn a_job_whose_checkpoints_are_all_damaged_starts_from_nothing_only_if_told_to() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut job = crashed_job(folder.path())?;
+    let blobs = job.checkpoint_folder().join("blobs");
+    let mut damaged = 0;
+    for attempt in fs::read_dir(&blobs)? {
+        for shard in fs::read_dir(attempt?.path())? {
+            flip_a_byte(&shard?.path())?;
+            damaged += 1;
+        }
+    }
+    ensure!(damaged > 0, "no shard to damage in {}", blobs.display());
+    let output_before = lines_of(&folder.path().join("busy"))?;
+    job.start()?.wait(PATIENCE)?.refused(4, &["no checkpoint of default/busy/local", "is intact", "--restore none"])?;
+    assert_eq!(lines_of(&folder.path().join("busy"))?, output_before, "a job that is refused writes nothing");
+    fs::remove_dir_all(folder.path().join("busy"))?;
+    job.from_nothing = true;
+    let ended = finish(&job)?;
+    assert_eq!(ended.ok("finished")?.restored_from, None);
+    ensure!(ended.log.contains("starting from nothing, as told to"), "it doesn't say so: {ended}");
+    check_output(folder.path())
+}
