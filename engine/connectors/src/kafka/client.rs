@@ -10,7 +10,7 @@ use std::{
 };
 
 use floodmark_dataflow::connector::TableError;
-use floodmark_snapshot::{Error, Result};
+use floodmark_snapshot::{Env, Error, Result, env::sleep};
 use rdkafka::{
     ClientConfig, ClientContext, TopicPartitionList,
     config::RDKafkaLogLevel,
@@ -25,9 +25,10 @@ use crate::options::Options;
 
 /// Prefix of options that go to the client library as they are.
 pub(super) const PROPERTIES: &str = "properties.";
-/// Longest that a look-up waits for a broker: `LOOKUP_TRIES` times `LOOKUP_STEP`.
+/// How long a look-up goes on asking a broker that doesn't answer, how long it waits for one answer, and between two tries.
+const LOOKUP_MAX: Duration = Duration::from_secs(7);
 const LOOKUP_STEP: Duration = Duration::from_secs(2);
-const LOOKUP_TRIES: u32 = 4;
+const LOOKUP_PAUSE: Duration = Duration::from_millis(50);
 /// Events that a client is asked for at once to learn why it has no connection.
 const EVENTS_MAX: usize = 100;
 
@@ -114,9 +115,14 @@ impl Cluster {
         &self.servers
     }
 
-    /// What the user has set `name` to.
-    pub(super) fn property(&self, name: &str) -> Option<&str> {
+    /// What the user has set a property to.
+    fn property(&self, name: &str) -> Option<&str> {
         self.properties.get(name).map(String::as_str)
+    }
+
+    /// What a reader may see: committed records, unless the user has said otherwise.
+    pub(super) fn isolation(&self) -> &str {
+        self.property("isolation.level").unwrap_or("read_committed")
     }
 
     /// A configuration: `defaults`, over them what the user wrote, and over that what correctness depends on.
@@ -247,30 +253,26 @@ impl ProducerContext for Watch {
 pub(super) struct Lookup {
     consumer: BaseConsumer<Watch>,
     servers: String,
+    env: Env,
 }
 
 impl Lookup {
-    /// A client that reaches the brokers at the first question. High offsets are those of committed records, unless
-    /// `uncommitted`.
-    pub(super) fn new(cluster: &Cluster, uncommitted: bool) -> Result<Self> {
-        let isolation = if uncommitted {
-            "read_uncommitted"
-        } else {
-            cluster.property("isolation.level").unwrap_or("read_committed")
-        };
+    /// A client that reaches the brokers at the first question. With isolation `read_committed`, a partition ends before the
+    /// first open transaction.
+    pub(super) fn new(cluster: &Cluster, isolation: &str) -> Result<Self> {
         let mut config = cluster.config(&[], &[("allow.auto.create.topics", "false"), ("isolation.level", isolation)]);
         // Without a group there is one queue, on which the client says why it fails.
         config.remove("group.id");
         let consumer = config
             .create_with_context(Watch::default())
             .map_err(|e| failed("set up a Kafka client; check options 'properties.*'", &e))?;
-        Ok(Self { consumer, servers: cluster.servers().to_owned() })
+        Ok(Self { consumer, servers: cluster.servers().to_owned(), env: Env::system() })
     }
 
     /// Repeats a question until there is an answer, for a bounded time.
     fn ask<T>(&self, what: &str, question: impl Fn() -> KafkaResult<T>) -> Result<T> {
-        let mut last = None;
-        for _ in 0..LOOKUP_TRIES {
+        let until = self.env.clock.monotonic() + LOOKUP_MAX;
+        loop {
             let error = match question() {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
@@ -288,15 +290,17 @@ impl Lookup {
             if error.rdkafka_error_code().is_some_and(denied) {
                 return Err(failed(what, &error));
             }
-            last = Some(error);
+            if self.env.clock.monotonic() > until {
+                let reason = self.consumer.context().reason().unwrap_or_else(|| error.to_string());
+                return Err(Error::retry(format!(
+                    "{what}: no answer from the Kafka broker at {} within {} s ({reason}); \
+                     check option 'properties.bootstrap.servers'",
+                    self.servers,
+                    LOOKUP_MAX.as_secs()
+                )));
+            }
+            sleep(LOOKUP_PAUSE);
         }
-        let reason = self.consumer.context().reason().or(last.map(|e| e.to_string())).unwrap_or_default();
-        let seconds = (LOOKUP_STEP * LOOKUP_TRIES).as_secs();
-        Err(Error::retry(format!(
-            "{what}: no answer from the Kafka broker at {} within {seconds} s ({reason}); \
-             check option 'properties.bootstrap.servers'",
-            self.servers
-        )))
     }
 
     fn metadata(&self, what: &str, topic: Option<&str>) -> Result<Metadata> {
@@ -359,6 +363,26 @@ impl Lookup {
             Some(Offset::Offset(offset)) => Some(offset),
             _ => None,
         })
+    }
+
+    /// Number of brokers.
+    pub(super) fn brokers(&self) -> Result<usize> {
+        Ok(self.metadata("list brokers", None)?.brokers().len())
+    }
+
+    /// Waits until a topic that was just created is known.
+    pub(super) fn until_there(&self, topic: &str) -> Result<()> {
+        let until = self.env.clock.monotonic() + LOOKUP_MAX;
+        while self.partitions_if_any(topic)?.is_none() {
+            if self.env.clock.monotonic() > until {
+                return Err(Error::retry(format!(
+                    "topic '{topic}' was created, but {} doesn't know it yet",
+                    self.servers
+                )));
+            }
+            sleep(LOOKUP_PAUSE);
+        }
+        Ok(())
     }
 
     /// Whether the topic is known to be gone; not being able to ask is not knowing.

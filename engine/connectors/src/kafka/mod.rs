@@ -1,9 +1,13 @@
 //! `'connector' = 'kafka'` and `'upsert-kafka'`: partitions read by explicit assignment, and a sink whose output becomes
 //! visible in one transaction per checkpoint, together with a marker that tells a successor how far it came.
 //!
-//! [`client`] is what is shared; [`start`] and [`source`] read.
+//! [`client`] is what is shared; [`start`] and [`source`] read; [`record`], [`produce`], [`sink`] and [`committer`] write.
 
 mod client;
+mod committer;
+mod produce;
+mod record;
+mod sink;
 mod source;
 mod start;
 
@@ -18,6 +22,7 @@ use floodmark_dataflow::{
 
 use self::{
     client::{Cluster, PROPERTIES},
+    sink::KafkaSink,
     source::KafkaSource,
     start::{START_OPTIONS, Start},
 };
@@ -90,7 +95,9 @@ impl Connector for Kafka {
         }))
     }
 
-    fn sink(&self, table: &TableDef, _: &SinkInput, _: &PlanContext) -> Result<SinkNode, TableError> {
-        Err(TableError::table(format!("table '{}': connector 'kafka' can not be written to yet", table.name)))
+    fn sink(&self, table: &TableDef, input: &SinkInput, context: &PlanContext) -> Result<SinkNode, TableError> {
+        let options = Options::new(table, &known(), &[PROPERTIES])?;
+        let format = format_of(&options)?;
+        Ok(Arc::new(KafkaSink::of(self.name(), table, input, context, &options, format)?))
     }
 }

@@ -67,7 +67,7 @@ impl SourceFactory for KafkaSource {
     }
 
     fn splits(&self, restored: &[SplitState]) -> Result<Vec<SplitState>> {
-        let lookup = Lookup::new(&self.cluster, false)?;
+        let lookup = Lookup::new(&self.cluster, self.cluster.isolation())?;
         let mut splits = Vec::new();
         for topic in &self.topics {
             splits.extend(self.start.splits(&lookup, topic, self.bounded, restored)?);
@@ -351,7 +351,7 @@ impl Reader {
                 | RDKafkaErrorCode::OffsetOutOfRange
                 | RDKafkaErrorCode::LogTruncation,
             ) => {
-                let lookup = Lookup::new(&self.cluster, false)?;
+                let lookup = Lookup::new(&self.cluster, self.cluster.isolation())?;
                 for split in self.splits.iter().filter(|s| s.topic == *topic && !s.finished) {
                     let (low, high) = lookup.offsets(topic, split.partition)?;
                     super::start::check_kept(topic, split.partition, split.gathered_to, low, high)?;
@@ -364,7 +364,7 @@ impl Reader {
                 | RDKafkaErrorCode::UnknownPartition,
             ) => {
                 // A broker that is starting may say so too.
-                if Lookup::new(&self.cluster, false)?.is_gone(topic) {
+                if Lookup::new(&self.cluster, self.cluster.isolation())?.is_gone(topic) {
                     return Err(Error::abort(format!("topic '{topic}' at {servers} was deleted while it was read")));
                 }
                 tracing::warn!(topic, %error, "reading goes on when the topic is there again");

@@ -1,0 +1,268 @@
+//! Makes staged records visible exactly once, however long that takes.
+//!
+//! A commit is one short transaction of all records and a marker: the epoch, under this committer's transactional id, in a
+//! compacted topic. To open is to fence: it makes the broker refuse every earlier holder of the id and abort what it left
+//! open, and only then reads the marker, which therefore can't change behind our back. So a commit is repeated exactly if it
+//! has not happened.
+//!
+//! The marker's topic is shared, and what a reader of committed records sees of it ends at the first open transaction of
+//! *anybody*. So the read waits until that bound has passed the end that the topic had after the fencing: reading less could
+//! miss the own marker, and repeat a commit.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use floodmark_dataflow::sink::Committer;
+use floodmark_snapshot::{Env, Epoch, Error, Result, Step, block::read_blocks, env::sleep};
+use rdkafka::{
+    Message, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
+    consumer::{BaseConsumer, Consumer},
+    error::{KafkaError, RDKafkaErrorCode},
+    producer::{BaseProducer, Producer},
+    topic_partition_list::Offset,
+};
+use serde_json::{Value, json};
+
+use super::{
+    client::{Cluster, Lookup, Watch, failed},
+    produce::{judged, producer, send, settle},
+    record::Records,
+    sink::STAGED,
+};
+
+/// Longest that one call waits for brokers. What takes longer is an error to retry.
+const OPEN_MAX: Duration = Duration::from_secs(15);
+/// Longest that the reading of markers waits for others' open transactions, before it is retried.
+const MARKERS_MAX: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(20);
+/// Markers are all in one partition, so that reading them is one read.
+const MARKER_PARTITION: i32 = 0;
+const REPLICAS_MAX: usize = 3;
+
+pub(super) struct KafkaCommitter {
+    pub(super) cluster: Cluster,
+    pub(super) topic: String,
+    pub(super) id: String,
+    pub(super) commit_topic: String,
+    pub(super) history: String,
+    pub(super) timeout: Duration,
+    pub(super) env: Env,
+    producer: Option<BaseProducer<Watch>>,
+    /// The last marker of this id and history below `read_to`.
+    marker: Option<Epoch>,
+    read_to: i64,
+}
+
+impl KafkaCommitter {
+    pub(super) fn new(
+        cluster: Cluster,
+        topic: String,
+        id: String,
+        commit_topic: String,
+        history: String,
+        timeout: Duration,
+    ) -> Self {
+        let env = Env::system();
+        Self { cluster, topic, id, commit_topic, history, timeout, env, producer: None, marker: None, read_to: 0 }
+    }
+
+    /// Reads on to the end that the marker topic has now.
+    fn read_markers(&mut self) -> Result<()> {
+        let what = format!("read the commit marker of '{}' in topic '{}'", self.id, self.commit_topic);
+        let end = Lookup::new(&self.cluster, "read_uncommitted")?.offsets(&self.commit_topic, MARKER_PARTITION)?.1;
+        let until = self.env.clock.monotonic() + MARKERS_MAX;
+        let committed = Lookup::new(&self.cluster, "read_committed")?;
+        let low = loop {
+            let (low, stable) = committed.offsets(&self.commit_topic, MARKER_PARTITION)?;
+            if stable >= end {
+                break low;
+            }
+            if self.env.clock.monotonic() > until {
+                return Err(Error::retry(format!(
+                    "{what}: another transaction on that topic is still open; it ends with its owner's restart or its timeout"
+                )));
+            }
+            sleep(PAUSE);
+        };
+        let from = self.read_to.max(low);
+        if from < end {
+            self.read_from(&what, from, end)?;
+        }
+        self.read_to = end;
+        Ok(())
+    }
+
+    fn read_from(&mut self, what: &str, from: i64, end: i64) -> Result<()> {
+        let fixed = [
+            ("group.id", "floodmark-markers"),
+            ("isolation.level", "read_committed"),
+            ("auto.offset.reset", "error"),
+            ("enable.auto.commit", "false"),
+            ("enable.auto.offset.store", "false"),
+            ("enable.partition.eof", "true"),
+        ];
+        let defaults = [("fetch.message.max.bytes", "8388608"), ("fetch.wait.max.ms", "20")];
+        let config = self.cluster.config(&defaults, &fixed);
+        let consumer: BaseConsumer<Watch> =
+            config.create_with_context(Watch::default()).map_err(|e| failed(what, &e))?;
+        let mut assignment = TopicPartitionList::new();
+        assignment
+            .add_partition_offset(&self.commit_topic, MARKER_PARTITION, Offset::Offset(from))
+            .and_then(|()| consumer.assign(&assignment))
+            .map_err(|e| failed(what, &e))?;
+        let mut until = self.env.clock.monotonic() + MARKERS_MAX;
+        let mut last_error = None;
+        loop {
+            match consumer.poll(PAUSE) {
+                Some(Ok(message)) => {
+                    until = self.env.clock.monotonic() + MARKERS_MAX;
+                    if message.key() == Some(self.id.as_bytes()) {
+                        self.found(message.payload().unwrap_or_default());
+                    }
+                    if message.offset() + 1 >= end {
+                        return Ok(());
+                    }
+                }
+                // What a reader of committed records may see reached `end` before: so this is the end, or past it.
+                Some(Err(KafkaError::PartitionEOF(_))) => return Ok(()),
+                Some(Err(error)) => last_error = Some(failed(what, &error)),
+                None if self.env.clock.monotonic() > until => {
+                    return Err(last_error.unwrap_or_else(|| Error::retry(format!("{what}: no answer"))));
+                }
+                None => {}
+            }
+        }
+    }
+
+    fn found(&mut self, marker: &[u8]) {
+        let marker: Value = serde_json::from_slice(marker).unwrap_or_default();
+        if marker["history"].as_str() == Some(self.history.as_str()) {
+            self.marker = marker["epoch"].as_u64().map(Epoch);
+        }
+    }
+
+    fn write(&self, producer: &BaseProducer<Watch>, epoch: Epoch, staged: &[Bytes], until: Duration) -> Result<()> {
+        let wrong = |error: &KafkaError| judged(producer, &format!("write to topic '{}'", self.topic), error);
+        for shard in staged {
+            for block in read_blocks(STAGED, shard)? {
+                for record in Records(&block) {
+                    send(producer, &self.topic, None, record?, &self.env, until).map_err(|e| wrong(&e))?;
+                }
+            }
+        }
+        let marker = json!({ "epoch": epoch, "history": self.history }).to_string();
+        let marker = (Some(self.id.as_bytes()), Some(marker.as_bytes()));
+        send(producer, &self.commit_topic, Some(MARKER_PARTITION), marker, &self.env, until).map_err(|e| wrong(&e))?;
+        settle(producer, &self.env, until).map_err(|e| wrong(&e))
+    }
+
+    fn transaction(
+        &self,
+        producer: &BaseProducer<Watch>,
+        epoch: Epoch,
+        staged: &[Bytes],
+        step: &dyn Fn(Step),
+    ) -> Result<()> {
+        let start = self.env.clock.monotonic();
+        step(Step::BeforeTransaction);
+        let result = producer
+            .begin_transaction()
+            .map_err(|e| judged(producer, "begin a transaction", &e))
+            .and_then(|()| self.write(producer, epoch, staged, start + self.timeout))
+            .and_then(|()| {
+                step(Step::InTransaction);
+                let left = (start + self.timeout).saturating_sub(self.env.clock.monotonic()).max(OPEN_MAX);
+                let commit = producer.commit_transaction(left);
+                commit.map_err(|e| judged(producer, &format!("commit epoch {epoch}"), &e))
+            });
+        if result.is_ok() {
+            step(Step::AfterTransaction);
+        }
+        // A broker ends a transaction that takes too long in the way it fences: then nobody newer need be there.
+        let slow = self.env.clock.monotonic().saturating_sub(start) >= self.timeout;
+        result.map_err(|error| match error.disposition() {
+            floodmark_snapshot::Disposition::Fenced if slow => Error::retry(format!(
+                "the transaction of epoch {epoch} took longer than {} s (option 'sink.transaction-timeout'): {error}",
+                self.timeout.as_secs()
+            )),
+            _ => error,
+        })
+    }
+}
+
+impl Committer for KafkaCommitter {
+    fn open(&mut self) -> Result<Option<Epoch>> {
+        // Whatever the last producer left open is aborted by the next.
+        self.producer = None;
+        ensure_commit_topic(&self.cluster, &self.commit_topic)?;
+        let timeout = self.timeout.as_millis().to_string();
+        let fixed = [("transactional.id", self.id.as_str()), ("transaction.timeout.ms", timeout.as_str())];
+        let producer = producer(&self.cluster, &fixed)?;
+        if let Err(error) = producer.init_transactions(OPEN_MAX) {
+            let what = format!("take over transactional id '{}' at {}", self.id, self.cluster.servers());
+            // Two that open at once fence each other: only a transaction that is refused proves that somebody is newer.
+            return Err(failed(what, &error));
+        }
+        self.read_markers()?;
+        self.producer = Some(producer);
+        Ok(self.marker)
+    }
+
+    fn commit(&mut self, epoch: Epoch, staged: &[Bytes], step: &dyn Fn(Step)) -> Result<()> {
+        let producer = self.producer.take().ok_or_else(|| Error::retry("the committer is not open"))?;
+        // On any error the producer is gone for good: its state may differ from the broker's.
+        self.transaction(&producer, epoch, staged, step)?;
+        self.producer = Some(producer);
+        Ok(())
+    }
+}
+
+/// Creates the topic of the markers if it is not there, and refuses one whose records expire.
+pub(super) fn ensure_commit_topic(cluster: &Cluster, topic: &str) -> Result<()> {
+    let lookup = Lookup::new(cluster, "read_uncommitted")?;
+    if lookup.partitions_if_any(topic)?.is_some() {
+        return Ok(());
+    }
+    let what = format!("create topic '{topic}' for commit markers");
+    let admin: AdminClient<Watch> =
+        cluster.config(&[], &[]).create_with_context(Watch::default()).map_err(|e| failed(&what, &e))?;
+    let replicas = i32::try_from(lookup.brokers()?.clamp(1, REPLICAS_MAX)).unwrap_or(1);
+    let new = NewTopic::new(topic, 1, TopicReplication::Fixed(replicas))
+        .set("cleanup.policy", "compact")
+        // Small segments are compacted soon, so that a start reads little.
+        .set("segment.bytes", "4194304")
+        .set("segment.ms", "3600000")
+        .set("min.cleanable.dirty.ratio", "0.1");
+    let options = AdminOptions::new().operation_timeout(Some(OPEN_MAX)).request_timeout(Some(OPEN_MAX));
+    let created = crate::files::blocking()?.block_on(admin.create_topics(&[new], &options));
+    match created.map_err(|e| failed(&what, &e))?.into_iter().next() {
+        Some(Err((_, code))) if code != RDKafkaErrorCode::TopicAlreadyExists => {
+            Err(failed(what, &KafkaError::AdminOp(code)))
+        }
+        _ => lookup.until_there(topic),
+    }
+}
+
+/// Refuses a marker topic whose records expire: a marker that is gone would make its commit be repeated.
+pub(super) fn check_commit_topic(cluster: &Cluster, topic: &str) -> Result<()> {
+    let what = format!("look up the settings of topic '{topic}'");
+    let admin: AdminClient<Watch> =
+        cluster.config(&[], &[]).create_with_context(Watch::default()).map_err(|e| failed(&what, &e))?;
+    let options = AdminOptions::new().operation_timeout(Some(OPEN_MAX)).request_timeout(Some(OPEN_MAX));
+    let described =
+        crate::files::blocking()?.block_on(admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options));
+    let described = described.map_err(|e| failed(&what, &e))?;
+    let Some(Ok(settings)) = described.into_iter().next() else {
+        tracing::warn!(topic, "could not check that the topic of commit markers is compacted");
+        return Ok(());
+    };
+    let policy = settings.get("cleanup.policy").and_then(|p| p.value.as_deref()).unwrap_or("compact");
+    if policy != "compact" {
+        return Err(Error::abort(format!(
+            "topic '{topic}' has cleanup.policy '{policy}': commit markers in it would expire; \
+             set it to 'compact', or name another topic in option 'sink.commit-topic'"
+        )));
+    }
+    Ok(())
+}
