@@ -1,0 +1,15 @@
+//! Real servers for tests: a Kafka broker ([`Kafka`]) and an S3 server ([`S3`]), each a process of its own on the loopback
+//! interface, with its data in a folder that goes when it goes.
+//!
+//! `setup.sh` brings what they consist of into the cache (`$FLOODMARK_CACHE`, by default `~/.cache/floodmark`). Nothing here is
+//! a stand-in: what a test shows, it shows of the real thing.
+
+#![allow(clippy::disallowed_methods, reason = "tests wait for real servers in real time")]
+
+mod kafka;
+mod process;
+mod s3;
+
+pub use kafka::{Isolation, Kafka, Record, Transaction};
+pub use process::Stop;
+pub use s3::S3;

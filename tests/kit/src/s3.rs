@@ -1,0 +1,118 @@
+//! A real S3 server: versitygw over a folder.
+
+use std::{
+    net::TcpStream,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use crate::{
+    Stop,
+    process::{Server, cached, free_port},
+};
+
+const BUCKET: &str = "floodmark";
+const STARTS_MAX: u32 = 3;
+
+/// An S3 server with one empty bucket. Ends, with all it holds, when dropped.
+pub struct S3 {
+    server: Server,
+    folder: TempDir,
+    port: u16,
+    access_key: String,
+    secret: String,
+}
+
+impl S3 {
+    /// Starts a server on a free port, with keys that nobody else knows.
+    ///
+    /// # Errors
+    /// When `setup.sh` has not run, or the server doesn't start.
+    pub fn start() -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("floodmark-s3-").tempdir()?;
+        for path in [folder.path().join("data").join(BUCKET), folder.path().join("sidecar")] {
+            std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
+        }
+        let (access_key, secret) = (ulid::Ulid::generate().to_string(), ulid::Ulid::generate().to_string());
+        let mut tries = 0;
+        loop {
+            let port = free_port()?;
+            tries += 1;
+            match launch(folder.path(), port, &access_key, &secret) {
+                Ok(server) => return Ok(Self { server, folder, port, access_key, secret }),
+                // Somebody may have taken the port meanwhile.
+                Err(_) if tries < STARTS_MAX => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Ends the server and starts it again on the same port, with the same data and keys.
+    ///
+    /// # Errors
+    /// When it doesn't end, or doesn't start again.
+    pub fn restart(&mut self, how: Stop) -> Result<()> {
+        self.server.stop(how)?;
+        self.server = launch(self.folder.path(), self.port, &self.access_key, &self.secret)?;
+        Ok(())
+    }
+
+    /// `http://127.0.0.1:…`.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// The bucket's name.
+    #[must_use]
+    pub fn bucket(&self) -> &'static str {
+        BUCKET
+    }
+
+    /// The access key's id.
+    #[must_use]
+    pub fn access_key(&self) -> &str {
+        &self.access_key
+    }
+
+    /// The access key's secret.
+    #[must_use]
+    pub fn secret(&self) -> &str {
+        &self.secret
+    }
+
+    /// The environment with which a program finds this server.
+    #[must_use]
+    pub fn env(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("AWS_ENDPOINT_URL", self.endpoint()),
+            ("AWS_ALLOW_HTTP", "true".to_owned()),
+            ("AWS_REGION", "us-east-1".to_owned()),
+            ("AWS_ACCESS_KEY_ID", self.access_key.clone()),
+            ("AWS_SECRET_ACCESS_KEY", self.secret.clone()),
+        ]
+    }
+
+    /// The folder that holds the bucket's objects as files: for tests that damage one.
+    #[must_use]
+    pub fn objects(&self) -> PathBuf {
+        self.folder.path().join("data").join(BUCKET)
+    }
+}
+
+fn launch(folder: &Path, port: u16, access_key: &str, secret: &str) -> Result<Server> {
+    let mut command = Command::new(cached("versitygw")?);
+    command
+        // By the environment: the command line is there for all to see.
+        .env("ROOT_ACCESS_KEY", access_key)
+        .env("ROOT_SECRET_KEY", secret)
+        .args(["--port", &format!("127.0.0.1:{port}"), "--region", "us-east-1", "--quiet", "posix"])
+        // Metadata beside the data: not every file system for temporary files has extended attributes.
+        .arg("--sidecar")
+        .arg(folder.join("sidecar"))
+        .arg(folder.join("data"));
+    Server::start(command, folder, || TcpStream::connect(("127.0.0.1", port)).is_ok())
+}
