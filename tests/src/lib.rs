@@ -9,5 +9,6 @@
 pub mod chaos;
 pub mod compare;
 pub mod events;
+pub mod feeder;
 pub mod job;
 pub mod oracle;

@@ -6,10 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use floodmark_connectors::nexmark::{Event, Generator};
 use rusqlite::{Connection, params_from_iter, types::ValueRef};
 
-use crate::{
-    compare::Row,
-    events::{Order, Orders},
-};
+use crate::{compare::Row, events::Order};
 
 /// A database in memory that answers in rows of text.
 pub struct Database(Connection);
@@ -158,11 +155,11 @@ pub enum Repeats {
 }
 
 impl RunningTotals {
-    /// The totals of the first `count` orders.
+    /// The totals of these orders.
     #[must_use]
-    pub fn new(orders: Orders, count: u64) -> Self {
+    pub fn new(orders: impl Iterator<Item = Order>) -> Self {
         let mut after: BTreeMap<String, Vec<(i64, i64)>> = BTreeMap::new();
-        for order in orders.first(count) {
+        for order in orders {
             let of_shop = after.entry(order.shop_name()).or_default();
             let (sum, max) = of_shop.last().copied().unwrap_or((0, 0));
             of_shop.push((sum + order.amount, max.max(order.amount)));
@@ -202,7 +199,7 @@ impl RunningTotals {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compare::multiset;
+    use crate::{compare::multiset, events::Orders};
 
     /// Query 5 word for word, without slices: slow, and plainly right.
     #[test]
@@ -254,7 +251,7 @@ mod tests {
     #[test]
     fn a_running_total_is_right_only_if_it_grows_and_ends_well() {
         let orders = Orders { shops: 5, ..Orders::default() };
-        let totals = RunningTotals::new(orders, 100);
+        let totals = RunningTotals::new(orders.first(100));
         let written = all_values(orders, 100);
         assert_eq!(totals.check(written.clone(), Repeats::Refused).unwrap(), 100);
         let error = |written: Vec<Total>| totals.check(written, Repeats::Refused).unwrap_err().to_string();

@@ -279,7 +279,7 @@ fn of_two_processes_on_the_same_storage_the_older_is_fenced_and_says_so() -> Res
     let mut older = job.start()?;
     older.until("it had a checkpoint", PATIENCE, || Ok(job.log()?.last_epoch() >= 1))?;
     let newer = job.start()?;
-    older.wait(PATIENCE)?.refused(FENCED, &["newer"])?;
+    older.wait(PATIENCE)?.refused(FENCED, &["fenced", "has taken the job over"])?;
     newer.wait(PATIENCE)?.ok("finished")?;
     Ok(())
 }

@@ -1,0 +1,38 @@
+//! The servers that the tests of one executable share. They run as long as one of the tests does.
+
+#![allow(dead_code, reason = "not every executable needs both servers")]
+#![allow(unreachable_pub, reason = "each executable has its own copy of this module")]
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use anyhow::Result;
+use floodmark_testkit::{Kafka, S3};
+
+static KAFKA: Mutex<Weak<Kafka>> = Mutex::new(Weak::new());
+static STORE: Mutex<Weak<S3>> = Mutex::new(Weak::new());
+
+/// The shared broker.
+pub fn kafka() -> Result<Arc<Kafka>> {
+    shared(&KAFKA, Kafka::start)
+}
+
+/// The shared S3 server.
+pub fn s3() -> Result<Arc<S3>> {
+    shared(&STORE, S3::start)
+}
+
+/// A location in a server's bucket.
+pub fn location(store: &S3, folder: &str) -> String {
+    format!("s3://{}/{folder}", store.bucket())
+}
+
+/// A static would never be dropped, and its server never end: so it only holds on weakly.
+fn shared<T>(server: &Mutex<Weak<T>>, start: impl FnOnce() -> Result<T>) -> Result<Arc<T>> {
+    let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(running) = server.upgrade() {
+        return Ok(running);
+    }
+    let started = Arc::new(start()?);
+    *server = Arc::downgrade(&started);
+    Ok(started)
+}
