@@ -1,0 +1,81 @@
+//! One run of one query, as a process of its own, and what it cost.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use floodmark_tests::job::Job;
+use nix::sys::resource::{UsageWho, getrusage};
+
+use crate::{Args, queries::Query};
+
+/// Name of the system that is measured.
+pub(crate) const FLOODMARK: &str = "floodmark";
+/// A run that takes longer hangs.
+const PATIENCE: Duration = Duration::from_secs(1_800);
+/// What the process says of its time and what the operating system says may differ by this: its start and end, seconds.
+const START_AND_END: f64 = 0.5;
+
+/// What a run cost.
+#[derive(Clone, Debug)]
+pub(crate) struct Measured {
+    pub(crate) system: &'static str,
+    pub(crate) query: Query,
+    pub(crate) events: u64,
+    /// User and system time of the process or processes under test.
+    pub(crate) cpu_seconds: f64,
+    /// The same as the operating system has it, where it was asked.
+    pub(crate) cpu_seconds_of_system: Option<f64>,
+    pub(crate) wall_seconds: f64,
+    pub(crate) checkpoints: u64,
+    /// The machine's load average at the start: others' work slows this one's down.
+    pub(crate) load: f64,
+}
+
+impl Measured {
+    pub(crate) fn per_million(&self) -> f64 {
+        self.cpu_seconds / self.events as f64 * 1e6
+    }
+}
+
+/// Runs a query with Floodmark.
+pub(crate) fn floodmark(bootstrap: &str, topic: &str, query: Query, args: &Args) -> Result<Measured> {
+    let folder = tempfile::tempdir()?;
+    let sql: String = query.statements(bootstrap, topic).iter().map(|s| format!("{s};\n")).collect();
+    let mut job = Job::new(folder.path(), query.name(), sql);
+    job.parallelism = args.parallelism;
+    job.interval.clone_from(&args.interval);
+    let (load, before, start) = (load_average(), cpu_of_children()?, Instant::now());
+    let ended = job.start()?.wait(PATIENCE)?;
+    let (wall_seconds, cpu) = (start.elapsed().as_secs_f64(), cpu_of_children()? - before);
+    let summary = ended.ok("finished")?;
+    let read = summary.rows_in.get("nexmark").copied().context("the summary does not count table nexmark")?;
+    ensure!(read == args.events, "{} read {read} events instead of {}", query.name(), args.events);
+    ensure!(
+        (summary.cpu_seconds - cpu).abs() < START_AND_END + cpu * 0.05,
+        "the process says it took {:.2} CPU-seconds, the operating system says {cpu:.2}",
+        summary.cpu_seconds
+    );
+    Ok(Measured {
+        system: FLOODMARK,
+        query,
+        events: args.events,
+        cpu_seconds: summary.cpu_seconds,
+        cpu_seconds_of_system: Some(cpu),
+        wall_seconds,
+        checkpoints: summary.checkpoints.completed,
+        load,
+    })
+}
+
+/// User and system time of all children that have been waited for.
+fn cpu_of_children() -> Result<f64> {
+    let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).context("read resource usage")?;
+    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
+}
+
+/// The load average of the last minute; 0 where the system has none.
+pub(crate) fn load_average() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or(0.0)
+}

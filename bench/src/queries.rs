@@ -1,0 +1,131 @@
+//! The Nexmark queries that are measured, in the dialect that Floodmark and Apache Flink share.
+
+use std::fmt;
+
+use clap::ValueEnum;
+
+/// A query.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Query {
+    /// Every bid as it is.
+    Q0,
+    /// Prices in another currency.
+    Q1,
+    /// Bids on a few auctions.
+    Q2,
+    /// Hot items: the auctions with the most bids in the last 10 seconds, every 2 seconds.
+    Q5,
+    /// Who sold something within 10 seconds of registering.
+    Q8,
+}
+
+impl fmt::Display for Query {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Query {
+    /// Its usual name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Q0 => "q0",
+            Self::Q1 => "q1",
+            Self::Q2 => "q2",
+            Self::Q5 => "q5",
+            Self::Q8 => "q8",
+        }
+    }
+
+    /// What Floodmark wants to stay below, CPU-seconds per million events.
+    pub(crate) fn mark(self) -> Option<f64> {
+        match self {
+            Self::Q0 => Some(1.2),
+            Self::Q5 => Some(2.0),
+            Self::Q1 | Self::Q2 | Self::Q8 => None,
+        }
+    }
+
+    /// All statements, in order, without semicolons.
+    pub(crate) fn statements(self, bootstrap: &str, topic: &str) -> Vec<String> {
+        let (columns, select) = self.sink_and_select();
+        let mut statements = vec![source(bootstrap, topic)];
+        statements.extend(VIEWS.map(str::to_owned));
+        statements.push(format!("CREATE TABLE nothing ({columns}) WITH ('connector' = 'blackhole')"));
+        statements.push(format!("INSERT INTO nothing {select}"));
+        statements
+    }
+
+    fn sink_and_select(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Q0 => (
+                "auction BIGINT, bidder BIGINT, price BIGINT, `dateTime` TIMESTAMP(3), extra STRING",
+                "SELECT auction, bidder, price, `dateTime`, extra FROM bid",
+            ),
+            Self::Q1 => (
+                "auction BIGINT, bidder BIGINT, price DECIMAL(23, 3), `dateTime` TIMESTAMP(3), extra STRING",
+                "SELECT auction, bidder, 0.908 * price AS price, `dateTime`, extra FROM bid",
+            ),
+            Self::Q2 => ("auction BIGINT, price BIGINT", "SELECT auction, price FROM bid WHERE MOD(auction, 123) = 0"),
+            Self::Q5 => ("auction BIGINT, num BIGINT", HOT_ITEMS),
+            Self::Q8 => ("id BIGINT, name STRING, stime TIMESTAMP(3)", NEW_USERS),
+        }
+    }
+}
+
+fn source(bootstrap: &str, topic: &str) -> String {
+    format!(
+        "CREATE TABLE nexmark (
+  event_type INT,
+  person ROW<id BIGINT, name STRING, emailAddress STRING, creditCard STRING, city STRING, state STRING,
+    `dateTime` TIMESTAMP(3), extra STRING>,
+  auction ROW<id BIGINT, itemName STRING, description STRING, initialBid BIGINT, reserve BIGINT,
+    `dateTime` TIMESTAMP(3), expires TIMESTAMP(3), seller BIGINT, category BIGINT, extra STRING>,
+  bid ROW<auction BIGINT, bidder BIGINT, price BIGINT, channel STRING, url STRING, `dateTime` TIMESTAMP(3), extra STRING>,
+  `dateTime` AS CASE WHEN event_type = 0 THEN person.`dateTime`
+                     WHEN event_type = 1 THEN auction.`dateTime` ELSE bid.`dateTime` END,
+  WATERMARK FOR `dateTime` AS `dateTime` - INTERVAL '4' SECOND
+) WITH ('connector' = 'kafka', 'topic' = '{topic}', 'properties.bootstrap.servers' = '{bootstrap}',
+  'properties.group.id' = 'bench', 'scan.startup.mode' = 'earliest-offset', 'scan.bounded.mode' = 'latest-offset',
+  'format' = 'json')"
+    )
+}
+
+const VIEWS: [&str; 3] = [
+    "CREATE VIEW person AS SELECT person.id, person.name, person.emailAddress, person.creditCard, person.city, person.state,
+  `dateTime`, person.extra FROM nexmark WHERE event_type = 0",
+    "CREATE VIEW auction AS SELECT auction.id, auction.itemName, auction.description, auction.initialBid, auction.reserve,
+  `dateTime`, auction.expires, auction.seller, auction.category, auction.extra FROM nexmark WHERE event_type = 1",
+    "CREATE VIEW bid AS SELECT bid.auction, bid.bidder, bid.price, bid.channel, bid.url, `dateTime`, bid.extra
+  FROM nexmark WHERE event_type = 2",
+];
+
+const HOT_ITEMS: &str = "SELECT AuctionBids.auction, AuctionBids.num
+FROM (
+  SELECT auction, count(*) AS num, window_start AS starttime, window_end AS endtime
+  FROM TABLE(HOP(TABLE bid, DESCRIPTOR(`dateTime`), INTERVAL '2' SECOND, INTERVAL '10' SECOND))
+  GROUP BY auction, window_start, window_end
+) AS AuctionBids
+JOIN (
+  SELECT max(CountBids.num) AS maxn, CountBids.starttime, CountBids.endtime
+  FROM (
+    SELECT count(*) AS num, window_start AS starttime, window_end AS endtime
+    FROM TABLE(HOP(TABLE bid, DESCRIPTOR(`dateTime`), INTERVAL '2' SECOND, INTERVAL '10' SECOND))
+    GROUP BY auction, window_start, window_end
+  ) AS CountBids
+  GROUP BY CountBids.starttime, CountBids.endtime
+) AS MaxBids
+ON AuctionBids.starttime = MaxBids.starttime AND AuctionBids.endtime = MaxBids.endtime AND AuctionBids.num >= MaxBids.maxn";
+
+const NEW_USERS: &str = "SELECT P.id, P.name, P.starttime
+FROM (
+  SELECT id, name, window_start AS starttime, window_end AS endtime
+  FROM TABLE(TUMBLE(TABLE person, DESCRIPTOR(`dateTime`), INTERVAL '10' SECOND))
+  GROUP BY id, name, window_start, window_end
+) P
+JOIN (
+  SELECT seller, window_start AS starttime, window_end AS endtime
+  FROM TABLE(TUMBLE(TABLE auction, DESCRIPTOR(`dateTime`), INTERVAL '10' SECOND))
+  GROUP BY seller, window_start, window_end
+) A
+ON P.id = A.seller AND P.starttime = A.starttime AND P.endtime = A.endtime";
