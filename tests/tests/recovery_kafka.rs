@@ -182,6 +182,28 @@ fn copy_of(order: Order) -> Row {
     vec![order.shop_name(), order.amount.to_string(), order.time_ms.to_string()]
 }
 
+/// What all other tests of this file rest on.
+#[test]
+fn the_feeder_writes_each_order_once_also_if_the_broker_is_killed_meanwhile() -> Result<()> {
+    let mut scenario = Scenario::on(Arc::new(Kafka::start()?), "feeder")?;
+    let (orders, count) = (Orders::default(), 60_000);
+    let feeder = scenario.feeder(orders, count, 20_000)?;
+    sleep(Duration::from_millis(1_500));
+    ensure!(feeder.sent() > 0 && feeder.sent() < count, "{} of {count} are sent: not half-way", feeder.sent());
+    Arc::get_mut(&mut scenario.broker).context("somebody else uses this broker")?.restart(Stop::Kill)?;
+    feeder.finish()?;
+    let columns = [Column::Plain("shop"), Column::Plain("amount"), Column::Time("placed_at")];
+    let records = scenario.broker.read_committed(&scenario.topic("orders"))?;
+    let rows = |partition: Option<i32>| -> Result<Vec<Row>> {
+        let some = records.iter().filter(|r| partition.is_none_or(|p| r.partition == p));
+        some.map(|r| row_of_json(r.value.as_deref().unwrap_or_default(), &columns)).collect()
+    };
+    multiset(orders.first(count).map(copy_of), rows(None)?)?;
+    let in_order = orders.first(count).filter(|o| o.partition(PARTITIONS) == 1).map(copy_of);
+    ensure!(in_order.eq(rows(Some(1))?), "partition 1 is not in the order of the numbers");
+    Ok(())
+}
+
 #[test]
 fn a_windowed_and_an_upsert_aggregate_over_a_million_events_survive_two_dozen_kills() -> Result<()> {
     let scenario = Scenario::new("million")?;
