@@ -208,24 +208,25 @@ impl Kafka {
         partition: i32,
         values: impl IntoIterator<Item = V>,
     ) -> Result<()> {
-        self.produce(topic, partition, values.into_iter().map(|v| (None::<&[u8]>, Some(v))))
+        self.produce(topic, partition, unkeyed(values))
     }
 
-    /// Appends values in a transaction, and leaves it open.
+    /// Appends records in a transaction, and leaves it open.
     ///
     /// # Errors
     /// When the transaction can't be carried out.
-    pub fn transaction<V: AsRef<[u8]>>(
+    pub fn transaction<K: AsRef<[u8]>, V: AsRef<[u8]>>(
         &self,
         topic: &str,
         partition: i32,
-        values: impl IntoIterator<Item = V>,
+        records: impl IntoIterator<Item = (Option<K>, Option<V>)>,
     ) -> Result<Transaction> {
         let producer = self.producer(&[("transactional.id", &ulid::Ulid::generate().to_string())])?;
         producer.init_transactions(PATIENCE)?;
         producer.begin_transaction()?;
-        for value in values {
-            send(&producer, topic, partition, None, Some(value.as_ref()))?;
+        for (key, value) in records {
+            let (key, value) = (key.as_ref().map(AsRef::as_ref), value.as_ref().map(AsRef::as_ref));
+            send(&producer, topic, partition, key, value)?;
         }
         flush(&producer)?;
         Ok(Transaction(producer))
@@ -318,7 +319,7 @@ impl Kafka {
 
     fn config(&self, settings: &[(&str, &str)]) -> ClientConfig {
         let mut config = ClientConfig::new();
-        config.set("bootstrap.servers", self.bootstrap());
+        config.set("bootstrap.servers", self.bootstrap()).set("reconnect.backoff.max.ms", "500");
         for (key, value) in settings {
             config.set(*key, *value);
         }
@@ -349,6 +350,11 @@ impl Kafka {
     fn admin(&self) -> Result<AdminClient<DefaultClientContext>> {
         Ok(self.config(&[]).create()?)
     }
+}
+
+/// Records of these values, without keys.
+pub fn unkeyed<V>(values: impl IntoIterator<Item = V>) -> impl Iterator<Item = (Option<&'static str>, Option<V>)> {
+    values.into_iter().map(|value| (None, Some(value)))
 }
 
 /// A transaction that is open until it is ended (or, if it never is, until it times out).

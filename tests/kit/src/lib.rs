@@ -10,6 +10,6 @@ mod kafka;
 mod process;
 mod s3;
 
-pub use kafka::{Isolation, Kafka, Record, Transaction};
+pub use kafka::{Isolation, Kafka, Record, Transaction, unkeyed};
 pub use process::Stop;
 pub use s3::S3;

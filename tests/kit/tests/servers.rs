@@ -1,16 +1,16 @@
 //! The servers behave as the tests that use them expect.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
-use floodmark_testkit::{Isolation, Kafka, S3, Stop};
+use floodmark_testkit::{Isolation, Kafka, S3, Stop, unkeyed};
 
 #[test]
 fn a_broker_keeps_its_data_over_a_crash_and_hides_what_is_not_committed() {
     let mut kafka = Kafka::start().unwrap();
     kafka.create_topic("t", 2, &[]).unwrap();
     kafka.produce("t", 1, [(Some("k"), Some("v")), (None, None)]).unwrap();
-    kafka.transaction("t", 0, ["committed"]).unwrap().commit().unwrap();
-    kafka.transaction("t", 0, ["aborted"]).unwrap().abort().unwrap();
-    let open = kafka.transaction("t", 0, ["open"]).unwrap();
+    kafka.transaction("t", 0, unkeyed(["committed"])).unwrap().commit().unwrap();
+    kafka.transaction("t", 0, unkeyed(["aborted"])).unwrap().abort().unwrap();
+    let open = kafka.transaction("t", 0, unkeyed(["open"])).unwrap();
     assert_eq!(kafka.open_transactions().unwrap().len(), 1);
     kafka.restart(Stop::Kill).unwrap();
     let committed = kafka.read_committed("t").unwrap();

@@ -129,6 +129,8 @@ impl Cluster {
     pub(super) fn config(&self, defaults: &[(&str, &str)], fixed: &[(&str, &str)]) -> ClientConfig {
         let mut config = ClientConfig::new();
         config.set_log_level(RDKafkaLogLevel::Warning);
+        // A broker that was away is wanted back at once: the library would wait up to ten seconds between two tries.
+        config.set("reconnect.backoff.max.ms", "1000");
         for (name, value) in defaults {
             config.set(*name, *value);
         }
