@@ -8,4 +8,4 @@
 pub mod shard;
 pub mod table;
 
-pub use table::{Chunk, Column, ColumnType, Table, TableSnapshot};
+pub use table::{Chunk, Column, ColumnType, Rows, Table};

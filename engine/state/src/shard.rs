@@ -28,13 +28,15 @@ pub struct Header {
     pub format: u32,
     /// The operator's watermark at the barrier, if it keeps one.
     pub watermark: Option<TimestampMs>,
+    /// Which of the operator's inputs the rows came from; 0 if it keeps them apart no more, or has one.
+    pub input: u32,
 }
 
 impl Header {
     /// A header of the present format.
     #[must_use]
     pub fn new(watermark: Option<TimestampMs>) -> Self {
-        Self { format: FORMAT, watermark }
+        Self { format: FORMAT, watermark, input: 0 }
     }
 }
 

@@ -106,22 +106,14 @@ impl Chunk {
     }
 }
 
-/// The table. See the header of this file.
-#[derive(Debug)]
-pub struct Table {
-    types: Vec<ColumnType>,
-    index: HashTable<u32>,
+/// Rows as they are, or were at one moment: what a [`Table`] keeps, and what a snapshot of it holds on to.
+#[derive(Clone, Debug, Default)]
+pub struct Rows {
     chunks: Vec<Arc<Chunk>>,
     rows: usize,
 }
 
-impl Table {
-    /// An empty table with these columns.
-    #[must_use]
-    pub fn new(types: Vec<ColumnType>) -> Self {
-        Self { types, index: HashTable::new(), chunks: Vec::new(), rows: 0 }
-    }
-
+impl Rows {
     /// Number of rows.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -134,27 +126,66 @@ impl Table {
         self.rows == 0
     }
 
+    /// The chunk of a slot, and the row in it.
+    #[inline]
+    #[must_use]
+    pub fn read(&self, slot: usize) -> (&Chunk, usize) {
+        (&self.chunks[slot / CHUNK_ROWS], slot % CHUNK_ROWS)
+    }
+
+    /// All rows, a chunk at a time.
+    pub fn chunks(&self) -> impl Iterator<Item = &Chunk> {
+        self.chunks.iter().map(|c| &**c)
+    }
+}
+
+/// The table. See the header of this file.
+#[derive(Debug)]
+pub struct Table {
+    types: Vec<ColumnType>,
+    index: HashTable<u32>,
+    rows: Rows,
+}
+
+impl Table {
+    /// An empty table with these columns.
+    #[must_use]
+    pub fn new(types: Vec<ColumnType>) -> Self {
+        Self { types, index: HashTable::new(), rows: Rows::default() }
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.rows.rows
+    }
+
+    /// Whether there are no rows.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
     /// About how many bytes the rows take.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.chunks.iter().map(|c| c.bytes()).sum::<usize>() + self.index.capacity() * 5
+        self.rows.chunks().map(Chunk::bytes).sum::<usize>() + self.index.capacity() * 5
     }
 
     /// The slot of a key; a new key gets a row of nulls. True if it is new.
     #[inline]
-    pub fn slot(&mut self, hash: u64, key: &[u8]) -> (usize, bool) {
-        let chunks = &self.chunks;
-        let at = |slot: &u32| (&chunks[*slot as usize / CHUNK_ROWS], *slot as usize % CHUNK_ROWS);
+    pub fn slot(&mut self, hash: u64, key: &[u8]) -> (u32, bool) {
+        let rows = &self.rows;
         let equal = |slot: &u32| {
-            let (chunk, row) = at(slot);
+            let (chunk, row) = rows.read(*slot as usize);
             chunk.hashes[row] == hash && chunk.key(row) == key
         };
         if let Some(slot) = self.index.find(hash, equal) {
-            return (*slot as usize, false);
+            return (*slot, false);
         }
-        let slot = self.rows;
-        self.index.insert_unique(hash, slot as u32, |slot| {
-            let (chunk, row) = at(slot);
+        let slot = rows.rows as u32;
+        self.index.insert_unique(hash, slot, |slot| {
+            let (chunk, row) = rows.read(*slot as usize);
             chunk.hashes[row]
         });
         self.append(hash, key);
@@ -162,70 +193,47 @@ impl Table {
     }
 
     fn append(&mut self, hash: u64, key: &[u8]) {
-        if self.rows % CHUNK_ROWS == 0 {
+        if self.rows.rows.is_multiple_of(CHUNK_ROWS) {
             let columns = self.types.iter().map(|t| Column::new(*t)).collect();
-            self.chunks.push(Arc::new(Chunk {
-                hashes: Vec::new(),
-                key_ends: Vec::new(),
-                key_bytes: Vec::new(),
-                columns,
-            }));
+            let chunk = Chunk { hashes: Vec::new(), key_ends: Vec::new(), key_bytes: Vec::new(), columns };
+            self.rows.chunks.push(Arc::new(chunk));
         }
-        if let Some(last) = self.chunks.last_mut() {
+        if let Some(last) = self.rows.chunks.last_mut() {
             let chunk = Arc::make_mut(last);
             chunk.hashes.push(hash);
             chunk.key_bytes.extend_from_slice(key);
             chunk.key_ends.push(chunk.key_bytes.len() as u32);
             chunk.columns.iter_mut().for_each(Column::push_null);
         }
-        self.rows += 1;
+        self.rows.rows += 1;
     }
 
-    /// The chunk of a slot, to be written, and the row in it. Copies the chunk if a snapshot holds it.
-    #[inline]
-    pub fn write(&mut self, slot: usize) -> (&mut Chunk, usize) {
-        (Arc::make_mut(&mut self.chunks[slot / CHUNK_ROWS]), slot % CHUNK_ROWS)
+    /// Calls `write(column, rows, at)` for each run of slots that lie in one chunk, in order: `rows` are the run's rows in
+    /// the chunk's `column`, and `at` is where the run begins in `slots`. Copies a chunk if a snapshot holds it.
+    pub fn write_runs(&mut self, slots: &[u32], column: usize, mut write: impl FnMut(&mut Column, &[u32], usize)) {
+        const MASK: u32 = CHUNK_ROWS as u32 - 1;
+        let mut rows: Vec<u32> = Vec::with_capacity(slots.len().min(CHUNK_ROWS));
+        let mut at = 0;
+        while let Some(first) = slots.get(at) {
+            let chunk = *first as usize / CHUNK_ROWS;
+            let run = slots[at..].iter().take_while(|s| **s as usize / CHUNK_ROWS == chunk);
+            rows.clear();
+            rows.extend(run.map(|s| s & MASK));
+            write(&mut Arc::make_mut(&mut self.rows.chunks[chunk]).columns[column], &rows, at);
+            at += rows.len();
+        }
     }
 
-    /// The chunk of a slot, and the row in it.
-    #[inline]
+    /// The rows as they are.
     #[must_use]
-    pub fn read(&self, slot: usize) -> (&Chunk, usize) {
-        (&self.chunks[slot / CHUNK_ROWS], slot % CHUNK_ROWS)
+    pub fn rows(&self) -> &Rows {
+        &self.rows
     }
 
-    /// The table as it is now, for as long as anybody wants it.
+    /// The rows as they are now, for as long as anybody wants them.
     #[must_use]
-    pub fn snapshot(&self) -> TableSnapshot {
-        TableSnapshot { chunks: self.chunks.clone(), rows: self.rows }
-    }
-}
-
-/// A table as it was at one moment.
-#[derive(Clone, Debug, Default)]
-pub struct TableSnapshot {
-    chunks: Vec<Arc<Chunk>>,
-    rows: usize,
-}
-
-impl TableSnapshot {
-    /// Number of rows.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.rows
-    }
-
-    /// Whether there are no rows.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.rows == 0
-    }
-
-    /// The chunk of a slot, and the row in it.
-    #[inline]
-    #[must_use]
-    pub fn read(&self, slot: usize) -> (&Chunk, usize) {
-        (&self.chunks[slot / CHUNK_ROWS], slot % CHUNK_ROWS)
+    pub fn snapshot(&self) -> Rows {
+        self.rows.clone()
     }
 }
 
@@ -235,13 +243,15 @@ mod tests {
 
     fn add(table: &mut Table, key: u64, n: i64) {
         let (slot, _) = table.slot(key.wrapping_mul(0x9E37_79B9_7F4A_7C15), &key.to_le_bytes());
-        let (chunk, row) = table.write(slot);
-        if let Column::Long(values) = &mut chunk.columns[0] {
-            values[row] = Some(values[row].unwrap_or(0) + n);
-        }
+        table.write_runs(&[slot], 0, |column, rows, _| {
+            if let Column::Long(values) = column {
+                let value = &mut values[rows[0] as usize];
+                *value = Some(value.unwrap_or(0) + n);
+            }
+        });
     }
 
-    fn sum(snapshot: &TableSnapshot) -> i64 {
+    fn sum(snapshot: &Rows) -> i64 {
         let value = |slot| match &snapshot.read(slot).0.columns[0] {
             Column::Long(values) => values[slot % CHUNK_ROWS].unwrap_or(0),
             Column::Double(_) | Column::Wide(_) | Column::Bytes(_) => 0,
@@ -273,6 +283,6 @@ mod tests {
         assert_eq!(table.slot(7, b"a"), (0, true));
         assert_eq!(table.slot(7, b"b"), (1, true));
         assert_eq!(table.slot(7, b"a"), (0, false));
-        assert_eq!(table.read(1).0.key(1), b"b");
+        assert_eq!(table.rows().read(1).0.key(1), b"b");
     }
 }
