@@ -9,6 +9,16 @@ use chrono::{DateTime, NaiveDateTime};
 /// Columns of a table that reads orders, and its watermark.
 pub const TABLE_COLUMNS: &str = "shop STRING, amount BIGINT, placed_at TIMESTAMP(3),
   WATERMARK FOR placed_at AS placed_at - INTERVAL '4' SECOND";
+/// Columns of a `nexmark` table, and its watermark.
+pub const NEXMARK_COLUMNS: &str = "event_type INT,
+  person ROW<id BIGINT, name STRING, emailAddress STRING, creditCard STRING, city STRING, state STRING,
+    `dateTime` TIMESTAMP(3), extra STRING>,
+  auction ROW<id BIGINT, itemName STRING, description STRING, initialBid BIGINT, reserve BIGINT,
+    `dateTime` TIMESTAMP(3), expires TIMESTAMP(3), seller BIGINT, category BIGINT, extra STRING>,
+  bid ROW<auction BIGINT, bidder BIGINT, price BIGINT, channel STRING, url STRING, `dateTime` TIMESTAMP(3), extra STRING>,
+  `dateTime` AS CASE WHEN event_type = 0 THEN person.`dateTime`
+                     WHEN event_type = 1 THEN auction.`dateTime` ELSE bid.`dateTime` END,
+  WATERMARK FOR `dateTime` AS `dateTime` - INTERVAL '4' SECOND";
 /// How far an order's time may lie behind its number's, milliseconds. Less than the watermark's delay.
 const JITTER_MS: u64 = 2_000;
 /// 2026-01-01 00:00:00 UTC.

@@ -7,6 +7,7 @@ use floodmark_connectors::nexmark::Generator;
 use floodmark_tests::{
     chaos::finish,
     compare::{Column, multiset, row_of_json},
+    events::NEXMARK_COLUMNS,
     job::{Ended, Job, PATIENCE, flip_a_byte, lines_of},
     oracle::bids_per_auction,
 };
@@ -18,12 +19,7 @@ const COLUMNS: [Column; 4] =
 /// A job that died right after its fourth checkpoint became durable: its sinks have not committed it yet.
 fn crashed_job(folder: &Path) -> Result<Job> {
     let sql = format!(
-        "CREATE TABLE nexmark (
-  event_type INT,
-  bid ROW<auction BIGINT, price BIGINT, `dateTime` TIMESTAMP(3)>,
-  `dateTime` AS bid.`dateTime`,
-  WATERMARK FOR `dateTime` AS `dateTime` - INTERVAL '4' SECOND
-) WITH ('connector' = 'nexmark', 'events' = '{EVENTS}', 'event-rate' = '1000', 'rate' = '50000');
+        "CREATE TABLE nexmark ({NEXMARK_COLUMNS}) WITH ('connector' = 'nexmark', 'events' = '{EVENTS}', 'event-rate' = '1000', 'rate' = '50000');
 CREATE TABLE busy (window_end TIMESTAMP(3), auction BIGINT, bids BIGINT, highest BIGINT)
   WITH ('connector' = 'files', 'path' = '{}', 'format' = 'json');
 INSERT INTO busy SELECT window_end, bid.auction, count(*), max(bid.price)

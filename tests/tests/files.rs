@@ -9,7 +9,7 @@ use floodmark_connectors::nexmark::{Event, Generator};
 use floodmark_tests::{
     chaos::{Kill, at_every_step, at_random_moments, finish, kill_again_and_again, shuffled},
     compare::{Column, Row, multiset, row_of_json},
-    events::{Orders, TABLE_COLUMNS, timestamp},
+    events::{NEXMARK_COLUMNS, Orders, TABLE_COLUMNS, timestamp},
     job::{Job, PATIENCE, lines_of},
     oracle::{bids_per_auction, turnover},
 };
@@ -35,12 +35,7 @@ fn nexmark_job(folder: &Path, events: u64, rate: Option<u64>) -> Job {
     let rate = rate.map_or_else(String::new, |rate| format!(", 'rate' = '{rate}'"));
     let path = |table: &str| folder.join(table).display().to_string();
     let sql = format!(
-        "CREATE TABLE nexmark (
-  event_type INT,
-  bid ROW<auction BIGINT, bidder BIGINT, price BIGINT, channel STRING, `dateTime` TIMESTAMP(3)>,
-  `dateTime` AS bid.`dateTime`,
-  WATERMARK FOR `dateTime` AS `dateTime` - INTERVAL '4' SECOND
-) WITH ('connector' = 'nexmark', 'events' = '{events}', 'event-rate' = '1000'{rate});
+        "CREATE TABLE nexmark ({NEXMARK_COLUMNS}) WITH ('connector' = 'nexmark', 'events' = '{events}', 'event-rate' = '1000'{rate});
 CREATE VIEW bid AS
   SELECT bid.auction, bid.bidder, bid.price, bid.channel, `dateTime` FROM nexmark WHERE event_type = 2;
 CREATE TABLE busy (window_end TIMESTAMP(3), auction BIGINT, bids BIGINT, highest BIGINT)

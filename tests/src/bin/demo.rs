@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use floodmark_connectors::nexmark::Generator;
 use floodmark_tests::{
     compare::{Column, multiset, row_of_json},
-    events::Draw,
+    events::{Draw, NEXMARK_COLUMNS},
     job::{Ended, Job, Run, Summary, lines_of},
     oracle,
 };
@@ -92,17 +92,7 @@ fn fresh_folder() -> Result<PathBuf> {
 /// Nexmark's query 5, with the window's end as a third column.
 fn sql(output: &Path) -> String {
     format!(
-        "CREATE TABLE nexmark (
-  event_type INT,
-  person ROW<id BIGINT, name STRING, emailAddress STRING, creditCard STRING, city STRING, state STRING,
-    `dateTime` TIMESTAMP(3), extra STRING>,
-  auction ROW<id BIGINT, itemName STRING, description STRING, initialBid BIGINT, reserve BIGINT,
-    `dateTime` TIMESTAMP(3), expires TIMESTAMP(3), seller BIGINT, category BIGINT, extra STRING>,
-  bid ROW<auction BIGINT, bidder BIGINT, price BIGINT, channel STRING, url STRING, `dateTime` TIMESTAMP(3), extra STRING>,
-  `dateTime` AS CASE WHEN event_type = 0 THEN person.`dateTime`
-                     WHEN event_type = 1 THEN auction.`dateTime` ELSE bid.`dateTime` END,
-  WATERMARK FOR `dateTime` AS `dateTime` - INTERVAL '4' SECOND
-) WITH ('connector' = 'nexmark', 'events' = '{EVENTS}', 'rate' = '{RATE}', 'event-rate' = '{EVENT_RATE}');
+        "CREATE TABLE nexmark ({NEXMARK_COLUMNS}) WITH ('connector' = 'nexmark', 'events' = '{EVENTS}', 'rate' = '{RATE}', 'event-rate' = '{EVENT_RATE}');
 
 CREATE VIEW bid AS
 SELECT bid.auction, bid.bidder, bid.price, bid.channel, bid.url, `dateTime`, bid.extra FROM nexmark WHERE event_type = 2;
