@@ -6,6 +6,7 @@
 pub(crate) mod bad;
 mod csv;
 mod json;
+mod scan;
 
 use arrow::{datatypes::SchemaRef, record_batch::RecordBatch};
 use floodmark_dataflow::connector::TableError;
@@ -90,6 +91,15 @@ impl Format {
 
 /// Decodes a batch of records in one go, or says why not.
 trait Bulk: Send {
+    /// A faster way that may refuse records, without saying why: then [`Bulk::decode`] is to decide.
+    fn scan(&mut self, records: &mut dyn Iterator<Item = &[u8]>) -> Option<RecordBatch> {
+        let _ = records;
+        None
+    }
+
+    /// `scan` has refused what `decode` then took.
+    fn scan_was_needless(&mut self) {}
+
     fn decode(&mut self, records: &mut dyn Iterator<Item = &[u8]>) -> Result<RecordBatch, String>;
 }
 
@@ -156,14 +166,25 @@ impl Decoder {
         if self.is_empty() {
             return Ok(RecordBatch::new_empty(self.schema.clone()));
         }
-        let together = self.bulk.decode(&mut self.records.iter());
-        let rows = match together {
-            Ok(rows) if rows.num_rows() == self.len() => Ok(rows),
-            Ok(_) | Err(_) => self.one_by_one(bad),
+        let scanned = self.bulk.scan(&mut self.records.iter());
+        let rows = match scanned {
+            Some(rows) => Ok(rows),
+            None => self.thoroughly(bad),
         };
         self.records.bytes.clear();
         self.records.ends.clear();
         rows
+    }
+
+    fn thoroughly(&mut self, bad: &mut Vec<Malformed>) -> Result<RecordBatch> {
+        let together = self.bulk.decode(&mut self.records.iter());
+        match together {
+            Ok(rows) if rows.num_rows() == self.len() => {
+                self.bulk.scan_was_needless();
+                Ok(rows)
+            }
+            Ok(_) | Err(_) => self.one_by_one(bad),
+        }
     }
 
     fn one_by_one(&mut self, bad: &mut Vec<Malformed>) -> Result<RecordBatch> {
