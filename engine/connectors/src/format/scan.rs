@@ -16,6 +16,8 @@ use arrow::{
     record_batch::RecordBatch,
 };
 
+/// Bytes that a text is expected to have.
+const TEXT_BYTES: usize = 16;
 /// Deepest nesting that is followed.
 const DEPTH_MAX: usize = 32;
 
@@ -34,6 +36,8 @@ impl Scanner {
     /// Decodes all records, or takes none of them.
     pub(super) fn decode<'r>(&self, records: impl Iterator<Item = &'r [u8]>) -> Option<RecordBatch> {
         let mut root = columns(self.schema.fields())?;
+        let expected = records.size_hint().0;
+        root.iter_mut().for_each(|c| c.reserve(expected));
         let mut rows = 0;
         for record in records {
             // The thorough decoder refuses what is not UTF-8, wherever it is.
@@ -87,6 +91,21 @@ impl Column {
             _ => return None,
         };
         nullable.then(|| Self { name: name.as_bytes().to_vec(), valid: Vec::new(), values })
+    }
+
+    fn reserve(&mut self, rows: usize) {
+        self.valid.reserve(rows);
+        match &mut self.values {
+            Values::Int32(values) => values.reserve(rows),
+            Values::Int64(values) | Values::Millis(values) => values.reserve(rows),
+            Values::Float64(values) => values.reserve(rows),
+            Values::Boolean(values) => values.reserve(rows),
+            Values::Utf8 { ends, bytes } => {
+                ends.reserve(rows);
+                bytes.reserve(rows * TEXT_BYTES);
+            }
+            Values::Struct(_, children) => children.iter_mut().for_each(|c| c.reserve(rows)),
+        }
     }
 
     fn null(&mut self) {
