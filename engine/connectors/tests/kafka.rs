@@ -179,6 +179,21 @@ fn a_bounded_read_ends_behind_the_markers_of_transactions() {
 }
 
 #[test]
+fn several_topics_are_read_as_one_table() {
+    for (topic, range) in [("several-a", 0..3), ("several-b", 10..13)] {
+        broker().create_topic(topic, 1, &[]).unwrap();
+        broker().produce_values(topic, 0, numbers(range)).unwrap();
+    }
+    let factory = source("several-a;several-b", &[("scan.bounded.mode", "latest-offset")]);
+    let mut reader = factory.open(factory.splits(&[]).unwrap(), &subtask()).unwrap();
+    let mut rows = take(&mut reader, usize::MAX);
+    rows.sort_unstable();
+    assert_eq!(rows, [(0, 0), (0, 1), (0, 2), (1, 10), (1, 11), (1, 12)]);
+    let ended = ["several-a-0 {\"offset\":3,\"end\":3}", "several-b-0 {\"offset\":3,\"end\":3}"];
+    assert_eq!(positions(&reader.positions().unwrap()), ended);
+}
+
+#[test]
 fn reading_starts_where_the_table_says() {
     let topic = "starts";
     broker().create_topic(topic, 1, &[]).unwrap();
