@@ -9,6 +9,8 @@ mod error;
 mod lower;
 pub(crate) mod operators;
 mod plan;
+#[cfg(test)]
+mod tests;
 
 use floodmark_dataflow::{
     JobGraph,
@@ -16,7 +18,7 @@ use floodmark_dataflow::{
 };
 
 pub use self::error::SqlError;
-use self::{dialect::Statement, lower::Planned, plan::Catalog};
+use self::{dialect::Statement, plan::Catalog};
 
 /// What planning depends on besides the SQL.
 pub struct PlanOptions<'a> {
@@ -42,8 +44,7 @@ fn plan_statements(sql: &str, options: &PlanOptions<'_>) -> Result<JobGraph, Sql
             Statement::CreateTable(create) => catalog.create_table(create)?,
             Statement::CreateView(view) => catalog.create_view(view)?,
             Statement::Insert(insert) => {
-                let (table, plan) = catalog.insert(&insert)?;
-                inserts.push(Planned { table, plan, location: insert.location });
+                inserts.push(catalog.insert(&insert)?);
             }
         }
     }

@@ -343,10 +343,7 @@ impl Task {
                 head.spec.metrics.watermark.store(watermark, Ordering::Relaxed);
                 self.watermark(watermark)
             }
-            Combined::BecameIdle => {
-                self.broadcast(&Frame::Idle);
-                Ok(())
-            }
+            Combined::BecameIdle => self.idle(),
         }
     }
 
@@ -387,7 +384,7 @@ impl Task {
         match combined {
             Combined::Unchanged => {}
             Combined::Advanced(watermark) => self.watermark(watermark)?,
-            Combined::BecameIdle => self.broadcast(&Frame::Idle),
+            Combined::BecameIdle => self.idle()?,
         }
         Ok(Progress::Ready)
     }
@@ -405,6 +402,14 @@ impl Task {
         let outputs = &mut self.outputs;
         self.chain.watermark(watermark, &mut |batch| route(outputs, batch))?;
         self.broadcast(&Frame::Watermark(watermark));
+        Ok(())
+    }
+
+    /// Nobody waits for this task any more: what it still holds must go out first, or it would come too late.
+    fn idle(&mut self) -> Result<()> {
+        let outputs = &mut self.outputs;
+        self.chain.flush(&mut |batch| route(outputs, batch))?;
+        self.broadcast(&Frame::Idle);
         Ok(())
     }
 

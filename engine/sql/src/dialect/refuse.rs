@@ -44,6 +44,24 @@ pub(crate) fn refuse_in_expr(expr: &Expr, functions: &dyn Functions) -> Result<(
     }
 }
 
+/// Where a query's first join stands.
+pub(crate) fn first_join(query: &Query) -> Option<Location> {
+    struct Joins;
+    impl Visitor for Joins {
+        type Break = Location;
+        fn pre_visit_select(&mut self, select: &Select) -> ControlFlow<Location> {
+            match select.from.iter().flat_map(|f| &f.joins).next() {
+                Some(join) => ControlFlow::Break(place(&join.relation)),
+                None => ControlFlow::Continue(()),
+            }
+        }
+    }
+    match query.visit(&mut Joins) {
+        ControlFlow::Break(location) => Some(location),
+        ControlFlow::Continue(()) => None,
+    }
+}
+
 /// The functions that a query may call.
 pub(crate) trait Functions {
     /// All names, lower-case.

@@ -73,17 +73,16 @@ impl Ops {
         if let Some(id) = self.known.get(&key) {
             return *id;
         }
-        let uid = self.number(&format!("{target}/{}", kind.replace(' ', "-")), '-', true);
+        let uid = self.number(&format!("{target}/{}", kind.replace(' ', "-")));
         let id = self.push(Op { uid, kind: kind.to_owned(), description, state_schema, made, inputs });
         self.known.insert(key, id);
         id
     }
 
-    /// A name that nothing else has: the first may stay without a number.
-    pub(super) fn number(&mut self, name: &str, separator: char, always: bool) -> String {
+    fn number(&mut self, name: &str) -> String {
         let count = self.counted.entry(name.to_owned()).or_default();
         *count += 1;
-        if *count == 1 && !always { name.to_owned() } else { format!("{name}{separator}{count}") }
+        format!("{name}-{count}")
     }
 
     pub(super) fn push(&mut self, op: Op) -> OpId {

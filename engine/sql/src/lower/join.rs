@@ -25,13 +25,15 @@ const NEEDED: &str = "join two windowed queries on the equality of their window_
 impl Lowering<'_> {
     pub(super) fn join(&mut self, join: &Join) -> Result<Rel, SqlError> {
         if join.join_type != JoinType::Inner {
-            return Err(self.refused(format!("{} JOIN is not supported", join.join_type)).help(NEEDED));
+            return Err(self.refused_join(format!("{} JOIN is not supported", join.join_type)).help(NEEDED));
         }
         let mut sides = Vec::with_capacity(2);
         for input in [&join.left, &join.right] {
             let rel = self.plan(input)?;
             if rel.changelog.is_some() {
-                return Err(self.refused("a JOIN with a query that updates its rows is not supported").help(NEEDED));
+                return Err(self
+                    .refused_join("a JOIN with a query that updates its rows is not supported")
+                    .help(NEEDED));
             }
             sides.push(self.materialised(rel)?);
         }
@@ -42,7 +44,7 @@ impl Lowering<'_> {
             (Some(a), Some(b)) if a == b && same_window(&left, &right, join) => a,
             _ => {
                 return Err(self
-                    .refused("a JOIN of streams that are not joined on their windows is not supported")
+                    .refused_join("a JOIN of streams that are not joined on their windows is not supported")
                     .help(NEEDED));
             }
         };
@@ -92,6 +94,10 @@ impl Lowering<'_> {
         );
         rel.from = vec![id];
         Ok(rel)
+    }
+
+    fn refused_join(&self, what: impl Into<String>) -> SqlError {
+        SqlError::at(self.join, what)
     }
 
     /// One input: with a column for each key and for the window's end.

@@ -24,7 +24,7 @@ use crate::{
     error::SqlError,
     operators::{assign::WindowAssign, calc::Calc, partial::time_type, window::Windows},
     plan::{
-        StreamTable, Table,
+        Planned, StreamTable, Table,
         needs::{self, Needs},
         window::{WINDOW_COLUMNS, WindowNode},
     },
@@ -34,14 +34,6 @@ mod aggregate;
 mod graph;
 mod join;
 mod source;
-
-/// An insert, planned.
-pub(crate) struct Planned {
-    pub(crate) table: Arc<Table>,
-    pub(crate) plan: LogicalPlan,
-    /// Where the statement stands.
-    pub(crate) location: Location,
-}
 
 /// What streaming knows of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,11 +148,23 @@ pub(crate) fn lower(inserts: &[Planned], context: &PlanContext) -> Result<JobGra
         context,
         target: String::new(),
         location: Location::default(),
+        join: Location::default(),
     };
+    // All inserts into a table are one sink: two of them would write under one identity, and fence each other off.
+    let mut sinks: Vec<(Arc<Table>, Vec<(Rel, Location)>)> = Vec::new();
     for insert in inserts {
         lowering.target.clone_from(&insert.table.def.name);
         lowering.location = insert.location;
-        lowering.insert(insert)?;
+        lowering.join = insert.join;
+        let rel = lowering.plan(&insert.plan)?;
+        let rel = lowering.aligned(rel, insert.plan.schema())?;
+        match sinks.iter_mut().find(|(table, _)| table.def.name == insert.table.def.name) {
+            Some((_, rels)) => rels.push((rel, insert.location)),
+            None => sinks.push((insert.table.clone(), vec![(rel, insert.location)])),
+        }
+    }
+    for (table, rels) in sinks {
+        lowering.sink(&table, rels)?;
     }
     Ok(lowering.ops.into_graph())
 }
@@ -181,6 +185,8 @@ struct Lowering<'a> {
     target: String,
     /// Where it stands.
     location: Location,
+    /// Where its first join stands.
+    join: Location,
 }
 
 impl Lowering<'_> {
@@ -204,30 +210,44 @@ impl Lowering<'_> {
             .map_err(|e| self.failed(&e))
     }
 
-    fn insert(&mut self, insert: &Planned) -> Result<(), SqlError> {
-        let table = &insert.table;
-        let rel = self.plan(&insert.plan)?;
-        let rel = self.aligned(rel, insert.plan.schema())?;
+    fn sink(&mut self, table: &Table, rels: Vec<(Rel, Location)>) -> Result<(), SqlError> {
         let columns: Vec<&str> = table.def.schema.fields().iter().map(|f| f.name().as_str()).collect();
         let primary_key: Vec<usize> =
             table.def.primary_key.iter().filter_map(|k| columns.iter().position(|c| c == k)).collect();
-        let mut exchange = Input::forward(&rel.from);
-        if let Some(changelog) = &rel.changelog {
-            self.check_key(table, &columns, &primary_key, changelog)?;
-            if primary_key.is_empty() {
-                self.ops.need_before(&changelog.origins);
+        let several = rels.len() > 1;
+        let mut from = Vec::new();
+        let mut input: Option<SinkInput> = None;
+        for (rel, location) in rels {
+            self.location = location;
+            if let Some(changelog) = &rel.changelog {
+                if several {
+                    return Err(self
+                        .refused(format!(
+                            "the query updates rows of table '{}', which other inserts write too",
+                            table.def.name
+                        ))
+                        .help("give each updating query a table of its own"));
+                }
+                self.check_key(table, &columns, &primary_key, changelog)?;
+                if primary_key.is_empty() {
+                    self.ops.need_before(&changelog.origins);
+                }
             }
-        } else if !primary_key.is_empty() {
-            // Rows of one key go through one subtask, so that the last one wins for good.
-            exchange = Input::hash(&rel.from, primary_key);
+            input = Some(SinkInput { schema: rel.schema(), changelog: rel.changelog.is_some() });
+            from.extend(rel.from);
         }
-        let input = SinkInput { schema: rel.schema(), changelog: rel.changelog.is_some() };
+        let Some(input) = input else { return Ok(()) };
+        // Rows of one key go through one subtask, so that the last one wins for good. Updates come by their key already.
+        let exchange = if input.changelog || primary_key.is_empty() {
+            Input::forward(&from)
+        } else {
+            Input::hash(&from, primary_key)
+        };
         let sink = table.connector.sink(&table.def, &input, self.context).map_err(|e| self.table_error(e, table))?;
         let kind = sink.kind();
-        let uid = self.ops.number(&format!("sink:{}", table.def.name), '#', false);
         let updates = if input.changelog { " (updates)" } else { "" };
         self.ops.push(Op {
-            uid,
+            uid: format!("sink:{}", table.def.name),
             description: format!("{kind} {}({}){updates}", table.def.name, columns.join(", ")),
             kind,
             state_schema: None,

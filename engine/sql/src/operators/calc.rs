@@ -64,11 +64,6 @@ impl Calc {
         Ok(Self { predicate, used, exprs: (!plain).then_some(exprs), output })
     }
 
-    /// The predicate of a filter without a projection.
-    pub(crate) fn as_filter(&self) -> Option<&Arc<dyn PhysicalExpr>> {
-        self.predicate.as_ref().filter(|_| self.exprs.is_none() && self.used.len() == self.output.fields().len())
-    }
-
     /// The rows that pass, as the expressions see them.
     pub(crate) fn apply(&self, rows: &RecordBatch) -> Result<Option<RecordBatch>> {
         let mask = match &self.predicate {

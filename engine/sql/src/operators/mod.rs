@@ -21,9 +21,6 @@ pub(crate) mod local;
 pub(crate) mod partial;
 pub(crate) mod window;
 
-#[cfg(test)]
-mod tests;
-
 /// An expression over a batch, a value per row.
 fn evaluate(expr: &Arc<dyn PhysicalExpr>, batch: &RecordBatch) -> Result<ArrayRef> {
     expr.evaluate(batch).and_then(|value| value.into_array(batch.num_rows())).map_err(|e| failed(&e))

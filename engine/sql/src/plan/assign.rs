@@ -59,7 +59,7 @@ pub(super) fn to_sink(plan: LogicalPlan, table: &Arc<Table>, insert: &Insert) ->
         let (have, want) = (plan.schema().field(from).data_type(), field.data_type());
         let expr = if have == want {
             column
-        } else if fits(have, want) {
+        } else if fits(have, want) || literal_fits(&plan, from, want) {
             cast(column, want.clone())
         } else {
             let message = format!(
@@ -115,6 +115,21 @@ fn fits(from: &DataType, to: &DataType) -> bool {
                     .all(|(a, b)| a.data_type() == b.data_type() || fits(a.data_type(), b.data_type()))
         }
         _ => width(from).or_else(|| unsigned(from)).zip(width(to)).is_some_and(|(a, b)| a <= b),
+    }
+}
+
+/// Whether a column is an integer literal (which has the widest type) in range of `to`.
+fn literal_fits(plan: &LogicalPlan, column: usize, to: &DataType) -> bool {
+    match plan {
+        LogicalPlan::Projection(projection) => match projection.expr.get(column).map(|e| e.clone().unalias()) {
+            Some(Expr::Literal(value, _)) => {
+                value.data_type().is_integer() && to.is_integer() && value.cast_to(to).is_ok()
+            }
+            _ => false,
+        },
+        LogicalPlan::Union(union) => union.inputs.iter().all(|input| literal_fits(input, column, to)),
+        LogicalPlan::SubqueryAlias(alias) => literal_fits(&alias.input, column, to),
+        _ => false,
     }
 }
 

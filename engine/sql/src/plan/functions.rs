@@ -15,8 +15,8 @@ use datafusion_expr::{
     planner::ExprPlanner,
 };
 use datafusion_sql::sqlparser::ast::{
-    BinaryOperator, CaseWhen, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, VisitMut, VisitorMut,
-    helpers::attached_token::AttachedToken,
+    BinaryOperator, CaseWhen, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, Ident, Select,
+    SelectItem, VisitMut, VisitorMut, helpers::attached_token::AttachedToken,
 };
 
 use crate::dialect::refuse::Functions;
@@ -65,7 +65,6 @@ impl Registry {
             Arc::new(datafusion_functions::datetime::planner::DatetimeFunctionPlanner),
             Arc::new(datafusion_functions::unicode::planner::UnicodeFunctionPlanner),
             Arc::new(datafusion_functions_aggregate::planner::AggregateFunctionPlanner),
-            Arc::new(datafusion_functions::planner::UserDefinedFunctionPlanner),
         ];
         Self { scalars, higher_order, aggregates, planners }
     }
@@ -87,7 +86,40 @@ impl Functions for Registry {
     }
 }
 
-/// Rewrites Flink's names that are operators with us: `MOD(a, b)`, `IF(c, a, b)`.
+/// Gives the columns of a `SELECT` list names that differ, where it gives none: `EXPR$0`, and `a0` for a second `a`.
+fn name_columns(select: &mut Select) {
+    let mut taken: Vec<String> = Vec::new();
+    for (at, item) in select.projection.iter_mut().enumerate() {
+        let SelectItem::UnnamedExpr(expr) = item else {
+            if let SelectItem::ExprWithAlias { alias, .. } = item {
+                taken.push(alias.value.clone());
+            }
+            continue;
+        };
+        let own = match expr {
+            Expr::Identifier(ident) => Some(ident.value.clone()),
+            Expr::CompoundIdentifier(idents) => idents.last().map(|i| i.value.clone()),
+            _ => None,
+        };
+        let name = match &own {
+            Some(name) if !taken.contains(name) => {
+                taken.push(name.clone());
+                if matches!(expr, Expr::Identifier(_)) {
+                    continue;
+                }
+                name.clone()
+            }
+            Some(name) => (0..).map(|n| format!("{name}{n}")).find(|n| !taken.contains(n)).unwrap_or_default(),
+            None => format!("EXPR${at}"),
+        };
+        if !taken.contains(&name) {
+            taken.push(name.clone());
+        }
+        *item = SelectItem::ExprWithAlias { expr: expr.clone(), alias: Ident::with_quote('`', name) };
+    }
+}
+
+/// Rewrites Flink's names that are operators with us (`MOD(a, b)`, `IF(c, a, b)`), and names columns as Flink does.
 pub(crate) fn rewrite(node: &mut impl VisitMut) {
     struct Rewrite;
     impl VisitorMut for Rewrite {
@@ -100,6 +132,10 @@ pub(crate) fn rewrite(node: &mut impl VisitMut) {
             if let Some(replaced) = replaced {
                 *expr = replaced;
             }
+            std::ops::ControlFlow::Continue(())
+        }
+        fn post_visit_select(&mut self, select: &mut Select) -> std::ops::ControlFlow<()> {
+            name_columns(select);
             std::ops::ControlFlow::Continue(())
         }
     }

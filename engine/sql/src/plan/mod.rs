@@ -31,7 +31,7 @@ use crate::{
     dialect::{
         CreateTable, CreateView, Insert, WindowCall, WindowKind,
         ddl::TableColumn,
-        refuse::{Functions, refuse, refuse_in_expr},
+        refuse::{Functions, first_join, refuse, refuse_in_expr},
     },
     error::{SqlError, start},
     operators::window::Windows,
@@ -58,6 +58,16 @@ pub(crate) struct Table {
     pub(crate) idle_timeout: Option<Duration>,
     /// Where `CREATE TABLE` stands.
     pub(crate) location: Location,
+}
+
+/// An insert, planned.
+pub(crate) struct Planned {
+    pub(crate) table: Arc<Table>,
+    pub(crate) plan: LogicalPlan,
+    /// Where the statement stands.
+    pub(crate) location: Location,
+    /// Where its first join stands, if it has one.
+    pub(crate) join: Location,
 }
 
 impl fmt::Debug for Table {
@@ -107,6 +117,8 @@ pub(crate) struct Catalog<'a> {
     tables: BTreeMap<String, Arc<Table>>,
     views: BTreeMap<String, Arc<NamedPlan>>,
     windows: BTreeMap<String, Arc<NamedPlan>>,
+    /// Where the last query's first join stands: later passes see no places.
+    join: Option<Location>,
     config: ConfigOptions,
 }
 
@@ -118,6 +130,7 @@ impl<'a> Catalog<'a> {
             tables: BTreeMap::new(),
             views: BTreeMap::new(),
             windows: BTreeMap::new(),
+            join: None,
             config: ConfigOptions::new(),
         }
     }
@@ -273,8 +286,8 @@ impl<'a> Catalog<'a> {
         Ok(())
     }
 
-    /// Plans an insert: the table, and the optimised plan of its rows in the order of its columns.
-    pub(crate) fn insert(&mut self, insert: &Insert) -> Result<(Arc<Table>, LogicalPlan), SqlError> {
+    /// Plans an insert: its rows in the order of the table's columns, optimised.
+    pub(crate) fn insert(&mut self, insert: &Insert) -> Result<Planned, SqlError> {
         let Some(table) = self.tables.get(&insert.table).cloned() else {
             if self.views.contains_key(&insert.table) {
                 return Err(SqlError::at(
@@ -289,7 +302,8 @@ impl<'a> Catalog<'a> {
         let plan = self.analyse(plan).map_err(|e| self.planner_error(&e, &insert.query, insert.location))?;
         let plan = assign::to_sink(plan, &table, insert)?;
         let optimised = self.optimise(plan).map_err(|e| self.planner_error(&e, &insert.query, insert.location))?;
-        Ok((table, optimised))
+        let join = self.join.unwrap_or(insert.location);
+        Ok(Planned { table, plan: optimised, location: insert.location, join })
     }
 
     fn planner_error(&self, error: &DataFusionError, query: &ast::Query, location: Location) -> SqlError {
@@ -297,16 +311,22 @@ impl<'a> Catalog<'a> {
     }
 
     fn optimise(&self, plan: LogicalPlan) -> Result<LogicalPlan, DataFusionError> {
-        let rules: Vec<Arc<dyn OptimizerRule + Send + Sync>> = vec![
-            Arc::new(ReplaceDistinctWithAggregate::new()),
-            Arc::new(SimplifyExpressions::new()),
-            Arc::new(EliminateCrossJoin::new()),
-            Arc::new(ExtractEquijoinPredicate::new()),
-            Arc::new(PushDownFilter::new()),
-            Arc::new(CommonSubexprEliminate::new()),
-            Arc::new(OptimizeProjections::new()),
-        ];
-        Optimizer::with_rules(rules).optimize(plan, &OptimizerContext::new(), |_, _| {})
+        let optimise = |rules: Vec<Arc<dyn OptimizerRule + Send + Sync>>, plan| {
+            Optimizer::with_rules(rules).optimize(plan, &OptimizerContext::new(), |_, _| {})
+        };
+        let plan = optimise(
+            vec![
+                Arc::new(ReplaceDistinctWithAggregate::new()),
+                Arc::new(SimplifyExpressions::new()),
+                Arc::new(EliminateCrossJoin::new()),
+                Arc::new(PushDownFilter::new()),
+                Arc::new(CommonSubexprEliminate::new()),
+                Arc::new(OptimizeProjections::new()),
+            ],
+            plan,
+        )?;
+        // By itself and last: filters that are pushed into a join take its equalities along.
+        optimise(vec![Arc::new(ExtractEquijoinPredicate::new())], plan)
     }
 
     fn query(
@@ -316,6 +336,7 @@ impl<'a> Catalog<'a> {
         location: Location,
     ) -> Result<LogicalPlan, SqlError> {
         refuse(query, &self.registry)?;
+        self.join = first_join(query).or(self.join);
         for call in windows {
             let node = self.window(call)?;
             self.windows.insert(call.placeholder.clone(), node);
@@ -462,7 +483,7 @@ fn check_fixed(create: &CreateTable, declared: &Schema, fixed: &Schema) -> Resul
             );
             return Err(error.suggest(field.name(), fixed.fields().iter().map(|f| f.name().as_str())));
         };
-        if known.data_type() != field.data_type() {
+        if !is_part(field.data_type(), known.data_type()) {
             let message = format!(
                 "table '{name}': the connector brings column '{}' as {}, not {}",
                 field.name(),
@@ -473,6 +494,16 @@ fn check_fixed(create: &CreateTable, declared: &Schema, fixed: &Schema) -> Resul
         }
     }
     Ok(())
+}
+
+/// Whether a type is another, or a struct with some of its fields.
+fn is_part(part: &DataType, whole: &DataType) -> bool {
+    match (part, whole) {
+        (DataType::Struct(part), DataType::Struct(whole)) => {
+            part.iter().all(|p| whole.iter().any(|w| w.name() == p.name() && is_part(p.data_type(), w.data_type())))
+        }
+        _ => part == whole,
+    }
 }
 
 impl ContextProvider for Catalog<'_> {

@@ -1,0 +1,7 @@
+//! SQL in, rows out: jobs over rows that stand in the test, run in one thread, with and without a restore in between.
+
+mod harness;
+mod nexmark;
+mod plans;
+mod refusals;
+mod results;
