@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-units test-system check bench generate fmt
+.PHONY: help build demo test check bench generate fmt
 
 # Built files and fetched tools live outside the clone, so that several clones share them.
 export FLOODMARK_CACHE ?= $(HOME)/.cache/floodmark
@@ -14,23 +14,20 @@ export FLOODMARK_BIN ?= $(CARGO_TARGET_DIR)/release/floodmark
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: ## Build the floodmark program (release)
+# One selection of packages for all release builds: another one would compile shared dependencies anew.
+RELEASED := -p floodmark -p floodmark-tests -p floodmark-bench
+
+build: ## Build the floodmark program, the demo and the benchmark (release)
 	@scripts/setup-build.sh
-	cargo build --release --locked -p floodmark
+	cargo build --release --locked $(RELEASED) --bins
 	@echo "built $(FLOODMARK_BIN)"
 
 demo: build ## Run a Nexmark job, kill it with -9, let it resume, and check its output: no Kafka, S3 or cluster needed
-	cargo run --release --locked -p floodmark-tests --bin demo
+	$(CARGO_TARGET_DIR)/release/demo
 
-test: test-units test-system ## Run all tests: units, then the whole system against a real Kafka broker and S3 server
-
-test-units: ## Run the crates' own tests
+test: build ## Run all tests: units, then the whole system against a real Kafka broker and S3 server
 	@scripts/setup-test.sh
-	cargo test --workspace --exclude floodmark-tests --locked
-
-test-system: build ## Run the whole-system tests: crashes, restarts, bad input
-	@scripts/setup-test.sh
-	cargo test --release --locked -p floodmark-tests
+	cargo test --workspace --locked
 
 check: ## Check formatting, lints, docs, generated files, dependencies and licences
 	@scripts/setup-check.sh
@@ -38,7 +35,7 @@ check: ## Check formatting, lints, docs, generated files, dependencies and licen
 
 bench: build ## Measure CPU-seconds per million events against a real Kafka broker
 	@scripts/setup-test.sh
-	cargo run --release --locked -p floodmark-bench
+	$(CARGO_TARGET_DIR)/release/floodmark-bench
 
 generate: ## Write generated files anew (crds/streamjob.yaml)
 	@scripts/setup-build.sh
