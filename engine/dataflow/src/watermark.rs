@@ -74,7 +74,13 @@ impl SplitWatermarks {
     }
 
     /// What the splits come to now: the least watermark of those that are neither finished nor idle.
+    ///
+    /// Finished splits make nobody idle: the end of the input follows, and with it the last watermark. Idle in between, a
+    /// subtask downstream could be passed by its siblings, and what it has still to emit would come too late.
     pub fn combine(&mut self, now: Duration) -> Combined {
+        if !self.splits.is_empty() && self.splits.iter().all(|s| s.finished) {
+            return Combined::Unchanged;
+        }
         let idle = |s: &Split| self.idle_timeout.is_some_and(|t| now.saturating_sub(s.last_row) >= t);
         let least =
             self.splits.iter().filter(|s| !s.finished && !idle(s)).map(|s| s.watermark.unwrap_or(WATERMARK_MIN)).min();
@@ -140,11 +146,6 @@ impl InputWatermarks {
         self.combine()
     }
 
-    /// Nothing more comes on `channel`.
-    pub fn ended(&mut self, channel: usize) -> Combined {
-        self.idle(channel)
-    }
-
     /// The last combined watermark.
     #[must_use]
     pub fn current(&self) -> TimestampMs {
@@ -152,7 +153,10 @@ impl InputWatermarks {
     }
 
     fn combine(&mut self) -> Combined {
+        // An input that is silent may speak again: the others' end is not the end of time.
+        let all_over = self.channels.iter().all(|c| c.watermark >= WATERMARK_MAX);
         match self.channels.iter().filter(|c| !c.idle).map(|c| c.watermark).min() {
+            Some(WATERMARK_MAX..) if !all_over => Combined::Unchanged,
             Some(least) if least > self.sent => {
                 self.sent = least.min(WATERMARK_MAX);
                 self.idle = false;
@@ -192,8 +196,7 @@ mod tests {
         splits.finished(1);
         assert_eq!(splits.combine(seconds(2)), Combined::Advanced(100));
         splits.finished(0);
-        assert_eq!(splits.combine(seconds(2)), Combined::BecameIdle);
-        assert_eq!(splits.combine(seconds(3)), Combined::Unchanged);
+        assert_eq!(splits.combine(seconds(2)), Combined::Unchanged, "the end of the input follows");
     }
 
     #[test]
@@ -226,7 +229,9 @@ mod tests {
         assert_eq!(inputs.watermark(1, 7), Combined::Advanced(10), "active again, and never back");
         assert_eq!(inputs.watermark(1, 30), Combined::Advanced(30));
         assert_eq!(inputs.watermark(0, 20), Combined::Unchanged);
-        assert_eq!(inputs.ended(1), Combined::Unchanged);
-        assert_eq!(inputs.watermark(0, WATERMARK_MAX), Combined::Advanced(WATERMARK_MAX));
+        assert_eq!(inputs.watermark(0, 40), Combined::Unchanged);
+        assert_eq!(inputs.idle(1), Combined::Advanced(40));
+        assert_eq!(inputs.watermark(0, WATERMARK_MAX), Combined::Unchanged, "the silent one may speak again");
+        assert_eq!(inputs.watermark(1, WATERMARK_MAX), Combined::Advanced(WATERMARK_MAX));
     }
 }

@@ -369,16 +369,15 @@ impl Task {
             Frame::End => {
                 let aligned = aligner.ended(channel);
                 let barrier = pending.filter(|b| Some(b.epoch) == aligned);
-                let combined = watermarks.ended(channel);
                 let over = aligner.all_ended();
                 if let Some(barrier) = barrier {
                     self.snapshot(barrier, events)?;
                 }
                 if over {
                     self.end()?;
-                    return Ok(Progress::Ready);
                 }
-                combined
+                // Its watermark stays where it was: an input that ends by itself has sent the last one.
+                return Ok(Progress::Ready);
             }
         };
         match combined {
