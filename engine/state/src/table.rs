@@ -133,6 +133,28 @@ impl Rows {
         (&self.chunks[slot / CHUNK_ROWS], slot % CHUNK_ROWS)
     }
 
+    /// A value of a [`ColumnType::Long`] column.
+    #[inline]
+    #[must_use]
+    pub fn long(&self, slot: usize, column: usize) -> Option<i64> {
+        let (chunk, row) = self.read(slot);
+        match &chunk.columns[column] {
+            Column::Long(values) => values[row],
+            Column::Double(_) | Column::Wide(_) | Column::Bytes(_) => None,
+        }
+    }
+
+    /// A value of a [`ColumnType::Bytes`] column.
+    #[inline]
+    #[must_use]
+    pub fn bytes(&self, slot: usize, column: usize) -> Option<&[u8]> {
+        let (chunk, row) = self.read(slot);
+        match &chunk.columns[column] {
+            Column::Bytes(values) => values[row].as_deref(),
+            Column::Long(_) | Column::Double(_) | Column::Wide(_) => None,
+        }
+    }
+
     /// All rows, a chunk at a time.
     pub fn chunks(&self) -> impl Iterator<Item = &Chunk> {
         self.chunks.iter().map(|c| &**c)

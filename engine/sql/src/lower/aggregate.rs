@@ -17,7 +17,7 @@ use crate::{
         aggregate::Call,
         group::GroupAggregate,
         key::check_key,
-        local::LocalAggregate,
+        local::{LocalAggregate, Sliced},
         partial::{Grouping, time_type},
         window::{OutputColumn, Slicing, WindowAggregate},
     },
@@ -95,7 +95,7 @@ impl Lowering<'_> {
     }
 
     /// Time (or window end) of a row, and how rows are sliced.
-    fn slicing(&self, rel: &Rel) -> Result<Option<(Arc<dyn PhysicalExpr>, Slicing)>, SqlError> {
+    fn slicing(&self, rel: &Rel) -> Result<Option<Sliced>, SqlError> {
         if let Some(pending) = &rel.pending {
             let (qualifier, field) = &rel.fields[pending.time];
             let column = Expr::Column(datafusion_common::Column::new(qualifier.clone(), field.name()));
@@ -134,7 +134,7 @@ impl Lowering<'_> {
         Call::new(lowered.aggregate, lowered.filter, &schema).map_err(|e| self.refused(e.to_string()))
     }
 
-    fn label(&self, rel: &Rel, grouping: &Grouping, slicing: Option<&(Arc<dyn PhysicalExpr>, Slicing)>) -> String {
+    fn label(&self, rel: &Rel, grouping: &Grouping, slicing: Option<&Sliced>) -> String {
         let window = match (slicing, &rel.pending) {
             (None, _) => String::new(),
             (Some(_), Some(pending)) => format!("{} ", pending.label),

@@ -151,22 +151,28 @@ pub(crate) fn lower(inserts: &[Planned], context: &PlanContext) -> Result<JobGra
         join: Location::default(),
     };
     // All inserts into a table are one sink: two of them would write under one identity, and fence each other off.
-    let mut sinks: Vec<(Arc<Table>, Vec<(Rel, Location)>)> = Vec::new();
+    let mut sinks: Vec<Written> = Vec::new();
     for insert in inserts {
         lowering.target.clone_from(&insert.table.def.name);
         lowering.location = insert.location;
         lowering.join = insert.join;
         let rel = lowering.plan(&insert.plan)?;
         let rel = lowering.aligned(rel, insert.plan.schema())?;
-        match sinks.iter_mut().find(|(table, _)| table.def.name == insert.table.def.name) {
-            Some((_, rels)) => rels.push((rel, insert.location)),
-            None => sinks.push((insert.table.clone(), vec![(rel, insert.location)])),
+        match sinks.iter_mut().find(|w| w.table.def.name == insert.table.def.name) {
+            Some(written) => written.inputs.push((rel, insert.location)),
+            None => sinks.push(Written { table: insert.table.clone(), inputs: vec![(rel, insert.location)] }),
         }
     }
-    for (table, rels) in sinks {
-        lowering.sink(&table, rels)?;
+    for Written { table, inputs } in sinks {
+        lowering.sink(&table, inputs)?;
     }
     Ok(lowering.ops.into_graph())
+}
+
+/// A table that is written to, with the streams and the statements that write it.
+struct Written {
+    table: Arc<Table>,
+    inputs: Vec<(Rel, Location)>,
 }
 
 fn has_windows(plan: &LogicalPlan) -> bool {

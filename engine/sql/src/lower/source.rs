@@ -73,7 +73,7 @@ impl Lowering<'_> {
         let factory =
             table.connector.source(&table.def, &projection, self.context).map_err(|e| self.table_error(e, table))?;
         let kind = factory.kind();
-        let decoded: Vec<String> = projection.fields().iter().map(|f| describe(f)).collect();
+        let decoded: Vec<String> = projection.fields().iter().map(describe).collect();
         let time = table.watermark.as_ref().map(|(column, _)| column);
         let shown = match (&watermark, &table.watermark) {
             (Some(_), Some((column, expr))) => format!(", watermark for {column} as {expr}"),

@@ -366,12 +366,7 @@ impl Call {
     /// The stored states of those of `slots` that have one, and which those are.
     fn stored(&self, rows: &Rows, at: usize, slots: &[u32]) -> Result<(Vec<ArrayRef>, Vec<bool>)> {
         let codec = KeyCodec::new(&self.state)?;
-        let of = |slot: &u32| match rows.read(*slot as usize) {
-            (chunk, row) => match &chunk.columns[at] {
-                Column::Bytes(values) => values[row].as_deref(),
-                Column::Long(_) | Column::Double(_) | Column::Wide(_) => None,
-            },
-        };
+        let of = |slot: &u32| rows.bytes(*slot as usize, at);
         let known = slots.iter().map(|s| of(s).is_some()).collect();
         Ok((codec.decode(slots.iter().filter_map(of))?, known))
     }
@@ -522,12 +517,7 @@ fn count(
 }
 
 fn counts(rows: &Rows, at: usize, slots: &[u32]) -> ArrayRef {
-    let count = |slot: &u32| match rows.read(*slot as usize) {
-        (chunk, row) => match &chunk.columns[at] {
-            Column::Long(values) => values[row].unwrap_or(0),
-            Column::Double(_) | Column::Wide(_) | Column::Bytes(_) => 0,
-        },
-    };
+    let count = |slot: &u32| rows.long(*slot as usize, at).unwrap_or(0);
     Arc::new(slots.iter().map(count).collect::<Int64Array>())
 }
 

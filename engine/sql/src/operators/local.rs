@@ -28,6 +28,9 @@ use super::{
 /// Groups held before they are emitted, at most.
 const GROUPS_MAX: usize = 65_536;
 
+/// The time (or window end) of a row, and how rows are sliced by it.
+pub(crate) type Sliced = (Arc<dyn PhysicalExpr>, Slicing);
+
 /// What a local aggregate does.
 #[derive(Clone)]
 pub(crate) struct LocalAggregate {
@@ -35,7 +38,7 @@ pub(crate) struct LocalAggregate {
     /// The keys, over the input's rows.
     pub(crate) keys: Vec<Arc<dyn PhysicalExpr>>,
     /// Time (or window end, if attached) of a row, and how it is sliced.
-    pub(crate) slicing: Option<(Arc<dyn PhysicalExpr>, Slicing)>,
+    pub(crate) slicing: Option<Sliced>,
 }
 
 impl LocalAggregate {
@@ -147,12 +150,7 @@ impl LocalOperator {
             let rows = partial.num_rows();
             let mut columns = partial.columns().to_vec();
             if grouping.windowed {
-                let count = |slot: usize| match table.rows().read(slot) {
-                    (chunk, row) => match &chunk.columns[counter] {
-                        Column::Long(counts) => counts[row].unwrap_or(0),
-                        Column::Double(_) | Column::Wide(_) | Column::Bytes(_) => 0,
-                    },
-                };
+                let count = |slot: usize| table.rows().long(slot, counter).unwrap_or(0);
                 columns.push(Arc::new((slot..slot + rows).map(count).collect::<Int64Array>()));
             }
             slot += rows;
