@@ -1,6 +1,6 @@
 //! What a job reads from and writes to: Kafka, files on any object store, generators, and sinks for looking and measuring.
 //!
-//! Each connector is a folder or file of its own behind [`floodmark_dataflow::connector::Connector`]; [`format`] turns
+//! Each connector is a folder or file of its own behind [`floodmark_dataflow::connector::Connector`]; [`mod@format`] turns
 //! records into rows and back; [`options`] reads a table's `WITH (…)` list. [`all`] is the registry.
 
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! From SQL to a dataflow, and the streaming operators that it runs on.
 //!
-//! Three steps: [`dialect`] turns text into statements, [`plan`] gives their names and types a meaning (DataFusion's
+//! Three steps: [`dialect`] turns text into statements, [`mod@plan`] gives their names and types a meaning (DataFusion's
 //! planner and optimiser), [`lower`] makes a job's graph of it. Every refusal comes from one of the three, with its place.
 //! Reads and writes nothing: connectors are asked for factories, not opened.
 

@@ -60,7 +60,7 @@ pub fn write(header: &Header, schema: &SchemaRef, batches: &[RecordBatch]) -> Re
 /// Reads a state file.
 ///
 /// # Errors
-/// `Corrupt` if it is not, byte for byte, what [`write`] wrote.
+/// `Corrupt` if it is not, byte for byte, what [`write()`] wrote.
 pub fn read(file: &Bytes) -> Result<(Header, Vec<RecordBatch>)> {
     let blocks = read_blocks(KIND, file)?;
     let [header, rows] = blocks.as_slice() else {
