@@ -15,7 +15,7 @@ if [ ! -d "$kafka" ]; then
   have mvn || fail "Maven is missing: run scripts/setup-test.sh"
   rm -rf "$kafka.new"
   mkdir -p "$kafka.new"
-  mvn --batch-mode --quiet --file "$here/kafka/pom.xml" dependency:copy-dependencies \
+  mvn --batch-mode --quiet -Dstyle.color=never --file "$here/kafka/pom.xml" dependency:copy-dependencies \
     -DincludeScope=runtime -DoutputDirectory="$kafka.new" ||
     fail "Maven could not fetch Kafka $KAFKA_VERSION"
   mv "$kafka.new" "$kafka"

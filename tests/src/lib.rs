@@ -12,3 +12,4 @@ pub mod events;
 pub mod feeder;
 pub mod job;
 pub mod oracle;
+pub mod scratch;

@@ -10,6 +10,7 @@ use floodmark_tests::{
     events::NEXMARK_COLUMNS,
     job::{Ended, Job, PATIENCE, flip_a_byte, lines_of},
     oracle::bids_per_auction,
+    scratch,
 };
 
 const EVENTS: u64 = 150_000;
@@ -58,7 +59,7 @@ fn says_so(ended: &Ended, from: u64) -> Result<()> {
 
 #[test]
 fn a_turned_bit_in_a_shard_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
-    let folder = tempfile::tempdir()?;
+    let folder = scratch::folder()?;
     let job = crashed_job(folder.path())?;
     let (newest, before) = newest_two(&job)?;
     let shards = job.log()?.shards();
@@ -73,7 +74,7 @@ fn a_turned_bit_in_a_shard_is_found_and_the_checkpoint_before_is_used() -> Resul
 
 #[test]
 fn a_missing_shard_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
-    let folder = tempfile::tempdir()?;
+    let folder = scratch::folder()?;
     let job = crashed_job(folder.path())?;
     let (_, before) = newest_two(&job)?;
     let shards = job.log()?.shards();
@@ -85,7 +86,7 @@ fn a_missing_shard_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
 
 #[test]
 fn a_turned_bit_in_a_log_entry_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
-    let folder = tempfile::tempdir()?;
+    let folder = scratch::folder()?;
     let job = crashed_job(folder.path())?;
     let (_, before) = newest_two(&job)?;
     let entry = job.log()?.completed().next_back().context("no checkpoint")?.0.to_owned();
@@ -97,7 +98,7 @@ fn a_turned_bit_in_a_log_entry_is_found_and_the_checkpoint_before_is_used() -> R
 
 #[test]
 fn a_job_whose_checkpoints_are_all_damaged_starts_from_nothing_only_if_told_to() -> Result<()> {
-    let folder = tempfile::tempdir()?;
+    let folder = scratch::folder()?;
     let mut job = crashed_job(folder.path())?;
     let blobs = job.checkpoint_folder().join("blobs");
     let mut damaged = 0;

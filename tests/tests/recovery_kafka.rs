@@ -23,6 +23,7 @@ use floodmark_tests::{
     feeder::{Feeder, Writer},
     job::{Job, PATIENCE},
     oracle::{Repeats, RunningTotals, Total, turnover},
+    scratch,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -60,7 +61,7 @@ impl Scenario {
         for (table, partitions) in [("orders", PARTITIONS as usize), ("turnover", 2), ("totals", 3), ("copies", 2)] {
             broker.create_topic(&format!("{name}-{table}"), partitions, &[])?;
         }
-        Ok(Self { broker, folder: tempfile::tempdir()?, name })
+        Ok(Self { broker, folder: scratch::folder()?, name })
     }
 
     fn topic(&self, table: &str) -> String {

@@ -113,8 +113,9 @@ async fn deploy_all(
     let restored = start.restored.as_ref();
     let mut handles = BTreeMap::new();
     if let Some(log) = &start.log {
-        let all =
-            deploy::committers(&spec.graph, spec.parallelism, log.history(), restored).map_err(RunError::Connector)?;
+        let committed = start.state.committed;
+        let all = deploy::committers(&spec.graph, spec.parallelism, log.history(), restored, committed)
+            .map_err(RunError::Connector)?;
         for committing in all {
             let to = sender.clone();
             let report = Box::new(move |report| drop(to.send(Event::Committer(report))));

@@ -60,11 +60,16 @@ pub(crate) fn connect(graph: &JobGraph, restored: Option<&Restored>) -> Result<H
 }
 
 /// The committers of all sinks: of the present subtasks, and of earlier ones whose records are still to be committed.
+/// Everything up to epoch `committed` is known to be.
+///
+/// # Errors
+/// When the checkpoint holds records of a sink that no longer commits any: they would be lost.
 pub(crate) fn committers(
     graph: &JobGraph,
     parallelism: u32,
     history: &str,
     restored: Option<&Restored>,
+    committed: Epoch,
 ) -> Result<Vec<Committing>> {
     let mut all = Vec::new();
     for (task, node) in graph.nodes() {
@@ -73,7 +78,19 @@ pub(crate) fn committers(
         let earlier =
             restored.and_then(|r| r.operator(&node.uid)).into_iter().flat_map(|o| &o.shards).map(|s| s.subtask);
         for index in present.chain(earlier).collect::<BTreeSet<u32>>() {
-            let Some(committer) = sink.committer(index, history).map_err(|e| e.context(&node.uid))? else { break };
+            let Some(committer) = sink.committer(index, history).map_err(|e| e.context(&node.uid))? else {
+                let left = restored
+                    .filter(|r| r.manifest.epoch > committed)
+                    .map_or(0, |r| r.staged(&node.uid, index).iter().map(|(shard, _)| shard.rows).sum());
+                if left == 0 {
+                    continue;
+                }
+                return Err(Error::abort(format!(
+                    "{}: the checkpoint holds {left} records that are not written yet, and the sink no longer writes \
+                     exactly once; run the job as it was once more, and stop it with Ctrl-C, before changing that",
+                    node.uid
+                )));
+            };
             let restored = restored.map(|r| {
                 let shards = r.staged(&node.uid, index).into_iter().map(|(shard, bytes)| (shard.rows, bytes));
                 (r.manifest.epoch, shards.collect())

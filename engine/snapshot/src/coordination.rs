@@ -14,8 +14,9 @@ use std::{
 };
 
 use crate::{
-    Attempt, Epoch, Generation, JobId, Manifest, OperatorSnapshot, OperatorUid, log::Event as LogEvent,
-    manifest::MANIFEST_FORMAT,
+    Attempt, Epoch, Generation, JobId, Manifest, OperatorSnapshot, OperatorUid, Shard,
+    log::Event as LogEvent,
+    manifest::{MANIFEST_FORMAT, ShardStatus},
 };
 
 /// A subtask, by the index of its task in the graph and its own index in the task.
@@ -465,7 +466,10 @@ impl Coordinator {
         let Phase::InFlight(flight) = std::mem::replace(&mut self.phase, Phase::Idle { ended: now.monotonic }) else {
             return;
         };
-        let orphans = flight.operators.values().flat_map(|o| o.shards.iter().map(|s| s.path.clone())).collect();
+        // What an earlier checkpoint has uploaded is that one's.
+        let own = |s: &&Shard| s.status == ShardStatus::Uploaded;
+        let orphans =
+            flight.operators.values().flat_map(|o| o.shards.iter().filter(own).map(|s| s.path.clone())).collect();
         self.failures += 1;
         let (epoch, failures) = (flight.epoch, self.failures);
         decisions.push(Decision::Abort { epoch, reason: reason.clone(), orphans });
@@ -488,7 +492,7 @@ mod tests {
     use expect_test::{Expect, expect};
 
     use super::*;
-    use crate::{Shard, ShardKind, manifest::ShardStatus};
+    use crate::ShardKind;
 
     const A: Subtask = Subtask { task: 0, index: 0 };
     const B: Subtask = Subtask { task: 1, index: 0 };

@@ -11,7 +11,7 @@
 //!
 //! Every byte of an entry is covered: the frame is compared literally, the body by a CRC32C. An entry that is damaged keeps
 //! its number. Because it may have been an `Opened` or a `Completed`, the numbers derived from the log (generation, attempt,
-//! epoch) skip one for each damaged entry: they never go back.
+//! epoch) skip what it may have used: they never go back.
 
 use std::{fmt, sync::Arc};
 
@@ -107,6 +107,10 @@ pub enum Event {
         epoch: Epoch,
     },
 }
+
+/// By how much the epochs go on behind an entry that can't be read: more than checkpoints are ever aborted in a row. A sink
+/// that met an epoch for the second time would take it for committed, and lose it.
+const EPOCHS_SKIPPED_PER_DAMAGE: u64 = 1 << 20;
 
 /// One entry of the log.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -247,7 +251,8 @@ impl LogState {
         // It may have been anything: see the header of this file.
         self.generation = self.generation.next();
         self.attempt = self.attempt.next();
-        self.last_epoch = self.last_epoch.next();
+        // Aborted checkpoints leave no entry, so the epoch of a lost one may be further on than the next.
+        self.last_epoch = Epoch(self.last_epoch.0 + EPOCHS_SKIPPED_PER_DAMAGE);
         self.damaged.push(Damaged { seq, reason });
     }
 

@@ -48,8 +48,8 @@ pub(crate) fn free_port() -> Result<u16> {
 }
 
 /// What ends a server, and clears its folder away, if this process dies without doing so: it waits for the end of a pipe that
-/// only this process holds.
-const GUARD: &str = r#"read -r _; kill -9 "$0"; rm -rf "$1""#;
+/// only this process holds. An interrupt at the terminal, which ends them all, must not end it.
+const GUARD: &str = r#"trap '' INT TERM HUP; read -r _; kill -9 "$0"; rm -rf "$1" || { sleep 1; rm -rf "$1"; }"#;
 
 /// A running server. Killed when dropped, or when this process ends in whatever way.
 pub(crate) struct Server {

@@ -121,5 +121,19 @@ impl BadRecordHandler {
 fn shown(record: &[u8]) -> String {
     let text = String::from_utf8_lossy(&record[..record.len().min(SHOWN_MAX)]);
     let dots = if record.len() > SHOWN_MAX { "…" } else { "" };
-    format!("{}{dots}", text.escape_debug())
+    // Quotes and backslashes stand as they are in the record; what a terminal would obey does not.
+    let visible = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    format!("{}{dots}", text.chars().map(visible).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_shown_as_it_is_but_for_its_control_characters_and_its_excess() {
+        assert_eq!(shown(br#"{"a":"x\y"}"#), r#"{"a":"x\y"}"#);
+        assert_eq!(shown("naïve\t\u{1b}[31m".as_bytes()), "naïve\\t\\u{1b}[31m");
+        assert_eq!(shown(&[b'y'; SHOWN_MAX + 1]), "y".repeat(SHOWN_MAX) + "…");
+    }
 }
