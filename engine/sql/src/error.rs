@@ -101,7 +101,10 @@ impl SqlError {
                     .find_map(|prefix| text.strip_prefix(prefix))
                     .unwrap_or(&text)
                     .to_owned();
-                Self::nowhere(text)
+                match text.strip_prefix("Field ").and_then(|t| t.strip_suffix(" not found in struct")) {
+                    Some(field) => Self::nowhere(format!("unknown field '{field}'")),
+                    None => Self::nowhere(text),
+                }
             }
         };
         planned.location = location;

@@ -21,6 +21,7 @@ use crate::{
         partial::{Grouping, time_type},
         window::{OutputColumn, Slicing, WindowAggregate},
     },
+    plan::show,
 };
 
 /// A `GROUP BY` column: one of the window, or a key.
@@ -68,7 +69,8 @@ impl Lowering<'_> {
             .collect();
         let grouping =
             Grouping { keys: keys.iter().map(|(_, f)| f.clone()).collect(), calls, windowed: slicing.is_some() };
-        let label = self.label(&rel, &grouping, slicing.as_ref());
+        let shown: Vec<String> = aggregate.aggr_expr.iter().map(show).collect();
+        let label = label(&rel, &grouping, slicing.as_ref(), &shown);
         let filters: Vec<_> = grouping.calls.iter().map(|c| format!("{c} {:?} {:?}", c.args, c.filter)).collect();
         let identity = format!(
             "{:?} {filters:?} {:?}",
@@ -132,17 +134,6 @@ impl Lowering<'_> {
         .build()
         .map_err(|e| self.failed(&e))?;
         Call::new(lowered.aggregate, lowered.filter, &schema).map_err(|e| self.refused(e.to_string()))
-    }
-
-    fn label(&self, rel: &Rel, grouping: &Grouping, slicing: Option<&Sliced>) -> String {
-        let window = match (slicing, &rel.pending) {
-            (None, _) => String::new(),
-            (Some(_), Some(pending)) => format!("{} ", pending.label),
-            (Some(_), None) => "of the same window ".to_owned(),
-        };
-        let keys: Vec<&str> = grouping.keys.iter().map(|k| k.name().as_str()).collect();
-        let calls: Vec<String> = grouping.calls.iter().map(ToString::to_string).collect();
-        format!("{window}by [{}]: {}", keys.join(", "), calls.join(", "))
     }
 
     fn windowed(
@@ -242,6 +233,16 @@ impl Lowering<'_> {
         }
         rel
     }
+}
+
+fn label(rel: &Rel, grouping: &Grouping, slicing: Option<&Sliced>, calls: &[String]) -> String {
+    let window = match (slicing, &rel.pending) {
+        (None, _) => String::new(),
+        (Some(_), Some(pending)) => format!("{} ", pending.label),
+        (Some(_), None) => "of the same window ".to_owned(),
+    };
+    let keys: Vec<&str> = grouping.keys.iter().map(|k| k.name().as_str()).collect();
+    format!("{window}by [{}]: {}", keys.join(", "), calls.join(", "))
 }
 
 fn milliseconds(ms: i64) -> ScalarValue {

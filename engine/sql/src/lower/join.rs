@@ -18,6 +18,7 @@ use crate::{
         join::{JoinSide, WindowJoin},
         key::check_key,
     },
+    plan::show,
 };
 
 const NEEDED: &str = "join two windowed queries on the equality of their window_start and window_end";
@@ -77,8 +78,8 @@ impl Lowering<'_> {
         let on: Vec<String> = join
             .on
             .iter()
-            .map(|(a, b)| format!("{a} = {b}"))
-            .chain(join.filter.iter().map(ToString::to_string))
+            .map(|(a, b)| format!("{} = {}", show(a), show(b)))
+            .chain(join.filter.iter().map(show))
             .collect();
         let inputs =
             vec![Input::hash(&left.from, left_side.keys.clone()), Input::hash(&right.from, right_side.keys.clone())];

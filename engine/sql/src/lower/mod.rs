@@ -26,6 +26,7 @@ use crate::{
     plan::{
         Planned, StreamTable, Table,
         needs::{self, Needs},
+        show,
         window::{WINDOW_COLUMNS, WindowNode},
     },
 };
@@ -427,7 +428,7 @@ impl Lowering<'_> {
         let id = self.ops.add(
             &self.target,
             "filter",
-            (&physical.to_string(), format!("filter {predicate}")),
+            (&physical.to_string(), format!("filter {}", show(predicate))),
             vec![Input::forward(&rel.from)],
             None,
             Made::By(NodeKind::Operator(Arc::new(Calc::filter(physical, rel.schema())))),
@@ -480,9 +481,13 @@ impl Lowering<'_> {
         if let Some(mut waiting) = rel.pending.clone() {
             // The time goes along, whether asked for or not.
             waiting.time = *moved.entry(waiting.time).or_insert_with(|| {
-                let (_, field) = &rel.fields[waiting.time];
-                let name = format!("$time:{}", field.name());
-                projected.fields.push((None, Arc::new(field.as_ref().clone().with_name(name))));
+                let (qualifier, field) = &rel.fields[waiting.time];
+                let hidden = if projected.fields.iter().any(|(_, f)| f.name() == field.name()) {
+                    (None, Arc::new(field.as_ref().clone().with_name(format!("$time:{}", field.name()))))
+                } else {
+                    (qualifier.clone(), field.clone())
+                };
+                projected.fields.push(hidden);
                 projected.roles.push(rel.roles[waiting.time]);
                 physical.push(Arc::new(expressions::Column::new(field.name(), waiting.time)));
                 physical.len() - 1
@@ -499,14 +504,23 @@ impl Lowering<'_> {
             }
         }
         let filter = predicate.map(|p| self.physical(&rel, p)).transpose()?;
-        let shown: Vec<String> = exprs.iter().map(ToString::to_string).collect();
+        let shown: Vec<String> = exprs.iter().map(show).collect();
         let description = match predicate {
             None => format!("project {}", shown.join(", ")),
-            Some(predicate) => format!("filter {predicate}, project {}", shown.join(", ")),
+            Some(predicate) => format!("filter {}, project {}", show(predicate), shown.join(", ")),
         };
         let names: Vec<&str> = projected.fields.iter().map(|(_, f)| f.name().as_str()).collect();
         let values: Vec<String> = physical.iter().map(ToString::to_string).collect();
         let identity = format!("{values:?} as {names:?} where {:?}", filter.as_ref().map(ToString::to_string));
+        let at =
+            |expr: &Arc<dyn PhysicalExpr>| expr.downcast_ref::<expressions::Column>().map(expressions::Column::index);
+        let unchanged = filter.is_none()
+            && physical.len() == input.fields().len()
+            && physical.iter().enumerate().all(|(i, expr)| at(expr) == Some(i))
+            && projected.schema().fields().iter().zip(input.fields()).all(|(a, b)| a.name() == b.name());
+        if unchanged {
+            return Ok(projected);
+        }
         let calc = Calc::project(filter, physical, projected.schema()).map_err(|e| self.refused(e.to_string()))?;
         let id = self.ops.add(
             &self.target,

@@ -29,6 +29,7 @@ use crate::{
     plan::{
         Table,
         needs::{Need, Needs, add_expr},
+        show,
     },
 };
 
@@ -76,7 +77,7 @@ impl Lowering<'_> {
         let decoded: Vec<String> = projection.fields().iter().map(describe).collect();
         let time = table.watermark.as_ref().map(|(column, _)| column);
         let shown = match (&watermark, &table.watermark) {
-            (Some(_), Some((column, expr))) => format!(", watermark for {column} as {expr}"),
+            (Some(_), Some((column, expr))) => format!(", watermark for {column} as {}", show(expr)),
             _ => String::new(),
         };
         let id = self.ops.push(Op {

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
 use datafusion_common::{Column, DataFusionError, TableReference, config::ConfigOptions, plan_err};
 use datafusion_expr::{
     AggregateUDF, Expr, Extension, HigherOrderUDF, LogicalPlan, LogicalPlanBuilder, ScalarUDF, TableSource, WindowUDF,
@@ -26,6 +26,7 @@ use datafusion_sql::{
 };
 use floodmark_dataflow::connector::{Connector, Connectors, Location, TableDef};
 
+pub(crate) use self::show::show;
 use self::{functions::Registry, window::WindowNode};
 use crate::{
     dialect::{
@@ -33,13 +34,14 @@ use crate::{
         ddl::TableColumn,
         refuse::{Functions, first_join, refuse, refuse_in_expr},
     },
-    error::{SqlError, start},
+    error::{SqlError, nearest, start},
     operators::window::Windows,
 };
 
 pub(crate) mod assign;
 pub(crate) mod functions;
 pub(crate) mod needs;
+mod show;
 pub(crate) mod window;
 
 /// A declared table, resolved.
@@ -243,7 +245,7 @@ impl<'a> Catalog<'a> {
                 other => plan_err!("not an expression over a row: {other}"),
             }
         };
-        planned().map_err(|e| located(SqlError::of_planner(&e), expr).or_at(location))
+        planned().map_err(|e| located(self.with_fields(SqlError::of_planner(&e)), expr).or_at(location))
     }
 
     fn planner(&self) -> SqlToRel<'_, Self> {
@@ -307,7 +309,29 @@ impl<'a> Catalog<'a> {
     }
 
     fn planner_error(&self, error: &DataFusionError, query: &ast::Query, location: Location) -> SqlError {
-        located(SqlError::of_planner(error), query).or_at(location)
+        located(self.with_fields(SqlError::of_planner(error)), query).or_at(location)
+    }
+
+    /// Suggests a field for one that a struct does not have.
+    fn with_fields(&self, error: SqlError) -> SqlError {
+        let Some(name) = error.message.strip_prefix("unknown field '").and_then(|m| m.strip_suffix('\'')) else {
+            return error;
+        };
+        fn nested<'t>(fields: &'t Fields, names: &mut Vec<&'t str>) {
+            for field in fields {
+                if let DataType::Struct(inner) = field.data_type() {
+                    names.extend(inner.iter().map(|f| f.name().as_str()));
+                    nested(inner, names);
+                }
+            }
+        }
+        let mut names = Vec::new();
+        self.tables.values().for_each(|t| nested(t.schema.fields(), &mut names));
+        let name = name.to_owned();
+        match nearest(&name, names) {
+            Some(near) => error.help(format!("did you mean '{near}'?")),
+            None => error,
+        }
     }
 
     fn optimise(&self, plan: LogicalPlan) -> Result<LogicalPlan, DataFusionError> {

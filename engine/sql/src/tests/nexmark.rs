@@ -44,8 +44,7 @@ fn q0_reads_the_fields_of_bids_only() {
         expect![[r#"
             task 0
               rows source nexmark(event_type, person<dateTime>, auction<dateTime>, bid<auction, bidder, price, dateTime, extra>)  [source:nexmark]
-              filter nexmark.event_type = Int32(2), project get_field(nexmark.bid, Utf8("auction")) AS auction, get_field(nexmark.bid, Utf8("bidder")) AS bidder, get_field(nexmark.bid, Utf8("price")) AS price, nexmark.dateTime, get_field(nexmark.bid, Utf8("extra")) AS extra  [snk/project-1]
-              project bid.auction AS auction, bid.bidder AS bidder, bid.price AS price, bid.dateTime AS dateTime, bid.extra AS extra  [snk/project-2]
+              filter nexmark.event_type = 2, project nexmark.bid.auction, nexmark.bid.bidder, nexmark.bid.price, nexmark.dateTime, nexmark.bid.extra  [snk/project-1]
               rows sink snk(auction, bidder, price, dateTime, extra)  [sink:snk]
         "#]],
     );
@@ -56,32 +55,31 @@ fn q5_counts_bids_once() {
     check_plan(
         Q5,
         expect![[r#"
-        task 0
-          rows source nexmark(event_type, person<dateTime>, auction<dateTime>, bid<auction, dateTime>), watermark for dateTime as nexmark.dateTime - IntervalMonthDayNano("IntervalMonthDayNano { months: 0, days: 0, nanoseconds: 4000000000 }")  [source:nexmark]
-          filter nexmark.event_type = Int32(2), project get_field(nexmark.bid, Utf8("auction")) AS auction, nexmark.dateTime  [snk/project-1]
-          project bid.auction, window_start, window_end  [snk/project-2]
-          local aggregate HOP(2 s, 10 s) by [auction]: count(Int64(1))  [snk/local-aggregate-1]
-        task 1
-          <- task 0 (hash of columns [1]) into input 0
-          window aggregate HOP(2 s, 10 s) by [auction]: count(Int64(1))  [snk/window-aggregate-1]
-        task 2
-          <- task 1 (forward) into input 0
-          project $window0.auction, count(Int64(1)) AS count(*) AS num, $window0.window_start AS starttime, $window0.window_end AS endtime  [snk/project-3]
-        task 3
-          <- task 1 (forward) into input 0
-          project count(Int64(1)) AS count(*) AS num, $window1.window_start AS starttime, $window1.window_end AS endtime  [snk/project-4]
-          local aggregate of the same window by []: max(CountBids.num)  [snk/local-aggregate-2]
-        task 4
-          <- task 3 (hash of columns []) into input 0
-          window aggregate of the same window by []: max(CountBids.num)  [snk/window-aggregate-2]
-          project max(CountBids.num) AS maxn, CountBids.starttime, CountBids.endtime  [snk/project-5]
-        task 5
-          <- task 2 (hash of columns [2, 3]) into input 0
-          <- task 4 (hash of columns [1, 2]) into input 1
-          window join on AuctionBids.starttime = MaxBids.starttime, AuctionBids.endtime = MaxBids.endtime, AuctionBids.num >= MaxBids.maxn  [snk/window-join-1]
-          project AuctionBids.auction AS auction, AuctionBids.num AS num  [snk/project-6]
-          rows sink snk(auction, num)  [sink:snk]
-    "#]],
+            task 0
+              rows source nexmark(event_type, person<dateTime>, auction<dateTime>, bid<auction, dateTime>), watermark for dateTime as nexmark.dateTime - INTERVAL 4 s  [source:nexmark]
+              filter nexmark.event_type = 2, project nexmark.bid.auction, nexmark.dateTime  [snk/project-1]
+              local aggregate HOP(2 s, 10 s) by [auction]: count(*)  [snk/local-aggregate-1]
+            task 1
+              <- task 0 (hash of columns [1]) into input 0
+              window aggregate HOP(2 s, 10 s) by [auction]: count(*)  [snk/window-aggregate-1]
+            task 2
+              <- task 1 (forward) into input 0
+              project auction, count(*) AS num, window_start AS starttime, window_end AS endtime  [snk/project-2]
+            task 3
+              <- task 1 (forward) into input 0
+              project count(*) AS num, window_start AS starttime, window_end AS endtime  [snk/project-3]
+              local aggregate of the same window by []: max(CountBids.num)  [snk/local-aggregate-2]
+            task 4
+              <- task 3 (hash of columns []) into input 0
+              window aggregate of the same window by []: max(CountBids.num)  [snk/window-aggregate-2]
+              project max(CountBids.num) AS maxn, CountBids.starttime, CountBids.endtime  [snk/project-4]
+            task 5
+              <- task 2 (hash of columns [2, 3]) into input 0
+              <- task 4 (hash of columns [1, 2]) into input 1
+              window join on AuctionBids.starttime = MaxBids.starttime, AuctionBids.endtime = MaxBids.endtime, AuctionBids.num >= MaxBids.maxn  [snk/window-join-1]
+              project AuctionBids.auction, AuctionBids.num  [snk/project-5]
+              rows sink snk(auction, num)  [sink:snk]
+        "#]],
     );
 }
 

@@ -20,7 +20,7 @@ fn stateless_work_is_one_task() {
         expect![[r#"
             task 0
               rows source t(a, b)  [source:t]
-              filter t.a > Int64(1), project t.b AS b  [o/project-1]
+              filter t.a > 1, project t.b  [o/project-1]
               rows sink o(b)  [sink:o]
         "#]],
     );
@@ -36,11 +36,11 @@ fn a_group_by_is_combined_before_the_exchange() {
         expect![[r#"
             task 0
               rows source t(b)  [source:t]
-              local aggregate by [b]: count(Int64(1))  [o/local-aggregate-1]
+              local aggregate by [b]: count(*)  [o/local-aggregate-1]
             task 1
               <- task 0 (hash of columns [0]) into input 0
-              group aggregate by [b]: count(Int64(1))  [o/group-aggregate-1]
-              project t.b AS b, count(Int64(1)) AS n  [o/project-1]
+              group aggregate by [b]: count(*)  [o/group-aggregate-1]
+              project t.b, count(*) AS n  [o/project-1]
               rows sink o(b, n) (updates)  [sink:o]
         "#]],
     );

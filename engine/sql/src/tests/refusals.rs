@@ -25,6 +25,7 @@ fn mistakes_are_told_with_their_place_and_the_nearest_name() {
     );
     check("INSERT INTO o SELECT a, b FRM t", "line 3, column 31: syntax error: expected ; or the end, found t");
     check("INSERT INTO o SELECT a, bb FROM t", "line 3, column 25: unknown column 'bb'; did you mean 'b'?");
+    check("INSERT INTO o SELECT a, r.xy FROM t", "line 3, column 27: unknown field 'xy'; did you mean 'x'?");
     check("INSERT INTO o SELECT a, b FROM tt", "line 3, column 32: unknown table 'tt'; did you mean 't'?");
     check("INSERT INTO oo SELECT a, b FROM t", "line 3, column 13: unknown table 'oo'; did you mean 'o'?");
     check(
