@@ -56,7 +56,8 @@ impl SplitWatermarks {
         }
         if let Some(state) = self.splits.get_mut(split) {
             state.last_row = now;
-            state.watermark = state.watermark.max(watermark);
+            // Data can't end the stream, however far in the future it claims to be.
+            state.watermark = state.watermark.max(watermark.map(|w| w.min(WATERMARK_MAX - 1)));
         }
     }
 

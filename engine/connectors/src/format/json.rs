@@ -84,7 +84,12 @@ fn decoder(schema: &SchemaRef) -> Result<Decoder> {
 
 /// The library's message without its own category.
 fn plain(message: &str) -> String {
-    message.strip_prefix("Json error: ").unwrap_or(message).to_owned()
+    let message = message.strip_prefix("Json error: ").unwrap_or(message);
+    let missing = message.split_once("unmasked nulls in non-nullable StructArray child: Field { \"");
+    match missing.and_then(|(_, rest)| rest.split('"').next()) {
+        Some(column) => format!("column '{column}' is NOT NULL, and the record has no value for it"),
+        None => message.to_owned(),
+    }
 }
 
 pub(super) fn encode(rows: &RecordBatch, out: &mut Vec<u8>) -> Result<()> {
@@ -101,6 +106,14 @@ mod tests {
     use arrow::datatypes::{DataType, Field, Fields, Schema, TimeUnit};
 
     use super::*;
+
+    #[test]
+    fn a_missing_value_of_a_column_that_is_not_null_is_told_by_its_name() {
+        let schema = Arc::new(Schema::new(vec![Field::new("a", DataType::Int64, false)]));
+        let mut decoder = JsonBulk::new(schema).unwrap();
+        let decoded = decoder.decode(&mut std::iter::once(&b"{}"[..]));
+        assert_eq!(decoded.unwrap_err(), "column 'a' is NOT NULL, and the record has no value for it");
+    }
 
     fn schema() -> SchemaRef {
         let field = |name: &str, data_type: DataType| Field::new(name, data_type, true);

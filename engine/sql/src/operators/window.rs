@@ -13,8 +13,8 @@ use arrow::{
     record_batch::RecordBatch,
 };
 use floodmark_dataflow::{
-    Batch, Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, SubtaskContext, WATERMARK_MIN,
-    metrics::add,
+    Batch, Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, SubtaskContext, WATERMARK_MAX,
+    WATERMARK_MIN, metrics::add,
 };
 use floodmark_snapshot::{Epoch, Error, Result, TimestampMs};
 use floodmark_state::{Rows, Table};
@@ -48,6 +48,8 @@ impl Windows {
     /// The end of the slice that holds `time`.
     pub(crate) fn slice_end(self, time: TimestampMs) -> TimestampMs {
         let slice = self.slice();
+        // Arithmetic stays clear of overflow.
+        let time = time.clamp(WATERMARK_MIN, WATERMARK_MAX);
         (time - self.offset).div_euclid(slice) * slice + slice + self.offset
     }
 
