@@ -9,7 +9,8 @@ use arrow::{
     util::display::{ArrayFormatter, FormatOptions},
 };
 use floodmark_dataflow::{
-    Batch, JobGraph, Operator, Output, Port, ROW_KIND, RestoredShard, RowKind, SubtaskContext, TaskId, WATERMARK_MAX,
+    Batch, JobGraph, Operator, Output, PendingShard, Port, ROW_KIND, RestoredShard, RowKind, SubtaskContext, TaskId,
+    WATERMARK_MAX,
     connector::{Connector, Connectors, Guarantee, PlanContext, SinkInput, TableDef, TableError},
     graph::NodeKind,
     sink::{Committer, SinkFactory, SinkNode},
@@ -120,11 +121,15 @@ pub(super) fn planned(sql: &str) -> Result<JobGraph, SqlError> {
 }
 
 fn context() -> SubtaskContext {
+    context_of(0, 1)
+}
+
+fn context_of(index: u32, parallelism: u32) -> SubtaskContext {
     SubtaskContext {
-        index: 0,
-        parallelism: 1,
+        index,
+        parallelism,
         max_parallelism: 128,
-        key_groups: KeyGroupRange::of_subtask(0, 1, 128),
+        key_groups: KeyGroupRange::of_subtask(index, parallelism, 128),
         metrics: Arc::default(),
         env: Env::system(),
     }
@@ -203,21 +208,7 @@ impl Driver {
         for task in 0..self.operators.len() {
             for at in 0..self.operators[task].len() {
                 let Some(operator) = &mut self.operators[task][at] else { continue };
-                let shards = operator.snapshot(Epoch(1)).unwrap().into_iter().map(|pending| {
-                    let bytes = (pending.encode)().unwrap();
-                    let shard = Shard {
-                        path: String::new(),
-                        size: bytes.len() as u64,
-                        hash: String::new(),
-                        subtask: 0,
-                        kind: ShardKind::Keyed,
-                        key_groups: pending.key_groups,
-                        rows: pending.rows,
-                        status: ShardStatus::Uploaded,
-                    };
-                    RestoredShard { shard, bytes }
-                });
-                let shards: Vec<_> = shards.collect();
+                let shards = shards_of(&mut **operator);
                 if !shards.is_empty() {
                     assert!(self.graph.vertices[task].chain[at].state_schema.is_some(), "state without a schema");
                 }
@@ -227,6 +218,21 @@ impl Driver {
         next.watermarks = self.watermarks;
         next.rows = self.rows;
         next
+    }
+
+    /// Reads all rows, without the watermark that ends them.
+    fn read_all(&mut self) {
+        for task in 0..self.graph.vertices.len() {
+            let NodeKind::Source(node) = self.graph.vertices[task].chain[0].node.clone() else { continue };
+            let mut reader = node.factory.open(Vec::new(), &context()).unwrap();
+            while let Polled::Batch { rows, .. } = reader.poll(Duration::ZERO).unwrap() {
+                let rows = node.compute.as_ref().map_or_else(|| rows.clone(), |c| c(rows.clone()).unwrap());
+                self.process(task, 1, 0, Batch::new(rows));
+            }
+        }
+        for task in 0..self.operators.len() {
+            self.each(task, |operator, out| operator.flush(out).unwrap());
+        }
     }
 
     fn run(mut self, restore: bool) -> Vec<String> {
@@ -266,6 +272,70 @@ impl Driver {
         }
         self.rows
     }
+}
+
+/// What a snapshot of an operator holds.
+fn shards_of(operator: &mut dyn Operator) -> Vec<RestoredShard> {
+    let shard = |pending: PendingShard| {
+        let bytes = (pending.encode)().unwrap();
+        let shard = Shard {
+            path: String::new(),
+            size: bytes.len() as u64,
+            hash: String::new(),
+            subtask: 0,
+            kind: ShardKind::Keyed,
+            key_groups: pending.key_groups,
+            rows: pending.rows,
+            status: ShardStatus::Uploaded,
+        };
+        RestoredShard { shard, bytes }
+    };
+    operator.snapshot(Epoch(1)).unwrap().into_iter().map(shard).collect()
+}
+
+/// Reads all rows, then restores every operator that keeps state at `parallelism`, and back at one. However many share the
+/// state, they must hold the same rows together, and emit the same at the end of time.
+pub(super) fn check_rescaled(sql: &str, parallelism: u32) {
+    let graph = planned(sql).unwrap_or_else(|e| panic!("{e}"));
+    let mut driver = Driver::new(graph.clone());
+    driver.read_all();
+    let mut stateful = 0;
+    for (task, vertex) in graph.vertices.iter().enumerate() {
+        for (at, node) in vertex.chain.iter().enumerate().filter(|(_, n)| n.state_schema.is_some()) {
+            let NodeKind::Operator(factory) = &node.node else { continue };
+            let shards = shards_of(&mut **driver.operators[task][at].as_mut().unwrap());
+            let restored = |shards: &[RestoredShard], of: u32| -> Vec<Box<dyn Operator>> {
+                let one = |index| {
+                    let mut operator = factory.create(&context_of(index, of)).unwrap();
+                    operator.restore(shards.to_vec()).unwrap();
+                    operator
+                };
+                (0..of).map(one).collect()
+            };
+            let mut many = restored(&shards, parallelism);
+            assert!(
+                many.iter().filter(|o| o.state_size().0 > 0).count() > 1,
+                "the keys of {} share a subtask",
+                node.uid
+            );
+            let shards: Vec<RestoredShard> = many.iter_mut().flat_map(|o| shards_of(&mut **o)).collect();
+            let ends = [many, restored(&shards, 1)].map(|operators| {
+                let rows: u64 = operators.iter().map(|o| o.state_size().0).sum();
+                let mut emitted = Vec::new();
+                for mut operator in operators {
+                    let mut out = Output::default();
+                    operator.on_watermark(WATERMARK_MAX, &mut out).unwrap();
+                    emitted.extend(out.take().iter().flat_map(|b| show("row", &b.rows)));
+                }
+                emitted.sort();
+                (rows, emitted)
+            });
+            assert_eq!(ends[0], ends[1], "{}", node.uid);
+            assert!(ends[0].0 > 0, "{} has no state to share", node.uid);
+            stateful += 1;
+        }
+    }
+    assert!(stateful > 0, "nothing keeps state");
 }
 
 fn show(sink: &str, rows: &RecordBatch) -> Vec<String> {

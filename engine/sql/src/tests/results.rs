@@ -1,6 +1,6 @@
 //! What queries yield.
 
-use super::harness::{check, check_in_order};
+use super::harness::{check, check_in_order, check_rescaled};
 
 const BIDS: &str = r#"
     CREATE TABLE bid (
@@ -186,4 +186,79 @@ fn flink_functions_have_their_names() {
          FROM bid WHERE auction = 3",
         &["out +I 2026-01-01 00:00 4 high"],
     );
+}
+
+/// A generator that is the same everywhere (xorshift).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: i64) -> i64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % n as u64) as i64
+    }
+}
+
+/// Windows of a row at `time`, by their definition: every `[start, start + size)` that holds it.
+fn windows_of(time: i64, size: i64, slide: i64, offset: i64) -> impl Iterator<Item = i64> {
+    // Windows are counted from 1970, times here from the beginning of 2026.
+    const BEGINNING: i64 = 1_767_225_600;
+    (time - size + 1..=time)
+        .filter(move |start| (start + BEGINNING - offset).rem_euclid(slide) == 0)
+        .map(move |start| start + size)
+}
+
+#[test]
+fn random_windows_agree_with_their_definition() {
+    for seed in 1..=60 {
+        let mut random = Random(seed * 0x9E37_79B9);
+        let (size, slide, offset) = (1 + random.below(9), 1 + random.below(12), random.below(5));
+        let (delay, mut now) = (random.below(4), 100);
+        let (mut rows, mut watermark) = (String::new(), i64::MIN);
+        let mut counts: std::collections::BTreeMap<(i64, i64), i64> = std::collections::BTreeMap::new();
+        for _ in 0..30 {
+            let mut greatest = i64::MIN;
+            // The test's source brings two rows at a time, then a watermark.
+            for _ in 0..2 {
+                now += random.below(3);
+                let (time, key) = (now - random.below(6), random.below(3));
+                rows += &format!("{{\"k\": {key}, \"at\": \"2026-01-01T00:{:02}:{:02}\"}}\n", time / 60, time % 60);
+                greatest = greatest.max(time);
+                // Whole seconds here, milliseconds there: a window has fired once the watermark is past its last one.
+                for end in windows_of(time, size, slide, offset).filter(|end| watermark < *end * 1000 - 1) {
+                    *counts.entry((end, key)).or_default() += 1;
+                }
+            }
+            watermark = watermark.max((greatest - delay) * 1000);
+        }
+        let sql = format!(
+            "CREATE TABLE t (k BIGINT, at TIMESTAMP(3), WATERMARK FOR at AS at - INTERVAL '{delay}' SECOND)
+             WITH ('connector' = 'rows', 'rows' = '{rows}');
+             CREATE TABLE out (k BIGINT, en TIMESTAMP(3), n BIGINT) WITH ('connector' = 'rows');
+             INSERT INTO out SELECT k, window_end, count(*)
+             FROM TABLE(HOP(TABLE t, DESCRIPTOR(at), INTERVAL '{slide}' SECOND, INTERVAL '{size}' SECOND, INTERVAL '{offset}' SECOND))
+             GROUP BY k, window_start, window_end"
+        );
+        let expected: Vec<String> = counts
+            .iter()
+            .map(|((end, key), n)| format!("out +I {key} 00:{:02}:{:02}.000 {n}", end / 60, end % 60))
+            .collect();
+        eprintln!("seed {seed}: size {size}, slide {slide}, offset {offset}, delay {delay}");
+        check(&sql, &expected.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn state_is_shared_out_by_key_group_and_put_together_again() {
+    let rows: String =
+        (0..40).map(|k| format!("{{\"k\": {k}, \"at\": \"2026-01-01T00:00:{:02}\"}}\n", k % 30)).collect();
+    let tables = format!(
+        "CREATE TABLE t (k BIGINT, at TIMESTAMP(3), WATERMARK FOR at AS at) WITH ('connector' = 'rows', 'rows' = '{rows}');
+         CREATE TABLE out (k BIGINT, n BIGINT, PRIMARY KEY (k) NOT ENFORCED) WITH ('connector' = 'rows');
+         CREATE VIEW w AS SELECT k, window_end, count(*) AS n
+         FROM TABLE(HOP(TABLE t, DESCRIPTOR(at), INTERVAL '2' SECOND, INTERVAL '6' SECOND)) GROUP BY k, window_start, window_end;"
+    );
+    check_rescaled(&format!("{tables} INSERT INTO out SELECT k, n FROM w"), 3);
+    check_rescaled(&format!("{tables} INSERT INTO out SELECT k, count(*) FROM t GROUP BY k"), 4);
 }
