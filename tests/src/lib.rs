@@ -12,4 +12,3 @@ pub mod events;
 pub mod feeder;
 pub mod job;
 pub mod oracle;
-pub mod scratch;

@@ -10,11 +10,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use floodmark_testkit::scratch;
 use floodmark_tests::{
     chaos::finish,
     events::NEXMARK_COLUMNS,
     job::{Ended, Job, PATIENCE, lines_of, run_with},
-    scratch,
 };
 
 const BAD_INPUT: i32 = 2;
@@ -30,7 +30,7 @@ CREATE TABLE nothing (auction BIGINT, price BIGINT) WITH ('connector' = 'blackho
 
 /// Runs a manifest as it stands, with storage of its own.
 fn run_manifest(manifest: &str) -> Result<Ended> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     fs::write(folder.path().join("job.yaml"), manifest)?;
     fs::create_dir(folder.path().join("bids"))?;
     fs::write(folder.path().join("bids/1.ndjson"), "{\"auction\":1,\"price\":2,\"at\":\"2026-01-01 00:00:00\"}\n")?;
@@ -87,7 +87,7 @@ fn an_unknown_field_is_named_with_its_path_and_its_likely_name() -> Result<()> {
 
 #[test]
 fn a_manifest_that_is_missing_or_no_yaml_is_refused() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     run_with(folder.path(), &["run", "nowhere.yaml"])?.refused(BAD_INPUT, &["nowhere.yaml", "No such file"])?;
     run_manifest("spec: [")?.refused(BAD_INPUT, &["job.yaml:2: is not valid YAML"])?;
     run_manifest("apiVersion: v1\nkind: Pod\n")?
@@ -239,7 +239,7 @@ INSERT INTO y SELECT a FROM x;",
 
 #[test]
 fn a_malformed_record_fails_the_job_and_is_shown_with_its_place() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let job = job_with_bad_records(folder.path(), "")?;
     job.run()?.refused(
         JOB_FAILED,
@@ -258,7 +258,7 @@ fn a_malformed_record_fails_the_job_and_is_shown_with_its_place() -> Result<()> 
 
 #[test]
 fn malformed_records_are_skipped_and_counted_if_the_table_says_so() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let ended = finish(&job_with_bad_records(folder.path(), ", 'bad-records' = 'skip'")?)?;
     assert_eq!(ended.ok("finished")?.bad, 2);
     assert_eq!(lines_of(&folder.path().join("out"))?, ["{\"a\":1}", "{\"a\":3}", "{\"a\":4}", "{\"a\":6}"]);
@@ -267,7 +267,7 @@ fn malformed_records_are_skipped_and_counted_if_the_table_says_so() -> Result<()
 
 #[test]
 fn malformed_records_are_kept_aside_and_counted_if_the_table_says_so() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let letters = folder.path().join("letters");
     let policy = format!(", 'bad-records' = 'dead-letter', 'bad-records.path' = '{}'", letters.display());
     let ended = finish(&job_with_bad_records(folder.path(), &policy)?)?;
@@ -283,7 +283,7 @@ fn malformed_records_are_kept_aside_and_counted_if_the_table_says_so() -> Result
 
 #[test]
 fn storage_that_cannot_be_written_is_refused() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let mut job = small_job(folder.path(), "job");
     fs::write(folder.path().join("file"), "")?;
     let inside_a_file = folder.path().join("file/storage").display().to_string();
@@ -335,7 +335,7 @@ fn copy_folder(from: &Path, to: &Path) -> Result<()> {
 
 #[test]
 fn a_checkpoint_of_another_job_is_refused() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let job = small_job(folder.path(), "first");
     with_checkpoints(&job)?;
     let other = small_job(folder.path(), "second");
@@ -345,7 +345,7 @@ fn a_checkpoint_of_another_job_is_refused() -> Result<()> {
 
 #[test]
 fn a_checkpoint_of_the_same_name_but_other_sql_is_refused_unless_state_may_be_dropped() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let job = small_job(folder.path(), "job");
     with_checkpoints(&job)?;
     let mut other = small_job(folder.path(), "job");
@@ -364,7 +364,7 @@ INSERT INTO bids SELECT bid.auction FROM nexmark WHERE event_type = 2;"
 
 #[test]
 fn of_two_processes_on_the_same_storage_the_older_is_fenced_and_says_so() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let job = small_job(folder.path(), "job");
     let mut older = job.start()?;
     older.until("it had a checkpoint", PATIENCE, || Ok(job.log()?.last_epoch() >= 1))?;
@@ -376,7 +376,7 @@ fn of_two_processes_on_the_same_storage_the_older_is_fenced_and_says_so() -> Res
 
 #[test]
 fn checking_a_job_says_the_same_without_running_it() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let sql = format!("{BID}INSERT INTO nothing SELECT auction, prise FROM bid;");
     fs::write(folder.path().join("job.yaml"), Job::new(folder.path(), "job", sql).manifest())?;
     let start = Instant::now();

@@ -9,10 +9,8 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use floodmark_tests::{
-    job::{CheckpointLog, Ended, Job, PATIENCE},
-    scratch,
-};
+use floodmark_testkit::scratch;
+use floodmark_tests::job::{CheckpointLog, Ended, Job, PATIENCE};
 use nix::sys::signal::Signal;
 
 mod servers;
@@ -39,7 +37,7 @@ INSERT INTO y SELECT a FROM x;"
 
 #[test]
 fn a_topic_that_is_missing_is_named_with_the_nearest_that_is_there() -> Result<()> {
-    let (broker, folder) = (kafka()?, scratch::folder()?);
+    let (broker, folder) = (kafka()?, scratch::folder("job-")?);
     broker.create_topic("orders", 1, &[])?;
     let job = from_kafka(folder.path(), &broker.bootstrap(), "ordres", "");
     job.run()?.refused(BAD_INPUT, &["'ordres'", "'orders'", &broker.bootstrap()])
@@ -47,7 +45,7 @@ fn a_topic_that_is_missing_is_named_with_the_nearest_that_is_there() -> Result<(
 
 #[test]
 fn a_topic_to_write_that_is_missing_is_named() -> Result<()> {
-    let (broker, folder) = (kafka()?, scratch::folder()?);
+    let (broker, folder) = (kafka()?, scratch::folder("job-")?);
     let sql = format!(
         "CREATE TABLE x (a BIGINT) WITH ('connector' = 'datagen', 'rows' = '10');
 CREATE TABLE y (a BIGINT) WITH ('connector' = 'kafka', 'topic' = 'nowhere',
@@ -60,7 +58,7 @@ INSERT INTO y SELECT a FROM x;",
 
 #[test]
 fn a_broker_that_cannot_be_reached_is_given_up_within_a_bounded_time() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     // A port that nobody listens on.
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
     let start = Instant::now();
@@ -72,7 +70,7 @@ fn a_broker_that_cannot_be_reached_is_given_up_within_a_bounded_time() -> Result
 
 #[test]
 fn an_unknown_kafka_property_is_shown_with_its_place() -> Result<()> {
-    let (broker, folder) = (kafka()?, scratch::folder()?);
+    let (broker, folder) = (kafka()?, scratch::folder("job-")?);
     broker.create_topic("property", 1, &[])?;
     let job = from_kafka(folder.path(), &broker.bootstrap(), "property", ", 'properties.fetch.mn.bytes' = '1'");
     job.run()?.refused(BAD_INPUT, &["fetch.mn.bytes", "line"])
@@ -80,7 +78,7 @@ fn an_unknown_kafka_property_is_shown_with_its_place() -> Result<()> {
 
 #[test]
 fn a_password_is_never_shown() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
     let options = ", 'properties.security.protocol' = 'SASL_PLAINTEXT', 'properties.sasl.mechanism' = 'PLAIN',
   'properties.sasl.username' = 'me', 'properties.sasl.password' = 'hunter2hunter2'";
@@ -113,7 +111,7 @@ fn refused_quickly(job: &Job, words: &[&str]) -> Result<Ended> {
 
 #[test]
 fn a_wrong_s3_secret_is_refused_and_not_shown() -> Result<()> {
-    let (store, folder) = (s3()?, scratch::folder()?);
+    let (store, folder) = (s3()?, scratch::folder("job-")?);
     let storage = location(&store, "wrong-secret");
     let mut job = on_s3(folder.path(), storage.clone(), store.env());
     job.env.insert("AWS_SECRET_ACCESS_KEY".to_owned(), "not-the-secret".to_owned());
@@ -126,7 +124,7 @@ fn a_wrong_s3_secret_is_refused_and_not_shown() -> Result<()> {
 
 #[test]
 fn a_bucket_that_is_missing_is_refused() -> Result<()> {
-    let (store, folder) = (s3()?, scratch::folder()?);
+    let (store, folder) = (s3()?, scratch::folder("job-")?);
     let job = on_s3(folder.path(), "s3://no-such-bucket/x".to_owned(), store.env());
     refused_quickly(&job, &["s3://no-such-bucket/x", "is not writable"])?;
     Ok(())
@@ -134,7 +132,7 @@ fn a_bucket_that_is_missing_is_refused() -> Result<()> {
 
 #[test]
 fn an_s3_server_that_cannot_be_reached_is_given_up_within_a_bounded_time() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
     let env = vec![
         ("AWS_ENDPOINT_URL", format!("http://{address}")),
@@ -148,7 +146,7 @@ fn an_s3_server_that_cannot_be_reached_is_given_up_within_a_bounded_time() -> Re
 
 #[test]
 fn of_two_processes_on_the_same_bucket_the_older_is_fenced_and_says_so() -> Result<()> {
-    let (store, folder) = (s3()?, scratch::folder()?);
+    let (store, folder) = (s3()?, scratch::folder("job-")?);
     let job = on_s3(folder.path(), location(&store, "two"), store.env());
     let log = store.objects().join("two/default/on-s3/local/log");
     let epoch = || Ok(CheckpointLog::read(&log)?.last_epoch() >= 1);

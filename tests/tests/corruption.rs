@@ -4,13 +4,13 @@ use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use floodmark_connectors::nexmark::Generator;
+use floodmark_testkit::scratch;
 use floodmark_tests::{
     chaos::finish,
     compare::{Column, multiset, row_of_json},
     events::NEXMARK_COLUMNS,
     job::{Ended, Job, PATIENCE, flip_a_byte, lines_of},
     oracle::bids_per_auction,
-    scratch,
 };
 
 const EVENTS: u64 = 150_000;
@@ -59,7 +59,7 @@ fn says_so(ended: &Ended, from: u64) -> Result<()> {
 
 #[test]
 fn a_turned_bit_in_a_shard_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let job = crashed_job(folder.path())?;
     let (newest, before) = newest_two(&job)?;
     let shards = job.log()?.shards();
@@ -74,7 +74,7 @@ fn a_turned_bit_in_a_shard_is_found_and_the_checkpoint_before_is_used() -> Resul
 
 #[test]
 fn a_missing_shard_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let job = crashed_job(folder.path())?;
     let (_, before) = newest_two(&job)?;
     let shards = job.log()?.shards();
@@ -86,7 +86,7 @@ fn a_missing_shard_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
 
 #[test]
 fn a_turned_bit_in_a_log_entry_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let job = crashed_job(folder.path())?;
     let (_, before) = newest_two(&job)?;
     let entry = job.log()?.completed().next_back().context("no checkpoint")?.0.to_owned();
@@ -98,7 +98,7 @@ fn a_turned_bit_in_a_log_entry_is_found_and_the_checkpoint_before_is_used() -> R
 
 #[test]
 fn a_job_whose_checkpoints_are_all_damaged_starts_from_nothing_only_if_told_to() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let mut job = crashed_job(folder.path())?;
     let blobs = job.checkpoint_folder().join("blobs");
     let mut damaged = 0;

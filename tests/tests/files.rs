@@ -6,13 +6,13 @@ use std::{collections::BTreeMap, fs, path::Path, thread::sleep, time::Duration};
 
 use anyhow::{Result, ensure};
 use floodmark_connectors::nexmark::{Event, Generator};
+use floodmark_testkit::scratch;
 use floodmark_tests::{
     chaos::{Kill, at_every_step, at_random_moments, finish, kill_again_and_again, shuffled},
     compare::{Column, Row, multiset, row_of_json},
     events::{NEXMARK_COLUMNS, Orders, TABLE_COLUMNS, timestamp},
     job::{Job, PATIENCE, lines_of},
     oracle::{bids_per_auction, turnover},
-    scratch,
 };
 use nix::sys::signal::Signal;
 
@@ -82,7 +82,7 @@ fn check_nexmark(folder: &Path, events: u64) -> Result<()> {
 #[test]
 fn a_job_that_nobody_disturbs_is_exact_at_any_parallelism() -> Result<()> {
     for parallelism in [1, 2, 4] {
-        let folder = scratch::folder()?;
+        let folder = scratch::folder("job-")?;
         let mut job = nexmark_job(folder.path(), 200_000, None);
         job.parallelism = parallelism;
         let ended = finish(&job)?;
@@ -96,7 +96,7 @@ fn a_job_that_nobody_disturbs_is_exact_at_any_parallelism() -> Result<()> {
 
 #[test]
 fn kills_at_every_step_and_at_random_moments_neither_lose_nor_repeat_a_row() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let (events, rate) = (2_000_000, 40_000);
     let mut job = nexmark_job(folder.path(), events, Some(rate));
     let kills = at_every_step(1).into_iter().chain(at_every_step(3));
@@ -144,7 +144,7 @@ fn write_orders(folder: &Path, orders: Orders, name: &str, numbers: std::ops::Ra
 
 #[test]
 fn files_are_read_exactly_once_under_kills() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let (orders, count) = (Orders::default(), 600_000);
     let mut job = orders_job(folder.path(), "")?;
     // By shop, as in the partitions of a topic: within a file, times go forward.
@@ -178,7 +178,7 @@ fn files_are_read_exactly_once_under_kills() -> Result<()> {
 
 #[test]
 fn a_job_that_is_stopped_takes_a_last_checkpoint_and_goes_on_from_there() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let events = 200_000;
     let mut job = nexmark_job(folder.path(), events, Some(60_000));
     // No checkpoint of its own comes in time.
@@ -200,7 +200,7 @@ fn a_job_that_is_stopped_takes_a_last_checkpoint_and_goes_on_from_there() -> Res
 
 #[test]
 fn a_job_that_has_finished_does_nothing_more() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let job = nexmark_job(folder.path(), 50_000, None);
     finish(&job)?;
     let again = job.run()?;
@@ -210,7 +210,7 @@ fn a_job_that_has_finished_does_nothing_more() -> Result<()> {
 
 #[test]
 fn a_followed_folder_is_read_as_files_come_and_grow() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let orders = Orders::default();
     let mut job = orders_job(
         folder.path(),
@@ -241,7 +241,7 @@ fn a_followed_folder_is_read_as_files_come_and_grow() -> Result<()> {
 
 #[test]
 fn without_checkpoints_a_restart_begins_at_the_start() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let events = 60_000;
     let mut job = nexmark_job(folder.path(), events, Some(30_000));
     job.mode = "Disabled".to_owned();
@@ -258,7 +258,7 @@ fn without_checkpoints_a_restart_begins_at_the_start() -> Result<()> {
 
 #[test]
 fn csv_is_read_and_written_with_its_header() -> Result<()> {
-    let folder = scratch::folder()?;
+    let folder = scratch::folder("job-")?;
     let input: String = Orders::default()
         .first(1_000)
         .map(|o| format!("{},{},{}\n", o.shop_name(), o.amount, timestamp(o.time_ms)))

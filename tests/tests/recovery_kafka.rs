@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use floodmark_testkit::{Kafka, Stop};
+use floodmark_testkit::{Kafka, Stop, scratch};
 use floodmark_tests::{
     chaos::{Kill, at_every_step, at_random_moments, finish, kill_again_and_again, shuffled},
     compare::{Column, Row, multiset, row_of_json},
@@ -23,7 +23,6 @@ use floodmark_tests::{
     feeder::{Feeder, Writer},
     job::{Job, PATIENCE},
     oracle::{Repeats, RunningTotals, Total, turnover},
-    scratch,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -61,7 +60,7 @@ impl Scenario {
         for (table, partitions) in [("orders", PARTITIONS as usize), ("turnover", 2), ("totals", 3), ("copies", 2)] {
             broker.create_topic(&format!("{name}-{table}"), partitions, &[])?;
         }
-        Ok(Self { broker, folder: scratch::folder()?, name })
+        Ok(Self { broker, folder: scratch::folder("job-")?, name })
     }
 
     fn topic(&self, table: &str) -> String {

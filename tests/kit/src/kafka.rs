@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fmt::Write as _,
     path::Path,
-    process::Command,
+    process::{Command, Stdio},
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -23,6 +23,7 @@ use tempfile::TempDir;
 use crate::{
     Stop,
     process::{Server, cached, free_port},
+    scratch,
 };
 
 /// 16 bytes in base 64, as the broker wants it.
@@ -80,7 +81,7 @@ impl Kafka {
     pub fn start() -> Result<Self> {
         let mut tries = 0;
         loop {
-            let folder = tempfile::Builder::new().prefix("floodmark-kafka-").tempdir()?;
+            let folder = scratch::folder("kafka-")?;
             let port = free_port()?;
             let properties = properties(folder.path(), port, free_port()?);
             std::fs::write(folder.path().join("server.properties"), properties)?;
@@ -446,11 +447,17 @@ fn java(main: &str, heap: &str) -> Result<Command> {
 }
 
 fn format(folder: &Path) -> Result<()> {
-    let output = java("kafka.tools.StorageTool", "128m")?
+    let tool = java("kafka.tools.StorageTool", "128m")?
         .args(["format", "--cluster-id", CLUSTER_ID, "--config"])
         .arg(folder.join("server.properties"))
-        .output()
-        .context("run java")?;
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("start java")?;
+    let watched = scratch::Watched::new(tool.id())?;
+    let output = tool.wait_with_output().context("run java")?;
+    drop(watched);
     if !output.status.success() {
         bail!("format the broker's storage: {}", String::from_utf8_lossy(&output.stderr));
     }

@@ -9,6 +9,7 @@
 mod kafka;
 mod process;
 mod s3;
+pub mod scratch;
 
 pub use kafka::{Isolation, Kafka, Record, Transaction, unkeyed};
 pub use process::Stop;

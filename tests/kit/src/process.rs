@@ -14,6 +14,8 @@ use nix::{
     unistd::Pid,
 };
 
+use crate::scratch::Watched;
+
 /// Longest that a server may take to start, or to end when asked to.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(20);
@@ -47,15 +49,12 @@ pub(crate) fn free_port() -> Result<u16> {
     Ok(listener.local_addr()?.port())
 }
 
-/// What ends a server, and clears its folder away, if this process dies without doing so: it waits for the end of a pipe that
-/// only this process holds. An interrupt at the terminal, which ends them all, must not end it.
-const GUARD: &str = r#"trap '' INT TERM HUP; read -r _; kill -9 "$0"; rm -rf "$1" || { sleep 1; rm -rf "$1"; }"#;
-
 /// A running server. Killed when dropped, or when this process ends in whatever way.
 pub(crate) struct Server {
     name: String,
     child: Child,
-    guard: Child,
+    /// Until it has ended.
+    watched: Option<Watched>,
     log: PathBuf,
 }
 
@@ -67,15 +66,8 @@ impl Server {
         let output = File::options().create(true).append(true).open(&log)?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let child = command.spawn().with_context(|| format!("start {name}"))?;
-        let guard = Command::new("sh")
-            .args(["-c", GUARD, &child.id().to_string()])
-            .arg(folder)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("start sh")?;
-        let mut server = Self { name, child, guard, log };
+        let watched = Some(Watched::new(child.id())?);
+        let mut server = Self { name, child, watched, log };
         let start = Instant::now();
         while !ready() {
             if let Some(status) = server.child.try_wait()? {
@@ -91,9 +83,8 @@ impl Server {
 
     /// Ends it, and waits until it has.
     pub(crate) fn stop(&mut self, how: Stop) -> Result<()> {
-        // First: a process id must not be used once its process is gone.
-        self.end_guard();
         if self.child.try_wait()?.is_some() {
+            self.watched = None;
             return Ok(());
         }
         let signal = match how {
@@ -108,12 +99,8 @@ impl Server {
             }
             std::thread::sleep(PAUSE);
         }
+        self.watched = None;
         Ok(())
-    }
-
-    fn end_guard(&mut self) {
-        let _ = self.guard.kill();
-        let _ = self.guard.wait();
     }
 
     fn tail(&self) -> String {
@@ -125,7 +112,6 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.end_guard();
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use crate::{
     Stop,
     process::{Server, cached, free_port},
+    scratch,
 };
 
 const BUCKET: &str = "floodmark";
@@ -32,7 +33,7 @@ impl S3 {
     /// # Errors
     /// When `setup.sh` has not run, or the server doesn't start.
     pub fn start() -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("floodmark-s3-").tempdir()?;
+        let folder = scratch::folder("s3-")?;
         for path in [folder.path().join("data").join(BUCKET), folder.path().join("sidecar")] {
             std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
         }
