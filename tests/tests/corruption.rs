@@ -7,7 +7,7 @@ use floodmark_connectors::nexmark::Generator;
 use floodmark_testkit::scratch;
 use floodmark_tests::{
     chaos::finish,
-    compare::{Column, multiset, row_of_json},
+    compare::{Column, Difference, multiset, row_of_json},
     events::NEXMARK_COLUMNS,
     job::{Ended, Job, PATIENCE, flip_a_byte, lines_of},
     oracle::bids_per_auction,
@@ -19,6 +19,10 @@ const COLUMNS: [Column; 4] =
 
 /// A job that died right after its fourth checkpoint became durable: its sinks have not committed it yet.
 fn crashed_job(folder: &Path) -> Result<Job> {
+    crashed_at(folder, "after-log-entry:+4")
+}
+
+fn crashed_at(folder: &Path, step: &str) -> Result<Job> {
     let sql = format!(
         "CREATE TABLE nexmark ({NEXMARK_COLUMNS}) WITH ('connector' = 'nexmark', 'events' = '{EVENTS}', 'event-rate' = '1000', 'rate' = '50000');
 CREATE TABLE busy (window_end TIMESTAMP(3), auction BIGINT, bids BIGINT, highest BIGINT)
@@ -30,16 +34,21 @@ INSERT INTO busy SELECT window_end, bid.auction, count(*), max(bid.price)
     );
     let mut job = Job::new(folder, "busy", sql);
     job.interval = "300ms".to_owned();
-    let ended = job.start_with(Some("after-log-entry:+4"))?.wait(Duration::from_secs(60))?;
+    let ended = job.start_with(Some(step))?.wait(Duration::from_secs(60))?;
     ensure!(ended.killed(), "it was not killed: {ended}");
     Ok(job)
 }
 
-fn check_output(folder: &Path) -> Result<()> {
+/// The difference between what should be there and what is.
+fn compare_output(folder: &Path) -> Result<Result<u64, Difference>> {
     let generator = Generator { events_per_second: 1_000, ..Generator::default() };
     let lines = lines_of(&folder.join("busy"))?;
     let rows = lines.iter().map(|line| row_of_json(line.as_bytes(), &COLUMNS)).collect::<Result<Vec<_>>>()?;
-    multiset(bids_per_auction(generator, EVENTS, 10_000)?, rows)?;
+    Ok(multiset(bids_per_auction(generator, EVENTS, 10_000)?, rows))
+}
+
+fn check_output(folder: &Path) -> Result<()> {
+    compare_output(folder)??;
     Ok(())
 }
 
@@ -94,6 +103,24 @@ fn a_turned_bit_in_a_log_entry_is_found_and_the_checkpoint_before_is_used() -> R
     let ended = finish(&job)?;
     says_so(&ended, before)?;
     check_output(folder.path())
+}
+
+/// What a sink has published can't be taken back: it comes again, but never silently, and nothing is lost.
+#[test]
+fn a_damaged_checkpoint_that_was_committed_loses_nothing_and_the_log_warns_of_repeats() -> Result<()> {
+    let folder = scratch::folder("job-")?;
+    let job = crashed_at(folder.path(), "after-committed-entry:+4")?;
+    let (_, before) = newest_two(&job)?;
+    let shards = job.log()?.shards();
+    flip_a_byte(&job.checkpoint_folder().join(shards.first().context("the checkpoint has no shard")?))?;
+    let ended = finish(&job)?;
+    says_so(&ended, before)?;
+    let warning = format!("output after checkpoint {before} may have been committed already");
+    ensure!(ended.log.contains(&warning), "it doesn't warn of repeats: {ended}");
+    if let Err(difference) = compare_output(folder.path())? {
+        assert_eq!(difference.missing(), 0, "{difference}");
+    }
+    Ok(())
 }
 
 #[test]
