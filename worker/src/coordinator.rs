@@ -242,6 +242,13 @@ impl Running {
     }
 }
 
+/// However a run is left, its threads end.
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.tell_all(Command::Cancel);
+    }
+}
+
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     // A sender that is gone will never ask for a stop.
     if stop.wait_for(|s| *s).await.is_err() {
