@@ -153,7 +153,9 @@ impl RunReport {
         let how = match self.outcome {
             RunOutcome::Finished => "finished: all input is processed",
             RunOutcome::Stopped => "stopped; the next run goes on from here",
-            RunOutcome::AlreadyFinished => "had finished in an earlier run; nothing to do (--restore none runs it anew)",
+            RunOutcome::AlreadyFinished => {
+                "had finished in an earlier run; nothing to do (--restore none runs it anew)"
+            }
             RunOutcome::Failed => "failed",
             RunOutcome::Fenced => "was taken over by a newer process",
             RunOutcome::Refused => "did not start",

@@ -69,7 +69,8 @@ impl SqlError {
             Some((message, place)) => (message.to_owned(), parse_place(place)),
             None => (text, None),
         };
-        let message = message.replace("Expected: ", "expected ").replace(", found: ", ", found ");
+        let message =
+            message.replace("Expected", "expected").replace("expected: ", "expected ").replace(", found: ", ", found ");
         let message = message.replace("found EOF", "found the end of the statement");
         Self::at(location.filter(|l| l.line > 0).unwrap_or(end), format!("syntax error: {message}"))
     }
@@ -138,13 +139,14 @@ impl fmt::Display for SqlError {
 /// The known name most like `name`, if one is like it at all.
 pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let lower = name.to_lowercase();
+    let distance = |known: &str| strsim::damerau_levenshtein(&lower, &known.to_lowercase());
+    let similarity = |known: &str| strsim::jaro_winkler(&lower, &known.to_lowercase());
     known
         .into_iter()
-        .map(|k| (strsim::jaro_winkler(&lower, &k.to_lowercase()), k))
-        .filter(|(similarity, _)| *similarity >= SIMILARITY_MIN)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .filter(|(_, k)| strsim::damerau_levenshtein(&lower, &k.to_lowercase()) <= 1 + lower.chars().count() / 3)
-        .map(|(_, k)| k)
+        .map(|k| (distance(k), similarity(k), k))
+        .filter(|(distance, similarity, _)| *distance <= 1 + lower.chars().count() / 3 && *similarity >= SIMILARITY_MIN)
+        .min_by(|a, b| a.0.cmp(&b.0).then(b.1.total_cmp(&a.1)))
+        .map(|(_, _, k)| k)
 }
 
 /// `3, Column: 14`

@@ -18,6 +18,7 @@ use crate::error::{SqlError, start};
 #[derive(Clone, Debug)]
 pub(crate) struct CreateTable {
     pub(crate) name: String,
+    pub(crate) if_not_exists: bool,
     pub(crate) columns: Vec<TableColumn>,
     pub(crate) watermark: Option<Watermark>,
     pub(crate) primary_key: Vec<(String, Location)>,
@@ -149,10 +150,11 @@ impl<'a> Ddl<'_, 'a> {
     }
 
     fn create_table(&mut self, location: Location) -> Result<CreateTable, SqlError> {
-        if_not_exists(self.parser);
+        let if_not_exists = if_not_exists(self.parser);
         let (name, _) = self.name()?;
         let mut table = CreateTable {
             name,
+            if_not_exists,
             columns: Vec::new(),
             watermark: None,
             primary_key: Vec::new(),

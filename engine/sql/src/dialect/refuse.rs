@@ -3,12 +3,16 @@
 use std::ops::ControlFlow;
 
 use datafusion_sql::sqlparser::ast::{
-    Distinct, Expr, Function, FunctionArguments, GroupByExpr, JoinConstraint, JoinOperator, Query, Select, SetExpr,
-    SetOperator, SetQuantifier, Spanned, TableFactor, Visit, Visitor,
+    Distinct, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, JoinConstraint,
+    JoinOperator, Query, Select, SelectItem, SetExpr, SetOperator, SetQuantifier, Spanned, TableFactor, Value,
+    ValueWithSpan, Visit, Visitor,
 };
 use floodmark_dataflow::connector::Location;
 
-use crate::error::{SqlError, start};
+use crate::{
+    error::{SqlError, start},
+    plan::functions,
+};
 
 /// Functions whose value depends on when they are called: a replay after a crash would give other results.
 const UNREPEATABLE: &[&str] = &[
@@ -130,6 +134,18 @@ impl Visitor for Walk<'_> {
         ];
         if let Some((_, what)) = clauses.iter().find(|(there, _)| *there) {
             return stop(here, what, "");
+        }
+        let mut names: Vec<&str> = Vec::new();
+        for item in &select.projection {
+            match item {
+                SelectItem::ExprWithAlias { alias, .. } if names.contains(&alias.value.as_str()) => {
+                    let error = SqlError::at(start(alias.span), format!("there is a column '{}' already", alias.value));
+                    return ControlFlow::Break(error.help("choose another name for this one"));
+                }
+                SelectItem::ExprWithAlias { alias, .. } => names.push(&alias.value),
+                SelectItem::UnnamedExpr(Expr::Identifier(ident)) => names.push(&ident.value),
+                _ => {}
+            }
         }
         if let Some(qualify) = &select.qualify {
             return stop(place(qualify), "QUALIFY", "");
@@ -257,12 +273,28 @@ impl Walk<'_> {
         {
             return stop(here, &format!("{clause} in a function call"), "");
         }
+        if lower == "date_format" {
+            date_pattern(function)
+                .map_or_else(|e| ControlFlow::Break(e.or_at(here)), |()| ControlFlow::Continue(()))?;
+        }
         if !self.functions.has(&lower) {
             let names = self.functions.names();
             let error = SqlError::at(here, format!("unknown function '{name}'"));
             return ControlFlow::Break(error.suggest(&lower, names.iter().map(String::as_str)));
         }
         ControlFlow::Continue(())
+    }
+}
+
+/// The pattern must be there to be read while planning.
+fn date_pattern(function: &Function) -> Result<(), SqlError> {
+    let FunctionArguments::List(list) = &function.args else { return Ok(()) };
+    let Some(FunctionArg::Unnamed(FunctionArgExpr::Expr(pattern))) = list.args.get(1) else { return Ok(()) };
+    match pattern {
+        Expr::Value(ValueWithSpan { value: Value::SingleQuotedString(text), .. }) => {
+            functions::check_pattern(text).map_err(|e| SqlError::of_planner(&e).or_at(place(pattern)))
+        }
+        _ => Err(SqlError::at(place(pattern), "the pattern of DATE_FORMAT must be a literal")),
     }
 }
 

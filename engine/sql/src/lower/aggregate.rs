@@ -162,14 +162,7 @@ impl Lowering<'_> {
         let results = grouping.calls.iter().map(|c| c.field().data_type().clone()).collect::<Vec<_>>();
         for (at, (qualifier, field)) in aggregate.schema.iter().enumerate() {
             let (column, data_type, role) = match grouped.get(at) {
-                Some(Grouped::Window(role)) => {
-                    let column = match role {
-                        Role::WindowStart => OutputColumn::WindowStart,
-                        Role::WindowTime => OutputColumn::WindowTime,
-                        Role::WindowEnd | Role::Plain | Role::Time => OutputColumn::WindowEnd,
-                    };
-                    (column, time_type(), *role)
-                }
+                Some(Grouped::Window(role)) => (role.window_column(), time_type(), *role),
                 Some(Grouped::Key(_, field)) => {
                     key += 1;
                     (OutputColumn::Key(key - 1), field.data_type().clone(), Role::Plain)

@@ -22,7 +22,13 @@ use floodmark_dataflow::{
 use self::graph::{Input, Made, Op, OpId, Ops};
 use crate::{
     error::SqlError,
-    operators::{assign::WindowAssign, calc::Calc, partial::time_type, window::Windows},
+    operators::{
+        assign::WindowAssign,
+        calc::Calc,
+        partial::time_type,
+        required::Required,
+        window::{OutputColumn, Windows},
+    },
     plan::{
         Planned, StreamTable, Table,
         needs::{self, Needs},
@@ -46,6 +52,17 @@ enum Role {
     WindowEnd,
     /// The last millisecond of a window: event time of the rows that it yields.
     WindowTime,
+}
+
+impl Role {
+    /// The window's column of that role.
+    fn window_column(self) -> OutputColumn {
+        match self {
+            Self::WindowStart => OutputColumn::WindowStart,
+            Self::WindowTime => OutputColumn::WindowTime,
+            Self::WindowEnd | Self::Plain | Self::Time => OutputColumn::WindowEnd,
+        }
+    }
 }
 
 const WINDOW_ROLES: [Role; 3] = [Role::WindowStart, Role::WindowEnd, Role::WindowTime];
@@ -244,13 +261,30 @@ impl Lowering<'_> {
             from.extend(rel.from);
         }
         let Some(input) = input else { return Ok(()) };
+        let required = Required::of(&table.def);
+        if !required.is_empty() {
+            let description = format!("check that {} have values", required.names());
+            let made = Made::By(NodeKind::Operator(Arc::new(required)));
+            from = vec![self.ops.add(
+                &table.def.name,
+                "not-null check",
+                ("", description),
+                vec![Input::forward(&from)],
+                None,
+                made,
+            )];
+        }
         // Rows of one key go through one subtask, so that the last one wins for good. Updates come by their key already.
         let exchange = if input.changelog || primary_key.is_empty() {
             Input::forward(&from)
         } else {
             Input::hash(&from, primary_key)
         };
-        let sink = table.connector.sink(&table.def, &input, self.context).map_err(|e| self.table_error(e, table))?;
+        let sink = table.connector.sink(&table.def, &input, self.context).map_err(|mut e| {
+            // What is wrong with the rows is the query's fault.
+            e.location = e.location.or(input.changelog.then_some(self.location));
+            self.table_error(e, table)
+        })?;
         let kind = sink.kind();
         let updates = if input.changelog { " (updates)" } else { "" };
         self.ops.push(Op {
@@ -282,6 +316,11 @@ impl Lowering<'_> {
                 .refused(format!("the query updates rows, but not all of their key goes into table '{name}'"))
                 .help("insert all GROUP BY columns, and make them the PRIMARY KEY"));
         };
+        if key.is_empty() {
+            return Err(self
+                .refused(format!("the query updates its one row, but table '{name}' has a primary key"))
+                .help("group by a column and make it the PRIMARY KEY, or leave the key out"));
+        }
         let sorted = |key: &[usize]| {
             let mut key = key.to_vec();
             key.sort_unstable();
@@ -397,16 +436,15 @@ impl Lowering<'_> {
     /// Makes rows carry the windows that a table function has named.
     fn materialised(&mut self, mut rel: Rel) -> Result<Rel, SqlError> {
         let Some(Pending { time, windows, label, columns }) = rel.pending.take() else { return Ok(rel) };
-        for role in WINDOW_ROLES {
-            let named = columns.iter().find(|(_, _, r)| *r == role);
-            let (qualifier, name) =
-                named.map_or((None, format!("${role:?}")), |(qualifier, name, _)| (qualifier.clone(), name.clone()));
+        let mut added = Vec::with_capacity(columns.len());
+        for (qualifier, name, role) in columns {
             rel.fields.push((qualifier, Arc::new(Field::new(name, time_type(), true))));
             rel.roles.push(role);
+            added.push(role.window_column());
         }
         rel.windows = Some(windows.size);
-        let assign = WindowAssign { time, windows, schema: rel.schema() };
-        let identity = format!("{windows:?} by {time}");
+        let assign = WindowAssign { time, windows, columns: added, schema: rel.schema() };
+        let identity = format!("{windows:?} by {time}: {:?}", assign.columns);
         let id = self.ops.add(
             &self.target,
             "window assigner",

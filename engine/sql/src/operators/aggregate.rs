@@ -10,6 +10,7 @@ use std::{cmp::Ordering, sync::Arc};
 use arrow::{
     array::{
         Array, ArrayRef, AsArray, BooleanArray, Decimal128Array, Float64Array, Int64Array, StringArray, UInt32Array,
+        new_empty_array,
     },
     buffer::BooleanBuffer,
     compute::{cast, take},
@@ -119,6 +120,8 @@ impl Call {
                 let fields = expr.state_fields().map_err(|e| failed(&e))?;
                 let state: Vec<_> = fields.iter().map(|f| field(f.name(), f.data_type().clone())).collect();
                 KeyCodec::new(&state).map_err(|_| Error::abort(format!("aggregate {} can't be kept", expr.name())))?;
+                // What it can't do it says now, not when the first row comes.
+                expr.create_accumulator().map_err(|e| failed(&e))?;
                 state
             }
         };
@@ -329,6 +332,9 @@ impl Call {
     /// The results of `slots`, as they are by now.
     pub(crate) fn results(&self, rows: &Rows, at: usize, slots: &[u32]) -> Result<ArrayRef> {
         let field = self.expr.field();
+        if slots.is_empty() {
+            return Ok(new_empty_array(field.data_type()));
+        }
         match self.method {
             Method::Count => Ok(counts(rows, at, slots)),
             Method::AvgLong => {

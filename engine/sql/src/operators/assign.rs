@@ -13,7 +13,7 @@ use floodmark_snapshot::Result;
 use super::{
     arrow_failed,
     partial::{batch, time_type},
-    window::Windows,
+    window::{OutputColumn, Windows},
 };
 
 /// What a window assigner does.
@@ -22,7 +22,9 @@ pub(crate) struct WindowAssign {
     /// The column of the rows' time.
     pub(crate) time: usize,
     pub(crate) windows: Windows,
-    /// The input's columns, then window_start, window_end and window_time.
+    /// Columns of the window that are wanted.
+    pub(crate) columns: Vec<OutputColumn>,
+    /// The input's columns, then those of the window.
     pub(crate) schema: SchemaRef,
 }
 
@@ -36,7 +38,7 @@ struct AssignOperator(WindowAssign, SubtaskContext);
 
 impl Operator for AssignOperator {
     fn process(&mut self, _: Port, input: Batch, out: &mut Output) -> Result<()> {
-        let Self(WindowAssign { time, windows, schema }, context) = self;
+        let Self(WindowAssign { time, windows, columns, schema }, context) = self;
         let times = cast(input.rows.column(*time), &time_type()).map_err(arrow_failed)?;
         let times = times.as_primitive::<TimestampMillisecondType>();
         let mut rows = Vec::with_capacity(times.len());
@@ -54,7 +56,11 @@ impl Operator for AssignOperator {
         let shifted = |by: i64| -> ArrayRef {
             Arc::new(ends.iter().map(|end| Some(end + by)).collect::<TimestampMillisecondArray>())
         };
-        let windows = [shifted(-windows.size), shifted(0), shifted(-1)];
+        let windows = columns.iter().map(|column| match column {
+            OutputColumn::WindowStart => shifted(-windows.size),
+            OutputColumn::WindowTime => shifted(-1),
+            OutputColumn::WindowEnd | OutputColumn::Key(_) | OutputColumn::Call(_) => shifted(0),
+        });
         let columns = taken.columns().iter().cloned().chain(windows).collect();
         out.emit(Batch::new(batch(schema, columns, ends.len())?));
         Ok(())

@@ -19,6 +19,7 @@ pub(crate) mod join;
 pub(crate) mod key;
 pub(crate) mod local;
 pub(crate) mod partial;
+pub(crate) mod required;
 pub(crate) mod window;
 
 /// An expression over a batch, a value per row.

@@ -35,8 +35,8 @@ pub(super) fn to_sink(plan: LogicalPlan, table: &Arc<Table>, insert: &Insert) ->
     if columns.len() != targets.len() {
         let wanted: Vec<&str> = targets.iter().map(|t| fields[*t].name().as_str()).collect();
         let message = format!(
-            "the query has {} columns, table '{name}' takes {} ({})",
-            columns.len(),
+            "the query has {}, table '{name}' takes {} ({})",
+            counted(columns.len()),
             wanted.len(),
             wanted.join(", ")
         );
@@ -76,6 +76,10 @@ pub(super) fn to_sink(plan: LogicalPlan, table: &Arc<Table>, insert: &Insert) ->
         .project(exprs)
         .and_then(LogicalPlanBuilder::build)
         .map_err(|e| SqlError::of_planner(&e).or_at(insert.location))
+}
+
+fn counted(columns: usize) -> String {
+    if columns == 1 { "1 column".to_owned() } else { format!("{columns} columns") }
 }
 
 /// Whether every value (or, of decimals, every value in range) goes over without being asked for.

@@ -294,6 +294,11 @@ enum Part {
     Fraction(usize),
 }
 
+/// Whether `DATE_FORMAT` knows a pattern.
+pub(crate) fn check_pattern(pattern: &str) -> Result<()> {
+    parse_pattern(pattern).map(drop)
+}
+
 fn parse_pattern(pattern: &str) -> Result<Vec<Part>> {
     let mut parts: Vec<Part> = Vec::new();
     let mut rest = pattern.chars().peekable();

@@ -147,6 +147,9 @@ impl<'a> Catalog<'a> {
     /// Adds a table.
     pub(crate) fn create_table(&mut self, mut create: CreateTable) -> Result<(), SqlError> {
         let location = create.location;
+        if create.if_not_exists && self.tables.contains_key(&create.name) {
+            return Ok(());
+        }
         self.is_taken(&create.name, location)?;
         let Some(name) = create.options.remove("connector") else {
             return Err(SqlError::at(location, format!("table '{}' has no option 'connector'", create.name))
@@ -284,6 +287,11 @@ impl<'a> Catalog<'a> {
                 .and_then(LogicalPlanBuilder::build)
                 .map_err(|e| SqlError::of_planner(&e).or_at(view.location))?
         };
+        let names: Vec<&str> = plan.schema().fields().iter().map(|f| f.name().as_str()).collect();
+        if let Some((_, twice)) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(*name)) {
+            return Err(SqlError::at(view.location, format!("view '{}' has two columns '{twice}'", view.name))
+                .help("rename one of them with AS"));
+        }
         self.views.insert(view.name, NamedPlan::new(plan));
         Ok(())
     }

@@ -32,7 +32,7 @@ fn mistakes_are_told_with_their_place_and_the_nearest_name() {
         "INSERT INTO o SELECT a, uper(b) FROM t",
         "line 3, column 25: unknown function 'uper'; did you mean 'upper'?",
     );
-    check("INSERT INTO o SELECT a FROM t", "line 3, column 1: the query has 1 columns, table 'o' takes 2 (a, b)");
+    check("INSERT INTO o SELECT a FROM t", "line 3, column 1: the query has 1 column, table 'o' takes 2 (a, b)");
     check(
         "INSERT INTO o SELECT b, b FROM t",
         "line 3, column 1: column 'a' of table 'o' is BIGINT, the query gives STRING; write CAST(… AS BIGINT)",
@@ -168,6 +168,26 @@ INSERT INTO o SELECT sum(n), 'x' FROM v",
     );
     check(
         "CREATE TABLE i (n BIGINT) WITH ('connector' = 'rows', 'insert-only' = 'true'); INSERT INTO i SELECT count(*) FROM t",
-        "line 3, column 1: table 'i': updates need a PRIMARY KEY",
+        "line 3, column 80: table 'i': updates need a PRIMARY KEY",
+    );
+}
+
+#[test]
+fn what_would_fail_at_the_first_row_is_refused_before() {
+    check(
+        "INSERT INTO o (b) SELECT DATE_FORMAT(at, 'EEE') FROM t",
+        "line 3, column 42: DATE_FORMAT does not know 'EEE' (it knows yyyy yy MM dd HH mm ss SSS)",
+    );
+    check(
+        "INSERT INTO o (b) SELECT DATE_FORMAT(at, b) FROM t",
+        "line 3, column 42: the pattern of DATE_FORMAT must be a literal",
+    );
+    check(
+        "INSERT INTO o (a) SELECT avg(DISTINCT a) FROM t",
+        "line 3, column 1: Error during planning: AVG(DISTINCT) of integers is not supported; cast the argument to DOUBLE",
+    );
+    check(
+        "CREATE VIEW v AS SELECT a, b AS a FROM t; INSERT INTO o (a) SELECT a FROM v",
+        "line 3, column 33: there is a column 'a' already; choose another name for this one",
     );
 }

@@ -262,3 +262,44 @@ fn state_is_shared_out_by_key_group_and_put_together_again() {
     check_rescaled(&format!("{tables} INSERT INTO out SELECT k, n FROM w"), 3);
     check_rescaled(&format!("{tables} INSERT INTO out SELECT k, count(*) FROM t GROUP BY k"), 4);
 }
+
+#[test]
+fn any_aggregate_of_datafusion_updates_too() {
+    check_in_order(
+        &format!(
+            "{BIDS} CREATE TABLE out (d BIGINT, m DOUBLE) WITH ('connector' = 'rows');
+             INSERT INTO out SELECT count(DISTINCT auction), median(price) FROM bid"
+        ),
+        &[
+            "out +I 2 15.0",
+            "out -U 2 15.0",
+            "out +U 2 20.0",
+            "out -U 2 20.0",
+            "out +U 3 30.0",
+            "out -U 3 30.0",
+            "out +U 3 50.0",
+        ],
+    );
+}
+
+#[test]
+fn rows_of_the_same_window_are_joined() {
+    on_bids(
+        "CREATE TABLE out (a BIGINT, l BIGINT, r BIGINT) WITH ('connector' = 'rows');
+         INSERT INTO out SELECT l.auction, l.price, r.price
+         FROM TABLE(TUMBLE(TABLE bid, DESCRIPTOR(at), INTERVAL '10' SECOND)) l
+         JOIN TABLE(TUMBLE(TABLE bid, DESCRIPTOR(at), INTERVAL '10' SECOND)) r
+         ON l.window_start = r.window_start AND l.window_end = r.window_end AND l.auction = r.auction
+         WHERE l.price < r.price",
+        &["out +I 1 10 30", "out +I 2 20 50"],
+    );
+}
+
+#[test]
+fn substrings_are_those_of_sql() {
+    on_bids(
+        "CREATE TABLE out (s STRING) WITH ('connector' = 'rows');
+         INSERT INTO out SELECT SUBSTRING(who, 1, 2) FROM bid WHERE price = 70",
+        &["out +I la"],
+    );
+}
