@@ -32,6 +32,40 @@ pub(crate) enum Command {
     Run(RunArgs),
     /// Check a job and show its dataflow, without running it
     Check(CheckArgs),
+    /// Look at a job's checkpoints; changes nothing, also while the job runs
+    #[command(subcommand, after_help = EXIT_CODES)]
+    Checkpoints(CheckpointsCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CheckpointsCommand {
+    /// List what the log holds: checkpoints, oldest first, and entries that can't be read
+    List(CheckpointsArgs),
+    /// Print a checkpoint's manifest, as JSON
+    Show(CheckpointArgs),
+    /// Read every byte of a checkpoint back and compare it with what was written; exit code 4 if any differs
+    Verify(CheckpointArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CheckpointsArgs {
+    /// The manifest of the job: a file with one StreamJob, or `-` for standard input
+    #[arg(value_name = "JOB.yaml")]
+    pub(crate) job: PathBuf,
+
+    /// Where the checkpoints are; overrides the manifest
+    #[arg(long, value_name = "URL")]
+    pub(crate) storage: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CheckpointArgs {
+    #[command(flatten)]
+    pub(crate) of: CheckpointsArgs,
+
+    /// Which checkpoint; default: the newest (verify: all)
+    #[arg(long, value_name = "N")]
+    pub(crate) epoch: Option<u64>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -31,9 +31,7 @@ pub(crate) struct Job {
 impl Job {
     /// Reads and plans a manifest; `-` is standard input. `parallelism` goes before the manifest's.
     pub(crate) fn load(path: &Path, parallelism: Option<u32>) -> Result<Self, Failure> {
-        let file = if path == Path::new("-") { "standard input".to_owned() } else { path.display().to_string() };
-        let text = read(path).map_err(|e| Failure::input(format!("read {file}: {e}")))?;
-        let mut manifest = StreamJob::from_yaml(&text, &file).map_err(Failure::input)?;
+        let (file, mut manifest) = manifest(path)?;
         if let Some(parallelism) = parallelism {
             manifest.spec.parallelism = parallelism;
             let problems = manifest.problems();
@@ -46,6 +44,20 @@ impl Job {
         let graph = plan(&manifest, &id).map_err(|e| Failure::input(format!("{file}: spec.sql: {e}")))?;
         Ok(Self { id, manifest, graph })
     }
+}
+
+/// Reads a manifest without looking at its SQL; answers with whose state it is as well.
+pub(crate) fn identify(path: &Path) -> Result<(JobId, StreamJob), Failure> {
+    let (_, manifest) = manifest(path)?;
+    Ok((job_id(&manifest), manifest))
+}
+
+/// A manifest, and what to call its file.
+fn manifest(path: &Path) -> Result<(String, StreamJob), Failure> {
+    let file = if path == Path::new("-") { "standard input".to_owned() } else { path.display().to_string() };
+    let text = read(path).map_err(|e| Failure::input(format!("read {file}: {e}")))?;
+    let manifest = StreamJob::from_yaml(&text, &file).map_err(Failure::input)?;
+    Ok((file, manifest))
 }
 
 fn read(path: &Path) -> std::io::Result<String> {

@@ -1,12 +1,13 @@
 //! `floodmark`: runs stream jobs from their manifests, and checks them.
 //!
 //! Reads arguments and hands over: [`job`] reads manifests and plans them, [`run`] runs them in this process, [`check`] shows
-//! what would run. Results go to standard output; logs and progress to standard error.
+//! what would run, [`checkpoints`] what there is to start from. Results go to standard output; logs and progress to standard error.
 //!
 //! Invariant: every way out ends with one of the codes of [`exit::Exit`], and every failure with a message.
 
 mod args;
 mod check;
+mod checkpoints;
 mod crash;
 mod display;
 mod exit;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         let command = || match &args.command {
             Command::Run(run) => run::run(run, &screen),
             Command::Check(check) => check::check(check),
+            Command::Checkpoints(command) => checkpoints::checkpoints(command),
         };
         // The default hook has printed the panic's own message and place by then.
         catch_unwind(AssertUnwindSafe(command)).unwrap_or_else(|_| {

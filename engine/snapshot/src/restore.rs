@@ -125,6 +125,26 @@ async fn load(
         .await
 }
 
+/// Reads every shard that a manifest names and says what is wrong with each that is not as it was written.
+///
+/// # Errors
+/// When the storage can't be read; damage is no error here.
+pub async fn verify(storage: &dyn Storage, folder: &JobFolder, manifest: &Manifest) -> Result<Vec<Error>> {
+    let read: Vec<Result<Bytes>> = stream::iter(manifest.shards())
+        .map(|s| read_shard(storage, folder, s))
+        .buffered(READS_IN_FLIGHT_MAX)
+        .collect()
+        .await;
+    let mut damage = Vec::new();
+    for error in read.into_iter().filter_map(Result::err) {
+        if error.disposition() != Disposition::Corrupt {
+            return Err(error);
+        }
+        damage.push(error);
+    }
+    Ok(damage)
+}
+
 async fn read_shard(storage: &dyn Storage, folder: &JobFolder, shard: &Shard) -> Result<Bytes> {
     let path = &shard.path;
     let bytes = storage.get(&folder.path(path)).await.context_with(|| format!("read shard {path}"))?;
@@ -269,6 +289,12 @@ mod tests {
             assert_eq!(restored.manifest.epoch, Epoch(2));
             assert_eq!(restored.rejected[0].epoch, Epoch(3));
             assert!(restored.rejected[0].reason.starts_with("shard blobs/1/3.state"), "{:?}", restored.rejected);
+            let mut damaged = Vec::new();
+            for retained in &state.retained {
+                let damage = verify(&*storage, &JobFolder::of(&job()), &retained.manifest).await.unwrap();
+                damaged.extend(damage.iter().map(|_| retained.manifest.epoch.0));
+            }
+            assert_eq!(damaged, [3]);
         }
     }
 
