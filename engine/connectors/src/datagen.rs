@@ -69,7 +69,7 @@ impl Connector for Datagen {
             let kind = if sequence {
                 Kind::Sequence { start: number("start", 0.0)? as i64 }
             } else {
-                let (min, max) = (number("min", 0.0)?, number("max", 1_000_000.0)?);
+                let (min, max) = (number("min", 0.0)?, number("max", greatest(field.data_type()))?);
                 if min > max {
                     return Err(TableError::table(format!("column '{}': min {min} is above max {max}", field.name())));
                 }
@@ -82,7 +82,7 @@ impl Connector for Datagen {
             columns: Arc::new(columns),
             schema: projection.clone(),
             rows: options.parsed("rows", "a number")?,
-            rate: options.parsed("rate", "a number")?,
+            rate: options.rate("rate")?,
         }))
     }
 
@@ -91,9 +91,18 @@ impl Connector for Datagen {
     }
 }
 
+/// The greatest random value if nobody names one: what fits the type.
+fn greatest(data_type: &DataType) -> f64 {
+    match data_type {
+        DataType::Int8 => f64::from(i8::MAX),
+        DataType::Int16 => f64::from(i16::MAX),
+        _ => 1_000_000.0,
+    }
+}
+
 fn check_type(name: &str, data_type: &DataType) -> Result<(), TableError> {
-    let fine =
-        data_type.is_numeric() || data_type.is_temporal() || matches!(data_type, DataType::Boolean | DataType::Utf8);
+    let fine = data_type.is_numeric()
+        || matches!(data_type, DataType::Boolean | DataType::Utf8 | DataType::Date32 | DataType::Timestamp(..));
     if fine {
         Ok(())
     } else {

@@ -44,6 +44,17 @@ impl<'a> Options<'a> {
         parsed.map_err(|_| TableError::option(option, format!("option '{name}': '{}' is not {what}", option.value)))
     }
 
+    /// Rows or events a second.
+    pub(crate) fn rate(&self, name: &str) -> Result<Option<f64>, TableError> {
+        let rate: Option<f64> = self.parsed(name, "a number")?;
+        match (rate.filter(|r| !r.is_finite() || *r <= 0.0), self.get(name)) {
+            (Some(rate), Some(option)) => {
+                Err(TableError::option(option, format!("option '{name}': {rate} a second is not above 0")))
+            }
+            _ => Ok(rate),
+        }
+    }
+
     pub(crate) fn flag(&self, name: &str) -> Result<bool, TableError> {
         Ok(self.parsed(name, "true or false")?.unwrap_or(false))
     }

@@ -594,12 +594,12 @@ fn declarations_that_cannot_work_are_refused_at_planning() {
         assert!(error.message.starts_with(expected), "{}", error.message);
     };
     let none = Guarantee::None;
-    check(false, true, &[], none, "table 'table_t' needs a key, because the query updates rows it has written");
-    check(true, false, &[], none, "table 'table_t' needs a key, because 'upsert-kafka' replaces rows");
+    check(false, true, &[], none, "a key is needed, because the query updates rows it has written");
+    check(true, false, &[], none, "a key is needed, because 'upsert-kafka' replaces rows");
     let guarantee = [("sink.delivery-guarantee", "exactly-once")];
     check(false, false, &guarantee, Guarantee::AtLeastOnce, "option 'sink.delivery-guarantee': 'exactly-once' needs");
-    check(false, false, &[("key.fields", "x")], none, "table 'table_t' has no column 'x' for its key");
-    check(false, false, &[("format", "csv")], none, "table 'table_t': only format 'json' can be written");
+    check(false, false, &[("key.fields", "x")], none, "there is no column 'x' for the key");
+    check(false, false, &[("format", "csv")], none, "only format 'json' can be written");
     check(false, false, &[("properties.lingr.ms", "1")], none, "option 'properties.lingr.ms': No such configuration");
     let secret = [("properties.sasl.password", "hunter2"), ("properties.security.protocol", "telepathy")];
     let table = table("nowhere:9092", "t", &[], &secret);

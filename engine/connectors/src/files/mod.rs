@@ -46,9 +46,11 @@ impl Connector for Files {
         let options = Options::new(table, &known, &[])?;
         let following = options.choice("mode", &[("bounded", false), ("following", true)])?;
         let interval = options.duration("poll-interval")?.unwrap_or(Duration::from_millis(500));
+        let format = Format::of(&options, "format")?;
+        format.check(&table.schema)?;
         Ok(Arc::new(FilesSource {
             path: options.required("path")?.to_owned(),
-            format: Format::of(&options, "format")?,
+            format,
             bad: BadRecords::of(&options)?,
             following: following.then_some(interval),
             declared: table.schema.clone(),
@@ -61,13 +63,13 @@ impl Connector for Files {
         let known: Vec<&str> = ["path"].into_iter().chain(FORMAT_OPTIONS).collect();
         let options = Options::new(table, &known, &[])?;
         if input.changelog {
-            return Err(TableError::table(format!(
-                "table '{}' (files) takes insertions only, and the query updates rows it has written; \
+            return Err(TableError::table(
+                "connector 'files' takes insertions only, and the query updates rows it has written; \
                  use connector 'upsert-kafka', or a windowed aggregate",
-                table.name
-            )));
+            ));
         }
         let format = Format::of(&options, "format")?;
+        format.check(&table.schema)?;
         Ok(Arc::new(FilesSink {
             path: options.required("path")?.to_owned(),
             format,

@@ -56,6 +56,17 @@ impl Format {
         options.choice(option, &[("json", Self::Json), ("ndjson", Self::Json), ("csv", csv)])
     }
 
+    /// Whether records can hold columns of these types.
+    pub(crate) fn check(self, schema: &SchemaRef) -> Result<(), TableError> {
+        match (self, schema.fields().iter().find(|f| f.data_type().is_nested())) {
+            (Self::Csv { .. }, Some(field)) => Err(TableError::table(format!(
+                "column '{}' is nested, which a line of CSV can't hold; use format 'json'",
+                field.name()
+            ))),
+            (Self::Csv { .. } | Self::Json, _) => Ok(()),
+        }
+    }
+
     /// The ending of a file's name.
     #[must_use]
     pub fn ending(self) -> &'static str {

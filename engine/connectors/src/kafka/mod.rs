@@ -70,10 +70,7 @@ impl Connector for Kafka {
         context: &PlanContext,
     ) -> Result<Arc<dyn SourceFactory>, TableError> {
         if self.upsert {
-            let message = format!(
-                "table '{}': connector 'upsert-kafka' can be written to, not read from; read its topic with 'kafka'",
-                table.name
-            );
+            let message = "connector 'upsert-kafka' can be written to, not read from; read its topic with 'kafka'";
             return Err(TableError::table(message));
         }
         let options = Options::new(table, &known(), &[PROPERTIES])?;

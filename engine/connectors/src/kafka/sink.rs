@@ -58,8 +58,7 @@ impl KafkaSink {
         format: Format,
     ) -> Result<Self, TableError> {
         if format != Format::Json {
-            let message = format!("table '{}': only format 'json' can be written to Kafka", table.name);
-            return Err(TableError::table(message));
+            return Err(TableError::table("only format 'json' can be written to Kafka"));
         }
         let topic = options.required("topic")?;
         if let Some(option) = options.get("topic").filter(|_| topic.contains(';')) {
@@ -99,14 +98,11 @@ fn encoder(
     if table.primary_key.is_empty() && (input.changelog || connector == "upsert-kafka") {
         let why =
             if input.changelog { "the query updates rows it has written" } else { "'upsert-kafka' replaces rows" };
-        return Err(TableError::table(format!(
-            "table '{}' needs a key, because {why}: declare PRIMARY KEY (…) NOT ENFORCED",
-            table.name
-        )));
+        return Err(TableError::table(format!("a key is needed, because {why}: declare PRIMARY KEY (…) NOT ENFORCED")));
     }
     let column = |schema: &SchemaRef, name: &str| {
         schema.index_of(name).map_err(|_| {
-            let message = format!("table '{}' has no column '{name}' for its key", table.name);
+            let message = format!("there is no column '{name}' for the key");
             options.get("key.fields").map_or_else(
                 || TableError::table(message.clone()),
                 |option| TableError::option(option, message.clone()),

@@ -94,7 +94,7 @@ impl Connector for Nexmark {
         Ok(Arc::new(NexmarkSource {
             generator,
             events: options.parsed("events", "a number")?,
-            rate: options.parsed("rate", "a number")?,
+            rate: options.rate("rate")?,
             schema: projection.clone(),
         }))
     }
