@@ -1,6 +1,6 @@
 //! `'connector' = 'datagen'`: made-up rows, the same for the same seed. Each column is a sequence or random within bounds.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use arrow::{
     array::{ArrayRef, BooleanArray, Float64Array, Int64Array, RecordBatch, RecordBatchOptions, StringArray},
@@ -8,22 +8,17 @@ use arrow::{
     datatypes::{DataType, SchemaRef},
 };
 use floodmark_dataflow::{
-    SubtaskContext,
     connector::{Connector, PlanContext, SinkInput, TableDef, TableError},
     sink::SinkNode,
-    source::{Polled, Source, SourceFactory},
+    source::SourceFactory,
 };
-use floodmark_snapshot::{Error, Result, SplitState};
-use serde_json::json;
+use floodmark_snapshot::{Error, Result};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::{format::BATCH_ROWS, options::Options, pace::Pace};
+use crate::{options::Options, stripes::Generated};
 
 /// See the header of this file.
 pub(crate) struct Datagen;
-
-/// Stripes of the row numbers; more subtasks than this find nothing to do.
-const STRIPES: u64 = 32;
 
 #[derive(Clone, Copy)]
 enum Kind {
@@ -78,11 +73,12 @@ impl Connector for Datagen {
             check_type(field.name(), field.data_type())?;
             columns.push(Column { kind, seed: xxh3_64_with_seed(field.name().as_bytes(), seed) });
         }
-        Ok(Arc::new(Rows {
-            columns: Arc::new(columns),
-            schema: projection.clone(),
+        let schema = projection.clone();
+        Ok(Arc::new(Generated {
+            kind: "datagen source",
             rows: options.parsed("rows", "a number")?,
             rate: options.rate("rate")?,
+            make: Arc::new(move |numbers| rows_of(&columns, numbers, &schema)),
         }))
     }
 
@@ -110,95 +106,14 @@ fn check_type(name: &str, data_type: &DataType) -> Result<(), TableError> {
     }
 }
 
-struct Rows {
-    columns: Arc<Vec<Column>>,
-    schema: SchemaRef,
-    rows: Option<u64>,
-    rate: Option<f64>,
-}
-
-impl SourceFactory for Rows {
-    fn kind(&self) -> String {
-        "datagen source".to_owned()
-    }
-
-    fn bounded(&self) -> bool {
-        self.rows.is_some()
-    }
-
-    fn splits(&self, restored: &[SplitState]) -> Result<Vec<SplitState>> {
-        let fresh = |stripe: u64| SplitState {
-            split: format!("stripe-{stripe:02}"),
-            position: json!({ "next": stripe }),
-            watermark: None,
-            finished: false,
-        };
-        let known = |split: SplitState| restored.iter().find(|r| r.split == split.split).cloned().unwrap_or(split);
-        Ok((0..STRIPES).map(|stripe| known(fresh(stripe))).collect())
-    }
-
-    fn open(&self, splits: Vec<SplitState>, context: &SubtaskContext) -> Result<Box<dyn Source>> {
-        let next = |split: &SplitState| {
-            let next = split.position["next"].as_u64();
-            next.ok_or_else(|| Error::abort(format!("{} has no position: {}", split.split, split.position)))
-        };
-        let share = splits.len() as f64 / STRIPES as f64;
-        Ok(Box::new(Reader {
-            columns: self.columns.clone(),
-            schema: self.schema.clone(),
-            rows: self.rows.unwrap_or(u64::MAX),
-            next: splits.iter().map(next).collect::<Result<_>>()?,
-            pace: Pace::new(context.env.clock.clone(), self.rate.map(|r| r * share)),
-            splits,
-        }))
-    }
-}
-
-struct Reader {
-    columns: Arc<Vec<Column>>,
-    schema: SchemaRef,
-    rows: u64,
-    next: Vec<u64>,
-    pace: Pace,
-    splits: Vec<SplitState>,
-}
-
-impl Source for Reader {
-    fn poll(&mut self, wait: Duration) -> Result<Polled> {
-        let open = (0..self.splits.len()).filter(|i| !self.splits[*i].finished);
-        let Some(split) = open.min_by_key(|i| self.next[*i]) else { return Ok(Polled::Exhausted) };
-        let left = self.rows.saturating_sub(self.next[split]).div_ceil(STRIPES);
-        if left == 0 {
-            self.splits[split].finished = true;
-            return Ok(Polled::SplitFinished { split });
-        }
-        let rows = self.pace.allowed(left.min(BATCH_ROWS as u64), wait);
-        if rows == 0 {
-            return Ok(Polled::Pending);
-        }
-        let first = self.next[split];
-        let numbers: Vec<u64> = (0..rows).map(|i| first + i * STRIPES).collect();
-        self.next[split] += rows * STRIPES;
-        self.pace.took(rows);
-        Ok(Polled::Batch { split, rows: self.rows_of(&numbers)? })
-    }
-
-    fn positions(&self) -> Result<Vec<SplitState>> {
-        let now = self.splits.iter().zip(&self.next);
-        Ok(now.map(|(split, next)| SplitState { position: json!({ "next": next }), ..split.clone() }).collect())
-    }
-}
-
-impl Reader {
-    fn rows_of(&self, numbers: &[u64]) -> Result<RecordBatch> {
-        let failed = |e| Error::abort(format!("make rows: {e}"));
-        let columns = self.schema.fields().iter().zip(self.columns.iter());
-        let columns = columns
-            .map(|(field, column)| column.make(numbers, field.data_type()).map_err(failed))
-            .collect::<Result<Vec<_>>>()?;
-        let options = RecordBatchOptions::new().with_row_count(Some(numbers.len()));
-        RecordBatch::try_new_with_options(self.schema.clone(), columns, &options).map_err(failed)
-    }
+fn rows_of(columns: &[Column], numbers: &[u64], schema: &SchemaRef) -> Result<RecordBatch> {
+    let failed = |e| Error::abort(format!("make rows: {e}"));
+    let columns = schema.fields().iter().zip(columns);
+    let columns = columns
+        .map(|(field, column)| column.make(numbers, field.data_type()).map_err(failed))
+        .collect::<Result<Vec<_>>>()?;
+    let options = RecordBatchOptions::new().with_row_count(Some(numbers.len()));
+    RecordBatch::try_new_with_options(schema.clone(), columns, &options).map_err(failed)
 }
 
 impl Column {

@@ -15,6 +15,7 @@ pub mod nexmark;
 mod options;
 mod pace;
 mod simple;
+mod stripes;
 
 /// Every connector there is.
 #[must_use]

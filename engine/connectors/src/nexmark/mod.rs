@@ -4,7 +4,7 @@
 //! are stripes of the event numbers: any parallelism brings the same events.
 
 mod generator;
-mod source;
+mod rows;
 
 use std::sync::Arc;
 
@@ -16,8 +16,7 @@ use floodmark_dataflow::{
 };
 
 pub use self::generator::{Event, Generator};
-use self::source::NexmarkSource;
-use crate::options::Options;
+use crate::{options::Options, stripes::Generated};
 
 /// See the header of this file.
 pub struct Nexmark;
@@ -91,11 +90,12 @@ impl Connector for Nexmark {
             events_per_second: options.parsed("event-rate", "a number")?.unwrap_or(10_000).max(1),
             start_ms: options.parsed("start", "milliseconds since 1970")?.unwrap_or(Generator::default().start_ms),
         };
-        Ok(Arc::new(NexmarkSource {
-            generator,
-            events: options.parsed("events", "a number")?,
+        let schema = projection.clone();
+        Ok(Arc::new(Generated {
+            kind: "nexmark source",
+            rows: options.parsed("events", "a number")?,
             rate: options.rate("rate")?,
-            schema: projection.clone(),
+            make: Arc::new(move |numbers| rows::rows_of(&generator, numbers, &schema)),
         }))
     }
 
