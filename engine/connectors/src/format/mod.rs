@@ -112,6 +112,11 @@ trait Bulk: Send {
     fn scan_was_needless(&mut self) {}
 
     fn decode(&mut self, records: &mut dyn Iterator<Item = &[u8]>) -> Result<RecordBatch, String>;
+
+    /// [`Bulk::decode`] for one record. What it takes, `decode` must take together with others.
+    fn decode_alone(&mut self, record: &[u8]) -> Result<RecordBatch, String> {
+        self.decode(&mut std::iter::once(record))
+    }
 }
 
 /// Records one after the other in one buffer.
@@ -202,7 +207,7 @@ impl Decoder {
         let mut good = Vec::new();
         for record in 0..self.len() {
             let bytes = self.records.get(record);
-            let reason = match self.bulk.decode(&mut std::iter::once(bytes)) {
+            let reason = match self.bulk.decode_alone(bytes) {
                 Ok(rows) if rows.num_rows() == 1 => {
                     good.push(record);
                     continue;
