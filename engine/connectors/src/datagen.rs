@@ -68,7 +68,13 @@ impl Connector for Datagen {
                 if min > max {
                     return Err(TableError::table(format!("column '{}': min {min} is above max {max}", field.name())));
                 }
-                Kind::Random { min, max, length: number("length", 16.0)? as usize }
+                let name = option("length");
+                let length = options.parsed(&name, "a number of characters")?.unwrap_or(LENGTH);
+                if let Some(option) = options.get(&name).filter(|_| length > LENGTH_MAX) {
+                    let message = format!("option '{name}': {length} is more than {LENGTH_MAX} characters");
+                    return Err(TableError::option(option, message));
+                }
+                Kind::Random { min, max, length }
             };
             check_type(field.name(), field.data_type())?;
             columns.push(Column { kind, seed: xxh3_64_with_seed(field.name().as_bytes(), seed) });
@@ -87,12 +93,22 @@ impl Connector for Datagen {
     }
 }
 
+/// Characters of a random text if nobody says how many, and at most: a batch of them must fit into memory.
+const LENGTH: usize = 16;
+const LENGTH_MAX: usize = 1 << 16;
+
+/// The greatest random value of types that can hold it.
+const GREATEST: f64 = 1_000_000.0;
+
 /// The greatest random value if nobody names one: what fits the type.
 fn greatest(data_type: &DataType) -> f64 {
     match data_type {
         DataType::Int8 => f64::from(i8::MAX),
         DataType::Int16 => f64::from(i16::MAX),
-        _ => 1_000_000.0,
+        DataType::Decimal128(precision, scale) => {
+            (10_f64.powi(i32::from(*precision) - i32::from(*scale)) - 1.0).min(GREATEST)
+        }
+        _ => GREATEST,
     }
 }
 
@@ -122,7 +138,7 @@ impl Column {
         let fraction = |n: &u64| (draw(n) >> 11) as f64 / (1_u64 << 53) as f64;
         let made: ArrayRef = match (self.kind, data_type) {
             (Kind::Sequence { start }, _) => {
-                Arc::new(numbers.iter().map(|n| start + *n as i64).collect::<Int64Array>())
+                Arc::new(numbers.iter().map(|n| start.saturating_add(*n as i64)).collect::<Int64Array>())
             }
             (Kind::Random { .. }, DataType::Boolean) => {
                 Arc::new(numbers.iter().map(|n| Some(draw(n) & 1 == 1)).collect::<BooleanArray>())
@@ -146,6 +162,41 @@ impl Column {
         match data_type {
             DataType::Date32 => cast(&cast(&made, &DataType::Int32)?, data_type),
             _ => cast(&made, data_type),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::{array::Array as _, datatypes::TimeUnit};
+
+    use super::*;
+
+    #[test]
+    fn every_type_is_made_by_default_without_nulls() {
+        let types = [
+            DataType::Int8,
+            DataType::Int16,
+            DataType::Int32,
+            DataType::Int64,
+            DataType::Float32,
+            DataType::Float64,
+            DataType::Decimal128(38, 0),
+            DataType::Decimal128(10, 2),
+            DataType::Decimal128(4, 1),
+            DataType::Decimal128(3, 3),
+            DataType::Utf8,
+            DataType::Boolean,
+            DataType::Date32,
+            DataType::Timestamp(TimeUnit::Millisecond, None),
+            DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())),
+        ];
+        let numbers: Vec<u64> = (0..1000).collect();
+        for data_type in types {
+            check_type("c", &data_type).unwrap();
+            let kind = Kind::Random { min: 0.0, max: greatest(&data_type), length: 16 };
+            let made = Column { kind, seed: 7 }.make(&numbers, &data_type).unwrap();
+            assert_eq!((made.data_type(), made.null_count()), (&data_type, 0));
         }
     }
 }

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use floodmark_dataflow::connector::Connectors;
 
 mod datagen;
+#[cfg(test)]
+mod declarations;
 pub mod files;
 pub mod format;
 pub mod kafka;

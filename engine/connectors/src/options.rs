@@ -49,7 +49,7 @@ impl<'a> Options<'a> {
         let rate: Option<f64> = self.parsed(name, "a number")?;
         match (rate.filter(|r| !r.is_finite() || *r <= 0.0), self.get(name)) {
             (Some(rate), Some(option)) => {
-                Err(TableError::option(option, format!("option '{name}': {rate} a second is not above 0")))
+                Err(TableError::option(option, format!("option '{name}': '{rate}' is not a number above 0")))
             }
             _ => Ok(rate),
         }

@@ -47,7 +47,7 @@ impl Connector for Files {
         let following = options.choice("mode", &[("bounded", false), ("following", true)])?;
         let interval = options.duration("poll-interval")?.unwrap_or(Duration::from_millis(500));
         let format = Format::of(&options, "format")?;
-        format.check(&table.schema)?;
+        format.check_read(&table.schema, projection)?;
         Ok(Arc::new(FilesSource {
             path: options.required("path")?.to_owned(),
             format,

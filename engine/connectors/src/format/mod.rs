@@ -56,6 +56,18 @@ impl Format {
         options.choice(option, &[("json", Self::Json), ("ndjson", Self::Json), ("csv", csv)])
     }
 
+    /// Whether records with columns of these types can be read, as far as `projection` asks for them.
+    pub(crate) fn check_read(self, declared: &SchemaRef, projection: &SchemaRef) -> Result<(), TableError> {
+        self.check(declared)?;
+        match (self, projection.fields().iter().find(|f| f.data_type().is_binary())) {
+            (Self::Csv { .. }, Some(field)) => Err(TableError::table(format!(
+                "column '{}' holds BYTES, which can't be read from CSV; declare it as STRING, or use format 'json'",
+                field.name()
+            ))),
+            (Self::Csv { .. } | Self::Json, _) => Ok(()),
+        }
+    }
+
     /// Whether records can hold columns of these types.
     pub(crate) fn check(self, schema: &SchemaRef) -> Result<(), TableError> {
         match (self, schema.fields().iter().find(|f| f.data_type().is_nested())) {

@@ -74,6 +74,8 @@ impl Connector for Kafka {
             return Err(TableError::table(message));
         }
         let options = Options::new(table, &known(), &[PROPERTIES])?;
+        let format = format_of(&options)?;
+        format.check_read(&table.schema, projection)?;
         let mut topics: Vec<String> =
             options.required("topic")?.split(';').map(|t| t.trim().to_owned()).filter(|t| !t.is_empty()).collect();
         topics.dedup();
@@ -85,7 +87,7 @@ impl Connector for Kafka {
             start: Start::of(&options)?,
             bounded: options.choice("scan.bounded.mode", &[("unbounded", false), ("latest-offset", true)])?,
             group: group.unwrap_or_else(|| format!("floodmark-{}-{}", job.namespace, job.name)),
-            format: format_of(&options)?,
+            format,
             bad: BadRecords::of(&options)?,
             declared: table.schema.clone(),
             projection: projection.clone(),
