@@ -200,7 +200,7 @@ impl Committer for TopicCommitter {
             let producer = partition.producers.entry(self.index).or_default();
             if producer.holder == self.holder {
                 producer.marker = Some(epoch);
-                let records = staged.iter().flat_map(|bytes| records_of(bytes));
+                let records = staged.iter().flat_map(records_of);
                 partition.records.extend(records);
                 Ok(())
             } else {
