@@ -3,6 +3,7 @@
 use std::fmt;
 
 use clap::ValueEnum;
+use floodmark_tests::events::{HOT_ITEMS, NEXMARK_COLUMNS};
 
 /// A query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -56,8 +57,8 @@ impl Query {
         statements
     }
 
-    fn sink_and_select(self) -> (&'static str, &'static str) {
-        match self {
+    fn sink_and_select(self) -> (&'static str, String) {
+        let (columns, select) = match self {
             Self::Q0 => (
                 "auction BIGINT, bidder BIGINT, price BIGINT, `dateTime` TIMESTAMP(3), extra STRING",
                 "SELECT auction, bidder, price, `dateTime`, extra FROM bid",
@@ -67,25 +68,19 @@ impl Query {
                 "SELECT auction, bidder, 0.908 * price AS price, `dateTime`, extra FROM bid",
             ),
             Self::Q2 => ("auction BIGINT, price BIGINT", "SELECT auction, price FROM bid WHERE MOD(auction, 123) = 0"),
-            Self::Q5 => ("auction BIGINT, num BIGINT", HOT_ITEMS),
+            Self::Q5 => {
+                let select = format!("SELECT AuctionBids.auction, AuctionBids.num\n{HOT_ITEMS}");
+                return ("auction BIGINT, num BIGINT", select);
+            }
             Self::Q8 => ("id BIGINT, name STRING, stime TIMESTAMP(3)", NEW_USERS),
-        }
+        };
+        (columns, select.to_owned())
     }
 }
 
 fn source(bootstrap: &str, topic: &str) -> String {
     format!(
-        "CREATE TABLE nexmark (
-  event_type INT,
-  person ROW<id BIGINT, name STRING, emailAddress STRING, creditCard STRING, city STRING, state STRING,
-    `dateTime` TIMESTAMP(3), extra STRING>,
-  auction ROW<id BIGINT, itemName STRING, description STRING, initialBid BIGINT, reserve BIGINT,
-    `dateTime` TIMESTAMP(3), expires TIMESTAMP(3), seller BIGINT, category BIGINT, extra STRING>,
-  bid ROW<auction BIGINT, bidder BIGINT, price BIGINT, channel STRING, url STRING, `dateTime` TIMESTAMP(3), extra STRING>,
-  `dateTime` AS CASE WHEN event_type = 0 THEN person.`dateTime`
-                     WHEN event_type = 1 THEN auction.`dateTime` ELSE bid.`dateTime` END,
-  WATERMARK FOR `dateTime` AS `dateTime` - INTERVAL '4' SECOND
-) WITH ('connector' = 'kafka', 'topic' = '{topic}', 'properties.bootstrap.servers' = '{bootstrap}',
+        "CREATE TABLE nexmark ({NEXMARK_COLUMNS}) WITH ('connector' = 'kafka', 'topic' = '{topic}', 'properties.bootstrap.servers' = '{bootstrap}',
   'properties.group.id' = 'bench', 'scan.startup.mode' = 'earliest-offset', 'scan.bounded.mode' = 'latest-offset',
   'format' = 'json')"
     )
@@ -99,23 +94,6 @@ const VIEWS: [&str; 3] = [
     "CREATE VIEW bid AS SELECT bid.auction, bid.bidder, bid.price, bid.channel, bid.url, `dateTime`, bid.extra
   FROM nexmark WHERE event_type = 2",
 ];
-
-const HOT_ITEMS: &str = "SELECT AuctionBids.auction, AuctionBids.num
-FROM (
-  SELECT auction, count(*) AS num, window_start AS starttime, window_end AS endtime
-  FROM TABLE(HOP(TABLE bid, DESCRIPTOR(`dateTime`), INTERVAL '2' SECOND, INTERVAL '10' SECOND))
-  GROUP BY auction, window_start, window_end
-) AS AuctionBids
-JOIN (
-  SELECT max(CountBids.num) AS maxn, CountBids.starttime, CountBids.endtime
-  FROM (
-    SELECT count(*) AS num, window_start AS starttime, window_end AS endtime
-    FROM TABLE(HOP(TABLE bid, DESCRIPTOR(`dateTime`), INTERVAL '2' SECOND, INTERVAL '10' SECOND))
-    GROUP BY auction, window_start, window_end
-  ) AS CountBids
-  GROUP BY CountBids.starttime, CountBids.endtime
-) AS MaxBids
-ON AuctionBids.starttime = MaxBids.starttime AND AuctionBids.endtime = MaxBids.endtime AND AuctionBids.num >= MaxBids.maxn";
 
 const NEW_USERS: &str = "SELECT P.id, P.name, P.starttime
 FROM (

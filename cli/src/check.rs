@@ -6,8 +6,7 @@ use floodmark_snapshot::{Disposition, Env, storage};
 use crate::{
     args::CheckArgs,
     exit::{Exit, Failure},
-    job::Job,
-    run::DEFAULT_STORAGE,
+    job::{self, Job},
     screen::print,
 };
 
@@ -46,9 +45,8 @@ fn check_tables(job: &Job) -> Result<(), Failure> {
 
 fn check_storage(job: &Job, env: &Env) -> Result<(), Failure> {
     let failed = |e: &dyn std::fmt::Display| Failure::new(Exit::Storage, e);
-    let location = job.manifest.spec.checkpoints.storage.as_deref().unwrap_or(DEFAULT_STORAGE);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| failed(&e))?;
-    let storage = storage::open(location).map_err(|e| failed(&e))?;
+    let storage = storage::open(job::storage(None, &job.manifest)).map_err(|e| failed(&e))?;
     runtime.block_on(storage::check_writable(&*storage, env)).map_err(|e| failed(&e))?;
     print(&format!("storage {}: writable\n", storage.describe()));
     Ok(())

@@ -14,7 +14,6 @@ use crate::{
     display::{bytes, duration},
     exit::{Exit, Failure},
     job,
-    run::DEFAULT_STORAGE,
     screen::print,
 };
 
@@ -48,9 +47,7 @@ impl Log {
     async fn read(args: &CheckpointsArgs) -> Result<Self, Failure> {
         let failed = |e: Error| Failure::new(Exit::Storage, e);
         let (job, manifest) = job::identify(&args.job)?;
-        let location =
-            args.storage.as_deref().or(manifest.spec.checkpoints.storage.as_deref()).unwrap_or(DEFAULT_STORAGE);
-        let storage = storage::open(location).map_err(failed)?;
+        let storage = storage::open(job::storage(args.storage.as_deref(), &manifest)).map_err(failed)?;
         let folder = JobFolder::of(&job);
         let state = log::read(&*storage, &folder).await.map_err(failed)?;
         if state.next_seq == 0 {

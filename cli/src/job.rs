@@ -46,6 +46,14 @@ impl Job {
     }
 }
 
+/// Where checkpoints go if nobody says where.
+const DEFAULT_STORAGE: &str = "floodmark-data";
+
+/// Where a job's checkpoints are: as the command line says, else the manifest, else beside where it runs.
+pub(crate) fn storage<'a>(option: Option<&'a str>, manifest: &'a StreamJob) -> &'a str {
+    option.or(manifest.spec.checkpoints.storage.as_deref()).unwrap_or(DEFAULT_STORAGE)
+}
+
 /// Reads a manifest without looking at its SQL; answers with whose state it is as well.
 pub(crate) fn identify(path: &Path) -> Result<(JobId, StreamJob), Failure> {
     let (_, manifest) = manifest(path)?;

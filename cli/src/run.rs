@@ -16,14 +16,11 @@ use crate::{
     crash,
     display::Display,
     exit::{Exit, Failure},
-    job::Job,
+    job::{self, Job},
     screen::{Screen, print},
     signals,
     summary::{RunOutcome, RunReport},
 };
-
-/// Where checkpoints go if nobody says where.
-pub(crate) const DEFAULT_STORAGE: &str = "floodmark-data";
 
 /// Runs the job to its end and prints the summary.
 pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
@@ -65,10 +62,10 @@ pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
 }
 
 fn run_spec(args: &RunArgs, job: Job) -> Result<RunSpec, Failure> {
-    let spec = job.manifest.spec;
-    let location = args.storage.as_deref().or(spec.checkpoints.storage.as_deref()).unwrap_or(DEFAULT_STORAGE);
+    let location = job::storage(args.storage.as_deref(), &job.manifest);
     let storage = storage::open(location).map_err(|e| Failure::new(Exit::Storage, e))?;
     tracing::info!("job {}: checkpoints in {}", job.id, storage.describe());
+    let spec = job.manifest.spec;
     Ok(RunSpec {
         job: job.id,
         graph: job.graph,

@@ -19,6 +19,23 @@ pub const NEXMARK_COLUMNS: &str = "event_type INT,
   `dateTime` AS CASE WHEN event_type = 0 THEN person.`dateTime`
                      WHEN event_type = 1 THEN auction.`dateTime` ELSE bid.`dateTime` END,
   WATERMARK FOR `dateTime` AS `dateTime` - INTERVAL '4' SECOND";
+/// Nexmark's query 5 behind its `SELECT` list: columns `auction`, `num`, `starttime` and `endtime` of `AuctionBids`.
+pub const HOT_ITEMS: &str = "FROM (
+  SELECT auction, count(*) AS num, window_start AS starttime, window_end AS endtime
+  FROM TABLE(HOP(TABLE bid, DESCRIPTOR(`dateTime`), INTERVAL '2' SECOND, INTERVAL '10' SECOND))
+  GROUP BY auction, window_start, window_end
+) AS AuctionBids
+JOIN (
+  SELECT max(CountBids.num) AS maxn, CountBids.starttime, CountBids.endtime
+  FROM (
+    SELECT count(*) AS num, window_start AS starttime, window_end AS endtime
+    FROM TABLE(HOP(TABLE bid, DESCRIPTOR(`dateTime`), INTERVAL '2' SECOND, INTERVAL '10' SECOND))
+    GROUP BY auction, window_start, window_end
+  ) AS CountBids
+  GROUP BY CountBids.starttime, CountBids.endtime
+) AS MaxBids
+ON AuctionBids.starttime = MaxBids.starttime AND AuctionBids.endtime = MaxBids.endtime
+  AND AuctionBids.num >= MaxBids.maxn";
 /// How far an order's time may lie behind its number's, milliseconds. Less than the watermark's delay.
 const JITTER_MS: u64 = 2_000;
 /// 2026-01-01 00:00:00 UTC.

@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
-use floodmark_snapshot::{Env, Epoch, KeyGroupRange, Result, Shard, ShardKind, TimestampMs};
+use floodmark_snapshot::{Env, Epoch, KeyGroup, KeyGroupRange, Result, Shard, ShardKind, TimestampMs};
 
 use crate::{Batch, OperatorMetrics};
 
@@ -122,6 +122,14 @@ pub struct SubtaskContext {
     pub metrics: Arc<OperatorMetrics>,
     /// Time, names, probe.
     pub env: Env,
+}
+
+impl SubtaskContext {
+    /// Whether the key with this hash is this subtask's.
+    #[must_use]
+    pub fn owns(&self, hash: u64) -> bool {
+        self.key_groups.contains(KeyGroup::of(hash, self.max_parallelism))
+    }
 }
 
 /// Makes the operators of a node, one per subtask.

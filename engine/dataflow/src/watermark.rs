@@ -19,6 +19,42 @@ pub enum Combined {
     BecameIdle,
 }
 
+/// What downstream has been told.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    watermark: TimestampMs,
+    idle: bool,
+}
+
+impl Default for Sent {
+    fn default() -> Self {
+        Self { watermark: WATERMARK_MIN, idle: false }
+    }
+}
+
+impl Sent {
+    /// What to tell, now that the least watermark of the active inputs is this; `None` if none is active.
+    fn combine(&mut self, least: Option<TimestampMs>) -> Combined {
+        match least {
+            Some(watermark) if watermark > self.watermark => {
+                *self = Self { watermark, idle: false };
+                Combined::Advanced(watermark)
+            }
+            // Who was idle is active again: what is downstream must wait for it again.
+            Some(_) if self.idle && self.watermark > WATERMARK_MIN => {
+                self.idle = false;
+                Combined::Advanced(self.watermark)
+            }
+            Some(_) => Combined::Unchanged,
+            None if self.idle => Combined::Unchanged,
+            None => {
+                self.idle = true;
+                Combined::BecameIdle
+            }
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Split {
     watermark: Option<TimestampMs>,
@@ -31,8 +67,7 @@ struct Split {
 pub struct SplitWatermarks {
     splits: Vec<Split>,
     idle_timeout: Option<Duration>,
-    sent: TimestampMs,
-    idle: bool,
+    sent: Sent,
 }
 
 impl SplitWatermarks {
@@ -44,7 +79,7 @@ impl SplitWatermarks {
         now: Duration,
     ) -> Self {
         let split = |(watermark, finished)| Split { watermark, last_row: now, finished };
-        Self { splits: restored.into_iter().map(split).collect(), idle_timeout, sent: WATERMARK_MIN, idle: false }
+        Self { splits: restored.into_iter().map(split).collect(), idle_timeout, sent: Sent::default() }
     }
 
     /// Rows of `split` have come; `watermark` is the greatest that they stand for.
@@ -85,24 +120,7 @@ impl SplitWatermarks {
         let idle = |s: &Split| self.idle_timeout.is_some_and(|t| now.saturating_sub(s.last_row) >= t);
         let least =
             self.splits.iter().filter(|s| !s.finished && !idle(s)).map(|s| s.watermark.unwrap_or(WATERMARK_MIN)).min();
-        match least {
-            Some(watermark) if watermark > self.sent => {
-                self.sent = watermark;
-                self.idle = false;
-                Combined::Advanced(watermark)
-            }
-            // A subtask that was idle is active again: what is downstream must wait for it again.
-            Some(_) if self.idle && self.sent > WATERMARK_MIN => {
-                self.idle = false;
-                Combined::Advanced(self.sent)
-            }
-            Some(_) => Combined::Unchanged,
-            None if self.idle => Combined::Unchanged,
-            None => {
-                self.idle = true;
-                Combined::BecameIdle
-            }
-        }
+        self.sent.combine(least)
     }
 }
 
@@ -116,19 +134,14 @@ struct Channel {
 #[derive(Debug)]
 pub struct InputWatermarks {
     channels: Vec<Channel>,
-    sent: TimestampMs,
-    idle: bool,
+    sent: Sent,
 }
 
 impl InputWatermarks {
     /// Channels that have sent nothing yet.
     #[must_use]
     pub fn new(channels: usize) -> Self {
-        Self {
-            channels: vec![Channel { watermark: WATERMARK_MIN, idle: false }; channels],
-            sent: WATERMARK_MIN,
-            idle: false,
-        }
+        Self { channels: vec![Channel { watermark: WATERMARK_MIN, idle: false }; channels], sent: Sent::default() }
     }
 
     /// A watermark has come on `channel`: it is active.
@@ -147,32 +160,12 @@ impl InputWatermarks {
         self.combine()
     }
 
-    /// The last combined watermark.
-    #[must_use]
-    pub fn current(&self) -> TimestampMs {
-        self.sent
-    }
-
     fn combine(&mut self) -> Combined {
         // An input that is silent may speak again: the others' end is not the end of time.
         let all_over = self.channels.iter().all(|c| c.watermark >= WATERMARK_MAX);
         match self.channels.iter().filter(|c| !c.idle).map(|c| c.watermark).min() {
             Some(WATERMARK_MAX..) if !all_over => Combined::Unchanged,
-            Some(least) if least > self.sent => {
-                self.sent = least.min(WATERMARK_MAX);
-                self.idle = false;
-                Combined::Advanced(self.sent)
-            }
-            Some(_) if self.idle && self.sent > WATERMARK_MIN => {
-                self.idle = false;
-                Combined::Advanced(self.sent)
-            }
-            Some(_) => Combined::Unchanged,
-            None if self.idle => Combined::Unchanged,
-            None => {
-                self.idle = true;
-                Combined::BecameIdle
-            }
+            least => self.sent.combine(least.map(|w| w.min(WATERMARK_MAX))),
         }
     }
 }

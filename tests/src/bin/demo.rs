@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use floodmark_connectors::nexmark::Generator;
 use floodmark_tests::{
     compare::{Column, multiset, row_of_json},
-    events::{Draw, NEXMARK_COLUMNS},
+    events::{Draw, HOT_ITEMS, NEXMARK_COLUMNS},
     job::{Ended, Job, Run, Summary, lines_of},
     oracle,
 };
@@ -102,22 +102,7 @@ WITH ('connector' = 'files', 'path' = '{}', 'format' = 'json');
 
 INSERT INTO hot_items
 SELECT AuctionBids.auction, AuctionBids.num, AuctionBids.endtime
-FROM (
-  SELECT auction, count(*) AS num, window_start AS starttime, window_end AS endtime
-  FROM TABLE(HOP(TABLE bid, DESCRIPTOR(`dateTime`), INTERVAL '2' SECOND, INTERVAL '10' SECOND))
-  GROUP BY auction, window_start, window_end
-) AS AuctionBids
-JOIN (
-  SELECT max(CountBids.num) AS maxn, CountBids.starttime, CountBids.endtime
-  FROM (
-    SELECT count(*) AS num, window_start AS starttime, window_end AS endtime
-    FROM TABLE(HOP(TABLE bid, DESCRIPTOR(`dateTime`), INTERVAL '2' SECOND, INTERVAL '10' SECOND))
-    GROUP BY auction, window_start, window_end
-  ) AS CountBids
-  GROUP BY CountBids.starttime, CountBids.endtime
-) AS MaxBids
-ON AuctionBids.starttime = MaxBids.starttime AND AuctionBids.endtime = MaxBids.endtime
-  AND AuctionBids.num >= MaxBids.maxn;",
+{HOT_ITEMS};",
         output.display()
     )
 }

@@ -16,7 +16,7 @@ use floodmark_dataflow::{
     sink::{Committer, SinkFactory},
     source::{Polled, Source, SourceFactory, SourceNode},
 };
-use floodmark_snapshot::{Epoch, Error, KeyGroup, Result, ShardKind, SplitState};
+use floodmark_snapshot::{Epoch, Error, Result, ShardKind, SplitState};
 use serde_json::json;
 
 use crate::world::{Connection, TopicCommitter};
@@ -223,7 +223,7 @@ impl Operator for Counter {
                 serde_json::from_slice(&shard.bytes).map_err(|e| Error::corrupt(e.to_string()))?;
             for (key, count) in counts {
                 let hash = hash_keys(&[Arc::new(Int64Array::from(vec![key]))], 1)?[0];
-                if self.context.key_groups.contains(KeyGroup::of(hash, self.context.max_parallelism)) {
+                if self.context.owns(hash) {
                     assert_eq!(self.counts.insert(key, count), None, "a key in two shards");
                 }
             }

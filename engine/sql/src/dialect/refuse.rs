@@ -32,17 +32,9 @@ const UNREPEATABLE: &[&str] = &[
     "today",
 ];
 
-/// Checks a query. `function_known` tells whether there is a function of that (lower-case) name.
-pub(crate) fn refuse(query: &Query, functions: &dyn Functions) -> Result<(), SqlError> {
-    match query.visit(&mut Walk { functions }) {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(error) => Err(error),
-    }
-}
-
-/// Checks an expression that stands in a table's declaration.
-pub(crate) fn refuse_in_expr(expr: &Expr, functions: &dyn Functions) -> Result<(), SqlError> {
-    match expr.visit(&mut Walk { functions }) {
+/// Checks a query, or an expression that stands in a table's declaration.
+pub(crate) fn refuse(node: &impl Visit, functions: &dyn Functions) -> Result<(), SqlError> {
+    match node.visit(&mut Walk { functions }) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(error) => Err(error),
     }

@@ -10,7 +10,7 @@ use datafusion_expr::{
 use datafusion_physical_expr::{PhysicalExpr, aggregate::LoweredAggregateBuilder};
 use floodmark_dataflow::graph::NodeKind;
 
-use super::{Changelog, Input, Lowering, Made, Rel, Role, as_column};
+use super::{Changelog, Input, Lowering, Made, Rel, Role, WINDOW_ROLES, as_column};
 use crate::{
     error::SqlError,
     operators::{
@@ -40,7 +40,7 @@ impl Lowering<'_> {
         let by_window = |rel: &Rel, expr: &Expr| {
             let column = as_column(expr)?;
             let role = rel.find_pending(column).or_else(|| rel.find(column).map(|c| rel.roles[c]))?;
-            matches!(role, Role::WindowStart | Role::WindowEnd | Role::WindowTime).then_some(role)
+            WINDOW_ROLES.contains(&role).then_some(role)
         };
         let windowed = aggregate.group_expr.iter().any(|e| by_window(&rel, e).is_some());
         let reads = |e: &Expr| rel.reads_pending(e) && by_window(&rel, e).is_none();

@@ -3,14 +3,12 @@
 use std::sync::Arc;
 
 use arrow::datatypes::Field;
-use datafusion_common::{Column, DFSchema};
-use datafusion_expr::{
-    Expr, Join, JoinType, execution_props::ExecutionProps, physical_planning_context::PhysicalPlanningContext,
-};
-use datafusion_physical_expr::{create_physical_expr, expressions};
+use datafusion_common::Column;
+use datafusion_expr::{Expr, Join, JoinType};
+use datafusion_physical_expr::expressions;
 use floodmark_dataflow::graph::NodeKind;
 
-use super::{Input, Lowering, Made, Rel, Role, as_column};
+use super::{Input, Lowering, Made, Rel, Role, WINDOW_ROLES, as_column};
 use crate::{
     error::SqlError,
     operators::{
@@ -60,21 +58,7 @@ impl Lowering<'_> {
             pending: None,
             windows: Some(size),
         };
-        let residual = match &join.filter {
-            None => None,
-            Some(filter) => Some(
-                DFSchema::new_with_metadata(rel.fields.clone(), Default::default())
-                    .and_then(|schema| {
-                        create_physical_expr(
-                            filter,
-                            &schema,
-                            &ExecutionProps::new(),
-                            &PhysicalPlanningContext::default(),
-                        )
-                    })
-                    .map_err(|e| self.failed(&e))?,
-            ),
-        };
+        let residual = join.filter.as_ref().map(|filter| self.physical(&rel, filter)).transpose()?;
         let on: Vec<String> = join
             .on
             .iter()
@@ -161,9 +145,8 @@ fn same_window(left: &Rel, right: &Rel, join: &Join) -> bool {
         let column: Option<&Column> = as_column(expr);
         column.and_then(|c| rel.find(c)).map(|c| rel.roles[c])
     };
-    let windows = [Role::WindowStart, Role::WindowEnd, Role::WindowTime];
     join.on.iter().any(|(a, b)| {
         let (a, b) = (role(left, a), role(right, b));
-        a == b && a.is_some_and(|r| windows.contains(&r))
+        a == b && a.is_some_and(|r| WINDOW_ROLES.contains(&r))
     })
 }

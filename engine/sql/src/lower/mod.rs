@@ -153,6 +153,11 @@ fn as_column(expr: &Expr) -> Option<&Column> {
     }
 }
 
+/// An expression over rows of a schema, ready to be evaluated.
+fn physical(expr: &Expr, schema: &DFSchema) -> Result<Arc<dyn PhysicalExpr>, DataFusionError> {
+    create_physical_expr(expr, schema, &ExecutionProps::new(), &PhysicalPlanningContext::default())
+}
+
 /// Lowers the inserts of a job.
 pub(crate) fn lower(inserts: &[Planned], context: &PlanContext) -> Result<JobGraph, SqlError> {
     let mut needs = BTreeMap::new();
@@ -227,11 +232,7 @@ impl Lowering<'_> {
     }
 
     fn physical(&self, rel: &Rel, expr: &Expr) -> Result<Arc<dyn PhysicalExpr>, SqlError> {
-        rel.df_schema()
-            .and_then(|schema| {
-                create_physical_expr(expr, &schema, &ExecutionProps::new(), &PhysicalPlanningContext::default())
-            })
-            .map_err(|e| self.failed(&e))
+        rel.df_schema().and_then(|schema| physical(expr, &schema)).map_err(|e| self.failed(&e))
     }
 
     fn sink(&mut self, table: &Table, rels: Vec<(Rel, Location)>) -> Result<(), SqlError> {

@@ -6,14 +6,14 @@ use arrow::{
     array::{Array, ArrayRef, AsArray},
     compute::{cast, max},
     datatypes::{FieldRef, Schema, SchemaRef, TimestampMillisecondType},
-    record_batch::RecordBatch,
 };
-use datafusion_common::DFSchema;
-use datafusion_expr::{
-    Expr, Operator, execution_props::ExecutionProps, physical_planning_context::PhysicalPlanningContext,
+use datafusion_common::{
+    DFSchema, DataFusionError,
+    tree_node::{Transformed, TreeNode},
 };
+use datafusion_expr::{Expr, Operator};
 use datafusion_physical_expr::{
-    PhysicalExpr, create_physical_expr,
+    PhysicalExpr,
     expressions::{BinaryExpr, Column, Literal},
 };
 use floodmark_dataflow::{
@@ -22,10 +22,13 @@ use floodmark_dataflow::{
 };
 use floodmark_snapshot::{Error, Result};
 
-use super::{Lowering, Made, Op, Rel, Role};
+use super::{Lowering, Made, Op, Rel, Role, physical};
 use crate::{
     error::SqlError,
-    operators::partial::{batch, time_type},
+    operators::{
+        evaluate,
+        partial::{batch, time_type},
+    },
     plan::{
         Table,
         needs::{Need, Needs, add_expr},
@@ -103,24 +106,18 @@ impl Lowering<'_> {
 
     fn computed(&self, expr: &Expr, schema: &DFSchema) -> Result<Arc<dyn PhysicalExpr>, SqlError> {
         // The declaration's expressions are qualified with the table's name, these schemas are not.
-        let expr = unqualified(expr.clone());
-        create_physical_expr(&expr, schema, &ExecutionProps::new(), &PhysicalPlanningContext::default())
-            .map_err(|e| self.failed(&e))
+        unqualified(expr.clone()).and_then(|expr| physical(&expr, schema)).map_err(|e| self.failed(&e))
     }
 }
 
-fn unqualified(expr: Expr) -> Expr {
-    use datafusion_common::tree_node::{Transformed, TreeNode};
+fn unqualified(expr: Expr) -> Result<Expr, DataFusionError> {
     let strip = |node: Expr| {
         Ok(match node {
             Expr::Column(column) => Transformed::yes(Expr::Column(datafusion_common::Column::from_name(column.name))),
             other => Transformed::no(other),
         })
     };
-    match expr.clone().transform(strip) {
-        Ok(transformed) => transformed.data,
-        Err(_) => expr,
-    }
+    expr.transform(strip).map(|t| t.data)
 }
 
 fn describe(field: &FieldRef) -> String {
@@ -139,41 +136,11 @@ fn physical_needs(table: &Table, wanted: &Needs) -> SchemaRef {
     for (name, need) in wanted {
         match table.computed.get(name) {
             Some(expr) => add_expr(&mut physical, expr),
-            None => merge(&mut physical, name, need),
+            None => physical.entry(name.clone()).or_insert_with(Need::nothing).union(need),
         }
     }
     let fields = table.def.schema.fields().iter();
     Arc::new(Schema::new(fields.filter_map(|f| physical.get(f.name()).map(|need| need.narrow(f))).collect::<Vec<_>>()))
-}
-
-fn merge(needs: &mut Needs, name: &str, need: &Need) {
-    match needs.get_mut(name) {
-        None => {
-            needs.insert(name.to_owned(), need.clone());
-        }
-        Some(known) => union(known, need),
-    }
-}
-
-fn union(known: &mut Need, need: &Need) {
-    match (&mut *known, need) {
-        (Need::All, _) => {}
-        (_, Need::All) => *known = Need::All,
-        (Need::Fields(known), Need::Fields(more)) => {
-            for (name, need) in more {
-                match known.get_mut(name) {
-                    None => {
-                        known.insert(name.clone(), need.clone());
-                    }
-                    Some(inner) => union(inner, need),
-                }
-            }
-        }
-    }
-}
-
-fn evaluate(expr: &Arc<dyn PhysicalExpr>, rows: &RecordBatch) -> Result<ArrayRef> {
-    expr.evaluate(rows).and_then(|v| v.into_array(rows.num_rows())).map_err(|e| Error::abort(e.strip_backtrace()))
 }
 
 fn compute(values: Vec<Arc<dyn PhysicalExpr>>, schema: SchemaRef) -> Compute {
@@ -191,17 +158,10 @@ fn event_time(expr: Arc<dyn PhysicalExpr>, schema: SchemaRef) -> EventTime {
         let Some(column) = shifted else {
             return greatest(&evaluate(&expr, rows)?);
         };
-        let values = rows.column(column);
-        let indices = arrow::compute::sort_to_indices(
-            &cast(values, &time_type()).map_err(|e| Error::abort(e.to_string()))?,
-            Some(arrow::compute::SortOptions { descending: true, nulls_first: false }),
-            Some(1),
-        );
-        let first = indices.map_err(|e| Error::abort(e.to_string()))?;
-        let Some(row) = first.values().first().map(|r| *r as usize) else { return Ok(None) };
-        if values.is_null(row) {
-            return Ok(None);
-        }
+        let times = milliseconds(rows.column(column))?;
+        let times = times.as_primitive::<TimestampMillisecondType>();
+        let known = (0..times.len()).filter(|row| times.is_valid(*row));
+        let Some(row) = known.max_by_key(|row| times.value(*row)) else { return Ok(None) };
         let columns = rows.columns().iter().map(|c| c.slice(row, 1)).collect();
         greatest(&evaluate(&expr, &batch(&schema, columns, 1)?)?)
     })
@@ -219,7 +179,11 @@ fn shifted_column(expr: &Arc<dyn PhysicalExpr>) -> Option<usize> {
     shift.then_some(column.index())
 }
 
+fn milliseconds(times: &ArrayRef) -> Result<ArrayRef> {
+    cast(times, &time_type()).map_err(|e| Error::abort(e.to_string()))
+}
+
 fn greatest(times: &ArrayRef) -> Result<Option<i64>> {
-    let times = cast(times, &time_type()).map_err(|e| Error::abort(e.to_string()))?;
+    let times = milliseconds(times)?;
     Ok(max(times.as_primitive::<TimestampMillisecondType>()))
 }

@@ -289,7 +289,7 @@ impl Call {
     pub(crate) fn states(&self, rows: &Rows, at: usize, slots: &[u32]) -> Result<Vec<ArrayRef>> {
         match self.method {
             Method::Revived => {
-                let (states, known) = self.stored(rows, at, slots)?;
+                let (states, known) = self.stored(&self.codec()?, rows, at, slots)?;
                 if known.iter().all(|k| *k) {
                     return Ok(states);
                 }
@@ -350,7 +350,7 @@ impl Call {
                 Ok(Arc::new(pairs.map(|(sum, n)| sum.map(|s| s / *n as f64)).collect::<Float64Array>()))
             }
             Method::Revived => {
-                let (states, known) = self.stored(rows, at, slots)?;
+                let (states, known) = self.stored(&self.codec()?, rows, at, slots)?;
                 let mut results = Vec::with_capacity(slots.len());
                 let mut next = 0;
                 for known in known {
@@ -369,9 +369,13 @@ impl Call {
         }
     }
 
+    /// Encodes stored states.
+    fn codec(&self) -> Result<KeyCodec> {
+        KeyCodec::new(&self.state)
+    }
+
     /// The stored states of those of `slots` that have one, and which those are.
-    fn stored(&self, rows: &Rows, at: usize, slots: &[u32]) -> Result<(Vec<ArrayRef>, Vec<bool>)> {
-        let codec = KeyCodec::new(&self.state)?;
+    fn stored(&self, codec: &KeyCodec, rows: &Rows, at: usize, slots: &[u32]) -> Result<(Vec<ArrayRef>, Vec<bool>)> {
         let of = |slot: &u32| rows.bytes(*slot as usize, at);
         let known = slots.iter().map(|s| of(s).is_some()).collect();
         Ok((codec.decode(slots.iter().filter_map(of))?, known))
@@ -398,7 +402,8 @@ impl Call {
             input.iter().map(|a| take(a, &indices, None)).collect::<Result<_, _>>().map_err(arrow_failed)?;
         let runs: Vec<&[u32]> = order.chunk_by(|a, b| slots[*a as usize] == slots[*b as usize]).collect();
         let touched: Vec<u32> = runs.iter().map(|run| slots[run[0] as usize]).collect();
-        let (stored, known) = self.stored(table.rows(), at, &touched)?;
+        let codec = self.codec()?;
+        let (stored, known) = self.stored(&codec, table.rows(), at, &touched)?;
         let mut states: Vec<Vec<ScalarValue>> = vec![Vec::with_capacity(runs.len()); self.state.len()];
         let (mut start, mut next) = (0, 0);
         for (run, known) in runs.iter().zip(known) {
@@ -426,7 +431,7 @@ impl Call {
                 cast(&column, field.data_type()).map_err(arrow_failed)
             })
             .collect::<Result<_>>()?;
-        let encoded = KeyCodec::new(&self.state)?.encode(&columns)?;
+        let encoded = codec.encode(&columns)?;
         table.write_runs(&touched, at, |column, rows, at| {
             if let Column::Bytes(values) = column {
                 for (n, row) in rows.iter().enumerate() {

@@ -94,13 +94,8 @@ impl Changes {
 impl Operator for GroupOperator {
     fn process(&mut self, _: Port, batch: Batch, out: &mut Output) -> Result<()> {
         let rows = &batch.rows;
-        let grouping = self.spec.grouping.clone();
-        let columns: Vec<ArrayRef> = grouping.key_columns().into_iter().map(|c| rows.column(c).clone()).collect();
-        let keys = self.codec.encode(&columns)?;
-        let hashes = match &batch.hashes {
-            Some(hashes) => hashes.to_vec(),
-            None => floodmark_dataflow::hash::hash_keys(&columns, rows.num_rows())?,
-        };
+        let keys = self.spec.grouping.keys_of(&self.codec, rows)?;
+        let hashes = self.spec.grouping.hashes_of(&batch)?;
         let known = self.table.len() as u32;
         let slots: Vec<u32> = hashes.iter().enumerate().map(|(row, h)| self.table.slot(*h, keys.get(row)).0).collect();
         let mut touched = slots.clone();
@@ -109,7 +104,7 @@ impl Operator for GroupOperator {
         // Slots are dense and never given back, so those of new keys come last.
         let old = &touched[..touched.partition_point(|slot| *slot < known)];
         let before = self.results(old)?;
-        grouping.merge(&mut self.table, &slots, rows)?;
+        self.spec.grouping.merge(&mut self.table, &slots, rows)?;
         let after = self.results(&touched)?;
         let (old_rows, new_rows) = (self.results.encode(&before)?, self.results.encode(&after)?);
         let mut changes = Changes::default();

@@ -16,7 +16,7 @@ use floodmark_dataflow::{
     Batch, Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, SubtaskContext, WATERMARK_MIN,
     hash::hash_keys, metrics::add,
 };
-use floodmark_snapshot::{Epoch, Error, KeyGroup, Result, ShardKind, TimestampMs};
+use floodmark_snapshot::{Epoch, Error, Result, ShardKind, TimestampMs};
 use floodmark_state::shard;
 use hashbrown::HashMap;
 
@@ -34,6 +34,12 @@ pub(crate) struct JoinSide {
     pub(crate) keys: Vec<usize>,
     /// The column of the window's end.
     pub(crate) window_end: usize,
+}
+
+impl JoinSide {
+    fn key_arrays(&self, rows: &RecordBatch) -> Vec<ArrayRef> {
+        self.keys.iter().map(|k| rows.column(*k).clone()).collect()
+    }
 }
 
 /// What a window join does.
@@ -108,7 +114,7 @@ impl JoinOperator {
         let (left_rows, right_rows) = (rows(left, &inputs[0])?, rows(right, &inputs[1])?);
         let codec = KeyCodec::of_types(left.keys.iter().map(|k| left.schema.field(*k).data_type().clone()))?;
         let keys = |side: &JoinSide, rows: &RecordBatch| {
-            let columns: Vec<ArrayRef> = side.keys.iter().map(|k| rows.column(*k).clone()).collect();
+            let columns = side.key_arrays(rows);
             // Null equals nothing.
             let known: Vec<bool> = (0..rows.num_rows()).map(|row| columns.iter().all(|c| c.is_valid(row))).collect();
             codec.encode(&columns).map(|keys| (keys, known))
@@ -155,10 +161,8 @@ impl JoinOperator {
 
     /// The rows of a restored batch that are of this subtask's key groups.
     fn mine(&self, side: &JoinSide, rows: &RecordBatch) -> Result<RecordBatch> {
-        let columns: Vec<ArrayRef> = side.keys.iter().map(|k| rows.column(*k).clone()).collect();
-        let hashes = hash_keys(&columns, rows.num_rows())?;
-        let mine = |hash: u64| self.context.key_groups.contains(KeyGroup::of(hash, self.context.max_parallelism));
-        let mask: BooleanArray = hashes.into_iter().map(|h| Some(mine(h))).collect();
+        let hashes = hash_keys(&side.key_arrays(rows), rows.num_rows())?;
+        let mask: BooleanArray = hashes.into_iter().map(|h| Some(self.context.owns(h))).collect();
         filter_record_batch(rows, &mask).map_err(arrow_failed)
     }
 }

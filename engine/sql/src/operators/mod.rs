@@ -23,7 +23,7 @@ pub(crate) mod required;
 pub(crate) mod window;
 
 /// An expression over a batch, a value per row.
-fn evaluate(expr: &Arc<dyn PhysicalExpr>, batch: &RecordBatch) -> Result<ArrayRef> {
+pub(crate) fn evaluate(expr: &Arc<dyn PhysicalExpr>, batch: &RecordBatch) -> Result<ArrayRef> {
     expr.evaluate(batch).and_then(|value| value.into_array(batch.num_rows())).map_err(|e| failed(&e))
 }
 

@@ -10,8 +10,8 @@ use arrow::{
     datatypes::{DataType, Field, FieldRef, Schema, SchemaRef, TimeUnit, TimestampMillisecondType},
     record_batch::RecordBatch,
 };
-use floodmark_dataflow::{PendingShard, RestoredShard, SubtaskContext, hash::hash_keys};
-use floodmark_snapshot::{KeyGroup, Result, ShardKind, TimestampMs};
+use floodmark_dataflow::{Batch, PendingShard, RestoredShard, SubtaskContext, hash::hash_keys};
+use floodmark_snapshot::{Result, ShardKind, TimestampMs};
 use floodmark_state::{ColumnType, Rows, Table, shard};
 
 use super::{
@@ -74,10 +74,22 @@ impl Grouping {
         format!("partial aggregates ({})", columns.join(", "))
     }
 
-    /// The keys of a partial batch, encoded, and their hashes.
-    pub(crate) fn keys_of(&self, codec: &KeyCodec, rows: &RecordBatch) -> Result<(Keys, Vec<u64>)> {
-        let columns: Vec<ArrayRef> = self.key_columns().into_iter().map(|c| rows.column(c).clone()).collect();
-        Ok((codec.encode(&columns)?, hash_keys(&columns, rows.num_rows())?))
+    /// The keys of a partial batch, as columns.
+    fn key_arrays(&self, rows: &RecordBatch) -> Vec<ArrayRef> {
+        self.key_columns().into_iter().map(|c| rows.column(c).clone()).collect()
+    }
+
+    /// The keys of a partial batch, encoded.
+    pub(crate) fn keys_of(&self, codec: &KeyCodec, rows: &RecordBatch) -> Result<Keys> {
+        codec.encode(&self.key_arrays(rows))
+    }
+
+    /// The hashes of the keys of a partial batch: those that came with it, if it came over an exchange.
+    pub(crate) fn hashes_of(&self, batch: &Batch) -> Result<Arc<[u64]>> {
+        match &batch.hashes {
+            Some(hashes) => Ok(hashes.clone()),
+            None => hash_keys(&self.key_arrays(&batch.rows), batch.len()).map(Arc::from),
+        }
     }
 
     /// Merges the states of a partial batch into the slots of its rows.
@@ -150,11 +162,11 @@ impl Grouping {
                 (a, b) => a.or(b),
             };
             for rows in batches {
-                let (keys, hashes) = self.keys_of(&codec, &rows)?;
+                let (keys, hashes) =
+                    (self.keys_of(&codec, &rows)?, hash_keys(&self.key_arrays(&rows), rows.num_rows())?);
                 let ends =
                     self.windowed.then(|| rows.column(0).as_primitive::<TimestampMillisecondType>().values().clone());
-                let mine =
-                    |row: &usize| context.key_groups.contains(KeyGroup::of(hashes[*row], context.max_parallelism));
+                let mine = |row: &usize| context.owns(hashes[*row]);
                 let mut by_slice: BTreeMap<TimestampMs, (Vec<u32>, Vec<u32>)> = BTreeMap::new();
                 for row in (0..rows.num_rows()).filter(mine) {
                     let end = ends.as_ref().map_or(0, |e| e[row]);

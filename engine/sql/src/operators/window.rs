@@ -180,8 +180,7 @@ impl WindowOperator {
         }
         let grouping = &self.spec.grouping;
         let table = self.slices.entry(end).or_insert_with(|| Table::new(grouping.column_types()));
-        let columns: Vec<ArrayRef> = grouping.key_columns().into_iter().map(|c| rows.column(c).clone()).collect();
-        let keys = self.codec.encode(&columns)?;
+        let keys = grouping.keys_of(&self.codec, rows)?;
         let slots: Vec<u32> = hashes.iter().enumerate().map(|(row, h)| table.slot(*h, keys.get(row)).0).collect();
         grouping.merge(table, &slots, rows)
     }
@@ -242,10 +241,7 @@ impl WindowOperator {
 impl Operator for WindowOperator {
     fn process(&mut self, _: Port, batch: Batch, _: &mut Output) -> Result<()> {
         let rows = &batch.rows;
-        let hashes = match &batch.hashes {
-            Some(hashes) => hashes.to_vec(),
-            None => self.spec.grouping.keys_of(&self.codec, rows)?.1,
-        };
+        let hashes = self.spec.grouping.hashes_of(&batch)?;
         let ends = rows.column(0).as_primitive::<TimestampMillisecondType>().values();
         let Some(first) = ends.first().copied() else { return Ok(()) };
         if ends.iter().all(|end| *end == first) {

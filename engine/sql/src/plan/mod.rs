@@ -32,7 +32,7 @@ use crate::{
     dialect::{
         CreateTable, CreateView, Insert, WindowCall, WindowKind,
         ddl::TableColumn,
-        refuse::{Functions, first_join, refuse, refuse_in_expr},
+        refuse::{Functions, first_join, refuse},
     },
     error::{SqlError, nearest, start},
     operators::window::Windows,
@@ -233,7 +233,7 @@ impl<'a> Catalog<'a> {
         expr: &mut ast::Expr,
         location: Location,
     ) -> Result<(Expr, DataType), SqlError> {
-        refuse_in_expr(expr, &self.registry)?;
+        refuse(expr, &self.registry)?;
         functions::rewrite(expr);
         let planned = || -> Result<(Expr, DataType), DataFusionError> {
             let source = Arc::new(Columns(schema.clone()));

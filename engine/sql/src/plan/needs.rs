@@ -19,7 +19,7 @@ pub(crate) enum Need {
 }
 
 impl Need {
-    fn nothing() -> Self {
+    pub(crate) fn nothing() -> Self {
         Self::Fields(BTreeMap::new())
     }
 
@@ -29,6 +29,19 @@ impl Need {
             (_, []) => *self = Self::All,
             (Self::Fields(fields), [first, rest @ ..]) => {
                 fields.entry(first.clone()).or_insert_with(Self::nothing).add(rest);
+            }
+        }
+    }
+
+    /// Needs what the other does, too.
+    pub(crate) fn union(&mut self, other: &Self) {
+        match (&mut *self, other) {
+            (Self::All, _) => {}
+            (_, Self::All) => *self = Self::All,
+            (Self::Fields(known), Self::Fields(more)) => {
+                for (name, need) in more {
+                    known.entry(name.clone()).or_insert_with(Self::nothing).union(need);
+                }
             }
         }
     }
