@@ -9,10 +9,7 @@ use std::{
     time::Duration,
 };
 
-use floodmark_dataflow::{
-    Barrier, BarrierKind,
-    task::{Command, Commands, OperatorPart, TaskEvent},
-};
+use floodmark_dataflow::task::{Command, Commands, OperatorPart, TaskEvent};
 use floodmark_snapshot::{
     Env, Epoch, Error, OperatorSnapshot, OperatorUid, Result, Step,
     coordination::{self, Coordinator, Decision, End, Participants, Schedule, StartingPoint, Subtask, Time},
@@ -386,15 +383,10 @@ impl Shell {
     async fn carry_out(&mut self, decision: Decision, running: &mut Running) -> Result<After> {
         tracing::debug!("{decision}");
         match decision {
-            Decision::Trigger(epoch, kind) => {
-                let kind = match kind {
-                    coordination::BarrierKind::Checkpoint => BarrierKind::Checkpoint,
-                    coordination::BarrierKind::Stop => {
-                        running.progress.phase(JobPhase::Stopping);
-                        BarrierKind::Stop
-                    }
-                };
-                let barrier = Barrier { epoch, kind };
+            Decision::Trigger(barrier) => {
+                if barrier.stops() {
+                    running.progress.phase(JobPhase::Stopping);
+                }
                 running.tasks.values().filter(|t| t.source).for_each(|t| t.commands.send(Command::Trigger(barrier)));
             }
             Decision::Append(event) => {

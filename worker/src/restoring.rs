@@ -67,10 +67,10 @@ fn without_committed_output(manifest: &Manifest, committed: Epoch) -> Manifest {
 fn takers(graph: &JobGraph) -> Vec<Taker> {
     let taker = |node: &floodmark_dataflow::Node| {
         let schema = match &node.node {
-            NodeKind::Operator(_) => node.state_schema.clone()?,
-            NodeKind::Source(_) | NodeKind::Sink(_) => node.state_schema.clone().unwrap_or_default(),
+            NodeKind::Operator(_) => node.state_schema.clone(),
+            NodeKind::Source(_) | NodeKind::Sink(_) => Some(node.state_schema.clone().unwrap_or_default()),
         };
-        Some(Taker { uid: node.uid.clone(), kind: node.kind.clone(), schema })
+        Taker { uid: node.uid.clone(), kind: node.kind.clone(), schema }
     };
-    graph.nodes().filter_map(|(_, node)| taker(node)).collect()
+    graph.nodes().map(|(_, node)| taker(node)).collect()
 }

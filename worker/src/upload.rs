@@ -6,7 +6,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
-use floodmark_dataflow::{PendingShard, task::OperatorPart};
+use floodmark_dataflow::{PendingShard, operator::Uploaded, task::OperatorPart};
 use floodmark_snapshot::{
     Env, Epoch, Error, OperatorSnapshot, OperatorUid, Result, Shard, ShardKind, Step,
     log::JobFolder,
@@ -31,12 +31,11 @@ pub(crate) struct Uploader {
     pub(crate) blobs: String,
 }
 
-/// A shard ready to be written.
+/// A shard ready to be written: what the manifest will say of it, but for its path.
 struct Encoded {
-    kind: ShardKind,
-    key_groups: Option<floodmark_snapshot::KeyGroupRange>,
-    rows: u64,
+    shard: Shard,
     bytes: Bytes,
+    uploaded: Option<Uploaded>,
 }
 
 impl Uploader {
@@ -65,6 +64,8 @@ impl Uploader {
                 .try_collect()
                 .await
                 .map_err(|e: Error| e.context(format!("upload state of {}", part.uid)))?;
+            let mut shards: Vec<Shard> = shards;
+            shards.splice(0..0, part.reused.into_iter().map(|s| Shard { status: ShardStatus::Reused, ..s }));
             let snapshot = OperatorSnapshot {
                 kind: part.kind,
                 schema: part.schema,
@@ -78,50 +79,46 @@ impl Uploader {
         Ok(acknowledged)
     }
 
-    async fn put(&self, subtask: u32, shard: Encoded) -> Result<Shard> {
+    async fn put(&self, subtask: u32, encoded: Encoded) -> Result<Shard> {
+        let Encoded { shard, bytes, uploaded } = encoded;
         let ending = match shard.kind {
             ShardKind::Keyed => "state",
+            ShardKind::RocksDb => "sst",
+            ShardKind::Split | ShardKind::Union | ShardKind::Broadcast => "list",
+            ShardKind::Channel => "rows",
             ShardKind::Staged => "staged",
         };
         let path = format!("{}/{}.{ending}", self.blobs, self.env.ids.ulid());
-        let size = shard.bytes.len() as u64;
-        let hash = hash_hex(&shard.bytes);
-        self.storage.put(&self.folder.path(&path), shard.bytes).await?;
-        Ok(Shard {
-            path,
-            size,
-            hash,
-            subtask,
-            kind: shard.kind,
-            key_groups: shard.key_groups,
-            rows: shard.rows,
-            status: ShardStatus::Uploaded,
-        })
+        let shard = Shard { size: bytes.len() as u64, hash: hash_hex(&bytes), path, subtask, ..shard };
+        self.storage.put(&self.folder.path(&shard.path), bytes).await?;
+        if let Some(uploaded) = uploaded {
+            uploaded(&shard);
+        }
+        Ok(shard)
     }
 }
 
 async fn encode(shard: PendingShard) -> Result<Encoded> {
-    let PendingShard { kind, key_groups, rows, encode } = shard;
+    let PendingShard { kind, key_groups, rows, layer, name, encode, uploaded } = shard;
     let bytes = spawn_blocking(encode)
         .await
         .map_err(|e| Error::abort(format!("internal error: encoding a shard panicked: {e}")))??;
-    Ok(Encoded { kind, key_groups, rows, bytes })
+    Ok(Encoded { shard: Shard { key_groups, rows, layer, name, ..Shard::new("", kind) }, bytes, uploaded })
 }
 
 /// Adds this epoch's staged records to those that an aborted epoch left uncommitted, and answers with all of them: a
 /// checkpoint must hold whatever its commit will have to write.
 fn restage(encoded: Vec<Encoded>, staged: &Staged, epoch: Epoch) -> Vec<Encoded> {
-    let (new, mut others): (Vec<_>, Vec<_>) = encoded.into_iter().partition(|s| s.kind == ShardKind::Staged);
-    for shard in new {
+    let (new, mut others): (Vec<_>, Vec<_>) = encoded.into_iter().partition(|e| e.shard.kind == ShardKind::Staged);
+    for Encoded { shard, bytes, .. } in new {
         if shard.rows > 0 {
-            staged.add(epoch, (shard.rows, shard.bytes));
+            staged.add(epoch, (shard.rows, bytes));
         }
     }
     others.extend(staged.up_to(epoch).into_iter().map(|(rows, bytes)| Encoded {
-        kind: ShardKind::Staged,
-        key_groups: None,
-        rows,
+        shard: Shard { rows, ..Shard::new("", ShardKind::Staged) },
         bytes,
+        uploaded: None,
     }));
     others
 }

@@ -19,7 +19,7 @@ use arrow::{
 use bytes::Bytes;
 use floodmark_connectors::kafka::Kafka as Connector;
 use floodmark_dataflow::{
-    Batch, Operator, OperatorMetrics, Output, ROW_KIND, SubtaskContext,
+    Barrier, Batch, Operator, OperatorMetrics, Output, ROW_KIND, SubtaskContext,
     connector::{Connector as _, Guarantee, Location, OptionValue, PlanContext, SinkInput, TableDef, TableError},
     metrics::read,
     sink::{Committer, SinkFactory},
@@ -340,7 +340,13 @@ fn stage_with(operator: &mut Box<dyn Operator>, batches: Vec<Batch>) -> Vec<Byte
         operator.process(0, batch, &mut out).unwrap();
     }
     operator.flush(&mut out).unwrap();
-    operator.snapshot(Epoch(1)).unwrap().into_iter().map(|shard| (shard.encode)().unwrap()).collect()
+    operator
+        .snapshot(&Barrier::checkpoint(Epoch(1)))
+        .unwrap()
+        .pending
+        .into_iter()
+        .map(|shard| (shard.encode)().unwrap())
+        .collect()
 }
 
 fn committer(sink: &Arc<dyn SinkFactory>) -> Box<dyn Committer> {

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use arrow::{array::Array, record_batch::RecordBatch};
-use floodmark_snapshot::{Epoch, TimestampMs};
+use floodmark_snapshot::TimestampMs;
+pub use floodmark_snapshot::coordination::{Barrier, BarrierKind};
 
 /// Name of the column that makes a stream a changelog: `Int8`, always the last column, values of [`RowKind`].
 /// A stream without it holds insertions only.
@@ -93,24 +94,6 @@ impl Batch {
             .sum();
         columns + self.hashes.as_ref().map_or(0, |h| h.len() * 8) + 64
     }
-}
-
-/// Why a barrier is sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BarrierKind {
-    /// The job goes on after it.
-    Checkpoint,
-    /// The job stops after it: sources emit nothing more, and tasks end once their sinks have committed.
-    Stop,
-}
-
-/// Separates the records of one snapshot from those of the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Barrier {
-    /// The snapshot's number.
-    pub epoch: Epoch,
-    /// Why it is sent.
-    pub kind: BarrierKind,
 }
 
 /// What travels on a channel, in order.

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use floodmark_snapshot::OperatorUid;
+use floodmark_snapshot::{OperatorUid, StateSchema};
 
 use crate::{OperatorFactory, operator::Port, sink::SinkNode, source::SourceNode};
 
@@ -56,8 +56,8 @@ pub struct Node {
     pub kind: String,
     /// What it does, for people: `window aggregate HOP(2 s, 10 s) by [auction]: count(*)`.
     pub description: String,
-    /// Describes the types of its state; `None` for an operator that keeps none. A snapshot's state fits if the text is equal.
-    pub state_schema: Option<String>,
+    /// The types of its state; `None` for an operator that keeps none.
+    pub state_schema: Option<StateSchema>,
     /// How to make it.
     pub node: NodeKind,
 }

@@ -23,4 +23,6 @@ pub mod watermark;
 pub use frame::{Barrier, BarrierKind, Batch, Frame, ROW_KIND, RowKind, WATERMARK_MAX, WATERMARK_MIN};
 pub use graph::{Edge, Exchange, JobGraph, Node, TaskId, Vertex};
 pub use metrics::OperatorMetrics;
-pub use operator::{Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, SubtaskContext};
+pub use operator::{
+    Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, StateSnapshot, SubtaskContext,
+};

@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 use bytes::Bytes;
 use floodmark_snapshot::{Env, Epoch, KeyGroup, KeyGroupRange, Result, Shard, ShardKind, TimestampMs};
 
-use crate::{Batch, OperatorMetrics};
+use crate::{Barrier, Batch, OperatorMetrics};
 
 /// Index of an operator's input: 0 for one input; 0 and 1 for the left and right side of a join.
 pub type Port = usize;
@@ -52,21 +52,34 @@ pub trait Operator: Send {
     }
 
     /// The synchronous part of a snapshot: clone pointers, not data. Encoding happens later, off this thread, in
-    /// [`PendingShard::encode`]. `flush` has run just before.
-    fn snapshot(&mut self, epoch: Epoch) -> Result<Vec<PendingShard>> {
-        let _ = epoch;
-        Ok(Vec::new())
+    /// [`PendingShard::encode`]. `flush` has run just before. If the barrier asks for a whole snapshot, nothing may be reused,
+    /// and keyed state comes as [`ShardKind::Keyed`].
+    fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
+        let _ = barrier;
+        Ok(StateSnapshot::default())
     }
 
-    /// Takes over state before the first batch. `shards` are the keyed shards of this operator uid that overlap this
-    /// subtask's key groups (rows outside of them must be ignored), from any earlier parallelism.
+    /// Takes over state before the first batch, a few shards at a time. They are the shards of this operator uid that concern
+    /// this subtask (rows outside of its key groups must be ignored), from any earlier parallelism; those of one earlier
+    /// subtask come in the order of their layers. [`Operator::restored`] follows.
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
         let _ = shards;
         Ok(())
     }
 
+    /// All state has been handed to [`Operator::restore`]. Called before the first batch if there was any.
+    fn restored(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Checkpoint `epoch` is complete and durable.
     fn on_completed(&mut self, epoch: Epoch) -> Result<()> {
+        let _ = epoch;
+        Ok(())
+    }
+
+    /// Checkpoint `epoch` has been given up: what it uploaded is deleted, and nothing may name it again.
+    fn on_aborted(&mut self, epoch: Epoch) -> Result<()> {
         let _ = epoch;
         Ok(())
     }
@@ -77,8 +90,27 @@ pub trait Operator: Send {
     }
 }
 
+/// The state of one operator at a barrier: fixed, but not all of it written yet.
+#[derive(Debug, Default)]
+pub struct StateSnapshot {
+    /// Shards that an earlier, completed checkpoint has uploaded, and that still stand.
+    pub reused: Vec<Shard>,
+    /// Shards to be written.
+    pub pending: Vec<PendingShard>,
+}
+
+impl StateSnapshot {
+    /// A snapshot of which everything is to be written.
+    #[must_use]
+    pub fn of(pending: Vec<PendingShard>) -> Self {
+        Self { reused: Vec::new(), pending }
+    }
+}
+
 /// Encodes a shard's bytes. Runs off the task's thread.
 pub type Encode = Box<dyn FnOnce() -> Result<Bytes> + Send>;
+/// Is told what the manifest will say of a shard, once it is durable. Runs off the task's thread.
+pub type Uploaded = Box<dyn FnOnce(&Shard) + Send>;
 
 /// A shard that a snapshot has fixed but not yet written.
 pub struct PendingShard {
@@ -88,8 +120,22 @@ pub struct PendingShard {
     pub key_groups: Option<KeyGroupRange>,
     /// Rows (keys or records) in it.
     pub rows: u64,
+    /// See [`Shard::layer`].
+    pub layer: u32,
+    /// See [`Shard::name`].
+    pub name: Option<String>,
     /// Makes the bytes: framed by [`floodmark_snapshot::block`].
     pub encode: Encode,
+    /// Who wants to know of the upload: a back end that will name the shard again.
+    pub uploaded: Option<Uploaded>,
+}
+
+impl PendingShard {
+    /// A shard of layer 0, without a name, that nobody names again.
+    #[must_use]
+    pub fn new(kind: ShardKind, key_groups: Option<KeyGroupRange>, rows: u64, encode: Encode) -> Self {
+        Self { kind, key_groups, rows, layer: 0, name: None, encode, uploaded: None }
+    }
 }
 
 impl fmt::Debug for PendingShard {

@@ -77,13 +77,55 @@ pub struct StartingPoint {
     pub last_epoch: Epoch,
 }
 
-/// Why a barrier is sent.
+/// What follows behind a barrier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BarrierKind {
     /// The job goes on.
     Checkpoint,
-    /// The job stops: all its inputs have ended, or somebody asked.
+    /// The job stops: all its inputs have ended, or somebody asked. Sources emit nothing more, and tasks end once their sinks
+    /// have committed.
     Stop,
+    /// As [`BarrierKind::Stop`], but event time first goes to its end: windows fire, nothing is left over.
+    Drain,
+}
+
+/// Separates the records of one snapshot from those of the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Barrier {
+    /// The snapshot's number.
+    pub epoch: Epoch,
+    /// What follows behind it.
+    pub kind: BarrierKind,
+    /// True if the snapshot must be complete in itself and neutral to state back ends, as a savepoint is.
+    pub whole: bool,
+}
+
+impl Barrier {
+    /// The barrier of an ordinary checkpoint.
+    #[must_use]
+    pub fn checkpoint(epoch: Epoch) -> Self {
+        Self { epoch, kind: BarrierKind::Checkpoint, whole: false }
+    }
+
+    /// Whether the job ends behind it.
+    #[must_use]
+    pub fn stops(&self) -> bool {
+        self.kind != BarrierKind::Checkpoint
+    }
+}
+
+impl fmt::Display for Barrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.epoch)?;
+        if self.whole {
+            f.write_str(" for a savepoint")?;
+        }
+        match self.kind {
+            BarrierKind::Checkpoint => Ok(()),
+            BarrierKind::Stop => f.write_str(" and stop"),
+            BarrierKind::Drain => f.write_str(", drain and stop"),
+        }
+    }
 }
 
 /// Now.
@@ -146,7 +188,7 @@ pub enum End {
 #[derive(Debug)]
 pub enum Decision {
     /// Tell all sources to send this barrier.
-    Trigger(Epoch, BarrierKind),
+    Trigger(Barrier),
     /// Append this to the log.
     Append(LogEvent),
     /// Tell tasks and committers that the checkpoint is complete and durable.
@@ -171,8 +213,7 @@ pub enum Decision {
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Trigger(epoch, BarrierKind::Checkpoint) => write!(f, "trigger {epoch}"),
-            Self::Trigger(epoch, BarrierKind::Stop) => write!(f, "trigger {epoch} and stop"),
+            Self::Trigger(barrier) => write!(f, "trigger {barrier}"),
             Self::Append(LogEvent::Completed { manifest }) => write!(f, "append completed {}", manifest.epoch),
             Self::Append(LogEvent::Committed { epoch }) => write!(f, "append committed {epoch}"),
             Self::Append(LogEvent::Finished { epoch }) => write!(f, "append finished {epoch}"),
@@ -339,7 +380,7 @@ impl Coordinator {
         let kind = if self.must_stop() { BarrierKind::Stop } else { BarrierKind::Checkpoint };
         self.last_epoch = self.last_epoch.next();
         self.last_trigger = now.monotonic;
-        decisions.push(Decision::Trigger(self.last_epoch, kind));
+        decisions.push(Decision::Trigger(Barrier { epoch: self.last_epoch, kind, whole: false }));
         self.phase = Phase::InFlight(InFlight {
             epoch: self.last_epoch,
             kind,
@@ -389,8 +430,8 @@ impl Coordinator {
         let Phase::InFlight(flight) = std::mem::replace(&mut self.phase, Phase::Over) else { return };
         let after = match (flight.kind, flight.end_of_input) {
             (BarrierKind::Checkpoint, _) => After::GoOn,
-            (BarrierKind::Stop, true) => After::End(End::Finished),
-            (BarrierKind::Stop, false) => After::End(End::Stopped),
+            (BarrierKind::Stop | BarrierKind::Drain, true) => After::End(End::Finished),
+            (BarrierKind::Stop | BarrierKind::Drain, false) => After::End(End::Stopped),
         };
         let mut operators = flight.operators;
         for operator in operators.values_mut() {
@@ -515,16 +556,7 @@ mod tests {
     }
 
     fn parts(epoch: u64, subtask: Subtask) -> Vec<(OperatorUid, OperatorSnapshot)> {
-        let shard = Shard {
-            path: format!("{epoch}-{subtask}"),
-            size: 1,
-            hash: String::new(),
-            subtask: subtask.index,
-            kind: ShardKind::Keyed,
-            key_groups: None,
-            rows: 1,
-            status: ShardStatus::Uploaded,
-        };
+        let shard = Shard { subtask: subtask.index, ..Shard::new(format!("{epoch}-{subtask}"), ShardKind::Keyed) };
         vec![("op".into(), OperatorSnapshot { shards: vec![shard], ..OperatorSnapshot::default() })]
     }
 

@@ -18,9 +18,11 @@ pub mod log;
 pub mod manifest;
 pub mod restore;
 pub mod retention;
+pub mod schema;
 pub mod storage;
 
 pub use env::{Clock, Env, Ids, Probe, Step};
 pub use error::{Context, Disposition, Error, Result};
 pub use ids::{Attempt, Epoch, Generation, JobId, KeyGroup, KeyGroupRange, OperatorUid, TimestampMs};
 pub use manifest::{Manifest, OperatorSnapshot, Shard, ShardKind, SplitState};
+pub use schema::{StateColumn, StateSchema};

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Attempt, Epoch, Generation, JobId, KeyGroupRange, OperatorUid, TimestampMs};
+use crate::{Attempt, Epoch, Generation, JobId, KeyGroupRange, OperatorUid, StateSchema, TimestampMs};
 
 /// Version of the manifest's shape that this code writes.
 pub const MANIFEST_FORMAT: u32 = 1;
@@ -65,8 +65,8 @@ impl Manifest {
 pub struct OperatorSnapshot {
     /// What the operator is, in words: `kafka source`, `window aggregate`.
     pub kind: String,
-    /// Describes the state's types; equal text means that the state fits.
-    pub schema: String,
+    /// The types of its state.
+    pub schema: StateSchema,
     /// Number of subtasks that the shards came from.
     pub parallelism: u32,
     /// Source positions, in plain words.
@@ -97,8 +97,18 @@ pub struct SplitState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum ShardKind {
-    /// Keyed state: goes to every subtask whose key groups it overlaps.
+    /// Keyed state, neutral to back ends: goes to every subtask whose key groups it overlaps.
     Keyed,
+    /// Keyed state as a file of a RocksDB database: goes, like [`ShardKind::Keyed`], to whom its key groups overlap.
+    RocksDb,
+    /// A list whose elements are dealt out anew to the subtasks at a restore.
+    Split,
+    /// A list all of whose elements, of all subtasks, go to every subtask at a restore.
+    Union,
+    /// State that is the same in all subtasks: each gets one copy at a restore.
+    Broadcast,
+    /// Rows that were on their way to the operator when an unaligned barrier overtook them.
+    Channel,
     /// Records that a sink has staged and not yet committed: goes to the committer of the subtask that staged them.
     Staged,
 }
@@ -134,4 +144,38 @@ pub struct Shard {
     pub rows: u64,
     /// Where its bytes stand.
     pub status: ShardStatus,
+    /// In which order the keyed shards of one subtask apply: 0 is whole, a later layer changes those before it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub layer: u32,
+    /// The barrier up to which the records of a staged shard came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<Epoch>,
+    /// Tells the shards of an operator apart where it has several of a kind: the name of a RocksDB file, of a list, of an input.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+impl Shard {
+    /// A shard of this kind at this path, of subtask 0, freshly uploaded and of layer 0; the rest is empty.
+    #[must_use]
+    pub fn new(path: impl Into<String>, kind: ShardKind) -> Self {
+        Self {
+            path: path.into(),
+            size: 0,
+            hash: String::new(),
+            subtask: 0,
+            kind,
+            key_groups: None,
+            rows: 0,
+            status: ShardStatus::Uploaded,
+            layer: 0,
+            epoch: None,
+            name: None,
+        }
+    }
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde asks for")]
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }

@@ -10,9 +10,10 @@ use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::{
     Context, Disposition, Epoch, Error, JobId, KeyGroupRange, Manifest, OperatorSnapshot, OperatorUid, Result, Shard,
-    ShardKind,
+    ShardKind, StateSchema,
     log::{JobFolder, LogState},
     manifest::{MANIFEST_FORMAT, hash_hex},
+    schema::Evolution,
     storage::Storage,
 };
 
@@ -166,8 +167,8 @@ pub struct Taker {
     pub uid: OperatorUid,
     /// What it is, in words.
     pub kind: String,
-    /// Describes the types of its state; equal text means that the state fits.
-    pub schema: String,
+    /// The types of its state; `None` if it keeps none.
+    pub schema: Option<StateSchema>,
 }
 
 /// Checks that the state of a snapshot fits the plan: everything in it has a taker of the same kind and schema.
@@ -189,11 +190,22 @@ pub fn check_fits(
     }
     for (uid, snapshot) in &manifest.operators {
         match takers.iter().find(|t| t.uid == *uid) {
-            Some(taker) if taker.kind == snapshot.kind && taker.schema == snapshot.schema => {}
-            Some(taker) => problems.push(format!(
-                "{uid} was a {} with state [{}] and is now a {} with state [{}]",
-                snapshot.kind, snapshot.schema, taker.kind, taker.schema
-            )),
+            Some(Taker { kind, schema: Some(schema), .. }) if *kind == snapshot.kind => {
+                let Evolution { added: _, dropped, mut refused } = snapshot.schema.evolve(schema);
+                if !dropped.is_empty() && !allow_dropped_state {
+                    refused.push(format!(
+                        "{} is kept no more; to give it up set spec.restore.allowDroppedState: true",
+                        dropped.join(", ")
+                    ));
+                }
+                problems.extend(refused.into_iter().map(|reason| format!("{uid}: {reason}")));
+            }
+            Some(Taker { kind, .. }) if *kind != snapshot.kind => {
+                problems.push(format!("{uid} was a {} and is now a {kind}", snapshot.kind));
+            }
+            Some(_) if allow_dropped_state => {}
+            Some(_) => problems
+                .push(format!("{uid} keeps no state any more; to give it up set spec.restore.allowDroppedState: true")),
             None if allow_dropped_state => {}
             None => problems.push(format!(
                 "{uid} ({}) has state, but the job has no such operator any more; to give the state up set \
@@ -221,7 +233,6 @@ mod tests {
     use crate::{
         Attempt, Generation,
         log::{Damaged, Retained},
-        manifest::ShardStatus,
         storage,
     };
 
@@ -233,16 +244,8 @@ mod tests {
         let bytes = Bytes::from(format!("state of epoch {epoch}"));
         let path = format!("blobs/1/{epoch}.state");
         storage.put(&JobFolder::of(&job()).path(&path), bytes.clone()).await.unwrap();
-        let shard = Shard {
-            path,
-            size: bytes.len() as u64,
-            hash: hash_hex(&bytes),
-            subtask: 0,
-            kind: ShardKind::Keyed,
-            key_groups: None,
-            rows: 1,
-            status: ShardStatus::Uploaded,
-        };
+        let shard =
+            Shard { size: bytes.len() as u64, hash: hash_hex(&bytes), rows: 1, ..Shard::new(path, ShardKind::Keyed) };
         let operator = OperatorSnapshot {
             kind: "window aggregate".into(),
             schema: "count".into(),
@@ -323,8 +326,11 @@ mod tests {
     #[tokio::test]
     async fn state_that_does_not_fit_is_refused_by_name() {
         let manifest = three().await.1.retained.remove(0).manifest;
-        let taker =
-            |uid: &str, schema: &str| Taker { uid: uid.into(), kind: "window aggregate".into(), schema: schema.into() };
+        let taker = |uid: &str, schema: &str| Taker {
+            uid: uid.into(),
+            kind: "window aggregate".into(),
+            schema: Some(schema.into()),
+        };
         let check = |takers: &[Taker], max, allow| check_fits(&manifest, takers, max, allow).map_err(|e| e.to_string());
         assert_eq!(check(&[taker("hot/window-1", "count"), taker("new", "x")], 128, false), Ok(()));
         assert_eq!(check(&[], 128, true), Ok(()));
@@ -332,7 +338,9 @@ mod tests {
         assert!(
             refused(&[], 128).contains("hot/window-1 (window aggregate) has state, but the job has no such operator")
         );
-        assert!(refused(&[taker("hot/window-1", "sum")], 128).contains("with state [count] and is now"));
+        assert!(
+            refused(&[taker("hot/window-1", "sum")], 128).contains("hot/window-1: it was [count] and is now [sum]")
+        );
         assert!(refused(&[taker("hot/window-1", "count")], 64).contains("maxParallelism is 64, but"));
     }
 }

@@ -102,22 +102,10 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::{
-        Generation, JobId, Manifest, OperatorSnapshot, Shard, ShardKind,
-        manifest::{MANIFEST_FORMAT, ShardStatus},
-    };
+    use crate::{Generation, JobId, Manifest, OperatorSnapshot, Shard, ShardKind, manifest::MANIFEST_FORMAT};
 
     fn checkpoint(seq: u64, epoch: u64, paths: &[&str]) -> Retained {
-        let shard = |path: &&str| Shard {
-            path: (*path).to_owned(),
-            size: 1,
-            hash: String::new(),
-            subtask: 0,
-            kind: ShardKind::Keyed,
-            key_groups: None,
-            rows: 1,
-            status: ShardStatus::Uploaded,
-        };
+        let shard = |path: &&str| Shard { size: 1, ..Shard::new(*path, ShardKind::Keyed) };
         let operator = OperatorSnapshot { shards: paths.iter().map(shard).collect(), ..OperatorSnapshot::default() };
         Retained {
             seq,

@@ -9,14 +9,14 @@ use arrow::{
 };
 use bytes::Bytes;
 use floodmark_dataflow::{
-    Batch, Edge, Exchange, JobGraph, Node, Operator, Output, PendingShard, Port, RestoredShard, SubtaskContext, TaskId,
-    Vertex,
+    Barrier, Batch, Edge, Exchange, JobGraph, Node, Operator, Output, PendingShard, Port, RestoredShard, StateSnapshot,
+    SubtaskContext, TaskId, Vertex,
     graph::{NodeKind, Parallelism},
     hash::hash_keys,
     sink::{Committer, SinkFactory},
     source::{Polled, Source, SourceFactory, SourceNode},
 };
-use floodmark_snapshot::{Epoch, Error, Result, ShardKind, SplitState};
+use floodmark_snapshot::{Error, Result, ShardKind, SplitState};
 use serde_json::json;
 
 use crate::world::{Connection, TopicCommitter};
@@ -46,7 +46,7 @@ impl Job {
             uid: uid.into(),
             kind: uid.to_owned(),
             description: uid.to_owned(),
-            state_schema: state.map(str::to_owned),
+            state_schema: state.map(Into::into),
             node,
         };
         let source = |uid: &str, pause: u64, first: i64| {
@@ -207,14 +207,11 @@ impl Operator for Counter {
         Ok(())
     }
 
-    fn snapshot(&mut self, _: Epoch) -> Result<Vec<PendingShard>> {
+    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
         let counts: Vec<_> = self.counts.iter().map(|(k, c)| (*k, *c)).collect();
-        Ok(vec![PendingShard {
-            kind: ShardKind::Keyed,
-            key_groups: Some(self.context.key_groups),
-            rows: counts.len() as u64,
-            encode: Box::new(move || Ok(serde_json::to_vec(&counts).unwrap().into())),
-        }])
+        let (rows, groups) = (counts.len() as u64, Some(self.context.key_groups));
+        let encode = Box::new(move || Ok(serde_json::to_vec(&counts).unwrap().into()));
+        Ok(StateSnapshot::of(vec![PendingShard::new(ShardKind::Keyed, groups, rows, encode)]))
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
@@ -268,9 +265,9 @@ impl Operator for Stage {
         Ok(())
     }
 
-    fn snapshot(&mut self, _: Epoch) -> Result<Vec<PendingShard>> {
+    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
         let staged = Bytes::from(std::mem::take(&mut self.0));
         let rows = staged.iter().filter(|b| **b == b'\n').count() as u64;
-        Ok(vec![PendingShard { kind: ShardKind::Staged, key_groups: None, rows, encode: Box::new(|| Ok(staged)) }])
+        Ok(StateSnapshot::of(vec![PendingShard::new(ShardKind::Staged, None, rows, Box::new(|| Ok(staged)))]))
     }
 }

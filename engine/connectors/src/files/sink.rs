@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use floodmark_dataflow::{
-    Batch, Operator, Output, PendingShard, Port, SubtaskContext,
+    Barrier, Batch, Operator, Output, PendingShard, Port, StateSnapshot, SubtaskContext,
     metrics::add,
     sink::{Committer, SinkFactory},
 };
@@ -98,18 +98,18 @@ impl Operator for Lines {
         self.write_directly()
     }
 
-    fn snapshot(&mut self, _: Epoch) -> Result<Vec<PendingShard>> {
+    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
         let rows = std::mem::take(&mut self.rows);
         let text = std::mem::take(&mut self.text);
         if rows == 0 {
-            return Ok(Vec::new());
+            return Ok(StateSnapshot::default());
         }
         let encode = move || {
             let mut blocks = BlockWriter::new(STAGED);
             blocks.push(&text)?;
             Ok(blocks.finish())
         };
-        Ok(vec![PendingShard { kind: ShardKind::Staged, key_groups: None, rows, encode: Box::new(encode) }])
+        Ok(StateSnapshot::of(vec![PendingShard::new(ShardKind::Staged, None, rows, Box::new(encode))]))
     }
 }
 

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use arrow::datatypes::SchemaRef;
 use floodmark_dataflow::{
-    Batch, Operator, Output, PendingShard, Port, SubtaskContext,
+    Barrier, Batch, Operator, Output, PendingShard, Port, StateSnapshot, SubtaskContext,
     connector::{Guarantee, PlanContext, SinkInput, TableDef, TableError},
     metrics::add,
     sink::{Committer, SinkFactory},
 };
-use floodmark_snapshot::{Epoch, Error, Result, ShardKind, block::BlockWriter};
+use floodmark_snapshot::{Error, Result, ShardKind, block::BlockWriter};
 use rdkafka::producer::{BaseProducer, Producer};
 
 use super::{
@@ -206,12 +206,12 @@ impl Operator for Staging {
         Ok(())
     }
 
-    fn snapshot(&mut self, _: Epoch) -> Result<Vec<PendingShard>> {
+    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
         let rows = std::mem::take(&mut self.records);
         let mut staged = std::mem::take(&mut self.full);
         staged.push(std::mem::take(&mut self.block));
         if rows == 0 {
-            return Ok(Vec::new());
+            return Ok(StateSnapshot::default());
         }
         let encode = move || {
             let mut blocks = BlockWriter::new(STAGED);
@@ -220,7 +220,7 @@ impl Operator for Staging {
             }
             Ok(blocks.finish())
         };
-        Ok(vec![PendingShard { kind: ShardKind::Staged, key_groups: None, rows, encode: Box::new(encode) }])
+        Ok(StateSnapshot::of(vec![PendingShard::new(ShardKind::Staged, None, rows, Box::new(encode))]))
     }
 }
 

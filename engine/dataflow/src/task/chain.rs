@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use floodmark_snapshot::{Epoch, OperatorUid, Result, TimestampMs};
+use floodmark_snapshot::{Epoch, OperatorUid, Result, StateSchema, TimestampMs};
 
 use super::OperatorPart;
-use crate::{Batch, Operator, OperatorMetrics, Output, Port, metrics::add};
+use crate::{Barrier, Batch, Operator, OperatorMetrics, Output, Port, StateSnapshot, metrics::add};
 
 /// An operator in its chain.
 pub struct ChainedOperator {
@@ -13,8 +13,8 @@ pub struct ChainedOperator {
     pub uid: OperatorUid,
     /// What it is, in words.
     pub kind: String,
-    /// Describes the types of its state; `None` if it keeps none.
-    pub state_schema: Option<String>,
+    /// The types of its state; `None` if it keeps none.
+    pub state_schema: Option<StateSchema>,
     /// The operator.
     pub operator: Box<dyn Operator>,
     /// Its counters.
@@ -61,20 +61,27 @@ impl Chain {
         Ok(())
     }
 
-    pub(super) fn snapshot(&mut self, epoch: Epoch, parallelism: u32, parts: &mut Vec<OperatorPart>) -> Result<()> {
+    pub(super) fn snapshot(
+        &mut self,
+        barrier: &Barrier,
+        parallelism: u32,
+        parts: &mut Vec<OperatorPart>,
+    ) -> Result<()> {
         for operator in &mut self.operators {
-            let shards = operator.operator.snapshot(epoch).map_err(|e| e.context(&operator.uid))?;
+            let StateSnapshot { reused, pending } =
+                operator.operator.snapshot(barrier).map_err(|e| e.context(&operator.uid))?;
             let (rows, bytes) = operator.operator.state_size();
             operator.metrics.state_rows.store(rows, Ordering::Relaxed);
             operator.metrics.state_bytes.store(bytes, Ordering::Relaxed);
-            if operator.state_schema.is_some() || !shards.is_empty() {
+            if operator.state_schema.is_some() || !pending.is_empty() {
                 parts.push(OperatorPart {
                     uid: operator.uid.clone(),
                     kind: operator.kind.clone(),
                     schema: operator.state_schema.clone().unwrap_or_default(),
                     parallelism,
                     splits: Vec::new(),
-                    shards,
+                    reused,
+                    shards: pending,
                 });
             }
         }
@@ -83,6 +90,10 @@ impl Chain {
 
     pub(super) fn completed(&mut self, epoch: Epoch) -> Result<()> {
         self.operators.iter_mut().try_for_each(|o| o.operator.on_completed(epoch).map_err(|e| e.context(&o.uid)))
+    }
+
+    pub(super) fn aborted(&mut self, epoch: Epoch) -> Result<()> {
+        self.operators.iter_mut().try_for_each(|o| o.operator.on_aborted(epoch).map_err(|e| e.context(&o.uid)))
     }
 
     /// What operator `i` has just emitted goes through the operators behind it.

@@ -19,13 +19,13 @@ use std::{
 
 use arrow::record_batch::RecordBatch;
 use floodmark_snapshot::{
-    Env, Epoch, Error, OperatorUid, Result, SplitState, TimestampMs,
+    Env, Epoch, Error, OperatorUid, Result, Shard, SplitState, StateSchema, TimestampMs,
     alignment::{Aligner, AlignmentMode},
 };
 
 use self::chain::Chain;
 use crate::{
-    Barrier, BarrierKind, Batch, Frame, OperatorMetrics, PendingShard, Port, WATERMARK_MAX,
+    Barrier, Batch, Frame, OperatorMetrics, PendingShard, Port, WATERMARK_MAX,
     channel::{Inbox, Signal},
     exchange::Router,
     metrics::add,
@@ -104,13 +104,15 @@ pub struct OperatorPart {
     pub uid: OperatorUid,
     /// What it is, in words.
     pub kind: String,
-    /// Describes the types of its state.
-    pub schema: String,
+    /// The types of its state.
+    pub schema: StateSchema,
     /// Number of subtasks of its task.
     pub parallelism: u32,
     /// A source's positions.
     pub splits: Vec<SplitState>,
-    /// Its state, fixed but not yet written.
+    /// State that earlier checkpoints have written already.
+    pub reused: Vec<Shard>,
+    /// State that is fixed but not yet written.
     pub shards: Vec<PendingShard>,
 }
 
@@ -267,6 +269,7 @@ impl Task {
                 if let Input::Channels { aligner, .. } = &mut self.input {
                     aligner.abort(epoch);
                 }
+                self.chain.aborted(epoch)?;
             }
             Command::Completed(epoch) => self.completed(epoch)?,
             Command::Cancel if self.snapshots => {
@@ -419,10 +422,10 @@ impl Task {
         if let Input::Source(head) = &mut self.input {
             parts.push(head.snapshot(barrier.epoch, self.parallelism)?);
         }
-        self.chain.snapshot(barrier.epoch, self.parallelism, &mut parts)?;
+        self.chain.snapshot(&barrier, self.parallelism, &mut parts)?;
         events.push(TaskEvent::Snapshot { barrier, parts });
         self.broadcast(&Frame::Barrier(barrier));
-        if barrier.kind == BarrierKind::Stop && matches!(self.input, Input::Source(_)) {
+        if barrier.stops() && matches!(self.input, Input::Source(_)) {
             self.end()?;
         }
         Ok(())
@@ -491,9 +494,10 @@ impl SourceHead {
         Ok(OperatorPart {
             uid: self.spec.uid.clone(),
             kind: self.spec.kind.clone(),
-            schema: String::new(),
+            schema: StateSchema::default(),
             parallelism,
             splits,
+            reused: Vec::new(),
             shards: Vec::new(),
         })
     }

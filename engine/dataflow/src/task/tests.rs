@@ -11,7 +11,7 @@ use floodmark_snapshot::ShardKind;
 use serde_json::json;
 
 use super::*;
-use crate::{Exchange, Operator, Output};
+use crate::{BarrierKind, Exchange, Operator, Output, StateSnapshot};
 
 /// Brings the numbers `0..end`, a few at a time.
 struct Numbers {
@@ -45,9 +45,9 @@ impl Operator for Sum {
         Ok(())
     }
 
-    fn snapshot(&mut self, _: Epoch) -> Result<Vec<PendingShard>> {
+    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
         let sum = Bytes::from(self.0.to_string());
-        Ok(vec![PendingShard { kind: ShardKind::Keyed, key_groups: None, rows: 1, encode: Box::new(|| Ok(sum)) }])
+        Ok(StateSnapshot::of(vec![PendingShard::new(ShardKind::Keyed, None, 1, Box::new(|| Ok(sum)))]))
     }
 }
 
@@ -55,7 +55,7 @@ fn sum(name: &str) -> ChainedOperator {
     ChainedOperator {
         uid: name.into(),
         kind: "sum".into(),
-        state_schema: Some(String::new()),
+        state_schema: Some(StateSchema::default()),
         operator: Box::new(Sum(0)),
         metrics: Arc::default(),
     }
@@ -123,7 +123,8 @@ fn check_cuts(seed: u64, mode: AlignmentMode, check: impl Fn(u64, i64, i64, i64)
             epoch = epoch.next();
             let kind = if exhausted == 2 { BarrierKind::Stop } else { BarrierKind::Checkpoint };
             snapshots.insert(epoch, (0, 0, 0, 0));
-            commands[..2].iter().for_each(|c| c.send(Command::Trigger(Barrier { epoch, kind })));
+            let barrier = Barrier { kind, ..Barrier::checkpoint(epoch) };
+            commands[..2].iter().for_each(|c| c.send(Command::Trigger(barrier)));
             if kind == BarrierKind::Stop {
                 exhausted = 3;
             }

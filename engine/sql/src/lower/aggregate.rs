@@ -177,7 +177,7 @@ impl Lowering<'_> {
             rel.fields.push((qualifier.cloned(), Arc::new(Field::new(field.name(), data_type, true))));
         }
         let keys = grouping.key_columns();
-        let state_schema = Some(format!("{slicing:?} {}", grouping.state_schema()));
+        let state_schema = Some(grouping.state_schema(&format!("partial aggregates of {slicing:?}")));
         let identity = format!("{output:?}");
         let operator = WindowAggregate { grouping, slicing, output, schema: rel.schema() };
         let id = self.ops.add(
@@ -210,7 +210,7 @@ impl Lowering<'_> {
         let roles = vec![Role::Plain; fields.len()];
         let mut rel = Rel { from: Vec::new(), fields, roles, changelog, pending: None, windows: None };
         let keys = grouping.key_columns();
-        let state_schema = Some(grouping.state_schema());
+        let state_schema = Some(grouping.state_schema("partial aggregates"));
         let operator = GroupAggregate { grouping, schema: rel.schema(), emit_before: false };
         let id = self.ops.add(
             &self.target,

@@ -6,7 +6,7 @@ use floodmark_dataflow::{
     Edge, Exchange, JobGraph, Node, TaskId, Vertex,
     graph::{NodeKind, Parallelism},
 };
-use floodmark_snapshot::OperatorUid;
+use floodmark_snapshot::{OperatorUid, StateSchema};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::operators::group::GroupAggregate;
@@ -43,7 +43,7 @@ pub(super) struct Op {
     pub(super) uid: String,
     pub(super) kind: String,
     pub(super) description: String,
-    pub(super) state_schema: Option<String>,
+    pub(super) state_schema: Option<StateSchema>,
     pub(super) made: Made,
     pub(super) inputs: Vec<Input>,
 }
@@ -66,7 +66,7 @@ impl Ops {
         kind: &str,
         (identity, description): (&str, String),
         inputs: Vec<Input>,
-        state_schema: Option<String>,
+        state_schema: Option<StateSchema>,
         made: Made,
     ) -> OpId {
         let key = format!("{kind} {identity} {inputs:?}");

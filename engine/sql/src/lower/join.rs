@@ -74,7 +74,7 @@ impl Lowering<'_> {
             "window join",
             (&identity, format!("window join on {}", on.join(", "))),
             inputs,
-            Some(operator.state_schema()),
+            Some(operator.state_schema().as_str().into()),
             Made::By(NodeKind::Operator(Arc::new(operator))),
         );
         rel.from = vec![id];

@@ -8,9 +8,9 @@ use arrow::{
     datatypes::SchemaRef,
 };
 use floodmark_dataflow::{
-    Batch, Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, RowKind, SubtaskContext,
+    Barrier, Batch, Operator, OperatorFactory, Output, Port, RestoredShard, RowKind, StateSnapshot, SubtaskContext,
 };
-use floodmark_snapshot::{Epoch, Result};
+use floodmark_snapshot::Result;
 use floodmark_state::Table;
 
 use super::{
@@ -124,8 +124,12 @@ impl Operator for GroupOperator {
         self.emit(&touched, &results, &changes, out)
     }
 
-    fn snapshot(&mut self, _: Epoch) -> Result<Vec<PendingShard>> {
-        Ok(vec![self.spec.grouping.pending(vec![(None, self.table.snapshot())], None, &self.context)])
+    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
+        Ok(StateSnapshot::of(vec![self.spec.grouping.pending(
+            vec![(None, self.table.snapshot())],
+            None,
+            &self.context,
+        )]))
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {

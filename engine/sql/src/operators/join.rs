@@ -13,10 +13,10 @@ use arrow::{
 };
 use datafusion_physical_expr::PhysicalExpr;
 use floodmark_dataflow::{
-    Batch, Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, SubtaskContext, WATERMARK_MIN,
-    hash::hash_keys, metrics::add,
+    Barrier, Batch, Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, StateSnapshot,
+    SubtaskContext, WATERMARK_MIN, hash::hash_keys, metrics::add,
 };
-use floodmark_snapshot::{Epoch, Error, Result, ShardKind, TimestampMs};
+use floodmark_snapshot::{Error, Result, ShardKind, TimestampMs};
 use floodmark_state::shard;
 use hashbrown::HashMap;
 
@@ -185,22 +185,19 @@ impl Operator for JoinOperator {
         Ok(())
     }
 
-    fn snapshot(&mut self, _: Epoch) -> Result<Vec<PendingShard>> {
+    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
         let watermark = self.watermark;
         let shard = |port: Port| {
             let batches: Vec<RecordBatch> = self.windows.values().flat_map(|w| w[port].iter().cloned()).collect();
             let schema = self.spec.sides[port].schema.clone();
-            PendingShard {
-                kind: ShardKind::Keyed,
-                key_groups: Some(self.context.key_groups),
-                rows: batches.iter().map(|b| b.num_rows() as u64).sum(),
-                encode: Box::new(move || {
-                    let header = shard::Header { input: port as u32, ..shard::Header::new(Some(watermark)) };
-                    shard::write(&header, &schema, &batches)
-                }),
-            }
+            let rows = batches.iter().map(|b| b.num_rows() as u64).sum();
+            let encode = Box::new(move || {
+                let header = shard::Header { input: port as u32, ..shard::Header::new(Some(watermark)) };
+                shard::write(&header, &schema, &batches)
+            });
+            PendingShard::new(ShardKind::Keyed, Some(self.context.key_groups), rows, encode)
         };
-        Ok(vec![shard(0), shard(1)])
+        Ok(StateSnapshot::of(vec![shard(0), shard(1)]))
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {

@@ -11,7 +11,7 @@ use arrow::{
     record_batch::RecordBatch,
 };
 use floodmark_dataflow::{Batch, PendingShard, RestoredShard, SubtaskContext, hash::hash_keys};
-use floodmark_snapshot::{Result, ShardKind, TimestampMs};
+use floodmark_snapshot::{Result, ShardKind, StateColumn, StateSchema, TimestampMs};
 use floodmark_state::{ColumnType, Rows, Table, shard};
 
 use super::{
@@ -67,11 +67,19 @@ impl Grouping {
         (first..first + self.keys.len()).collect()
     }
 
-    /// The types of the state, as text: what must be equal for a snapshot to fit.
-    pub(crate) fn state_schema(&self) -> String {
-        let schema = self.partial_schema();
-        let columns: Vec<_> = schema.fields().iter().map(|f| format!("{} {}", f.name(), f.data_type())).collect();
-        format!("partial aggregates ({})", columns.join(", "))
+    /// The types of the state.
+    pub(crate) fn state_schema(&self, form: &str) -> StateSchema {
+        let column = |f: &FieldRef| StateColumn {
+            name: f.name().clone(),
+            data_type: f.data_type().to_string(),
+            optional: f.is_nullable(),
+        };
+        let states = self.calls.iter().flat_map(Call::state_fields);
+        StateSchema {
+            form: form.to_owned(),
+            keys: self.keys.iter().map(column).collect(),
+            values: states.map(column).collect(),
+        }
     }
 
     /// The keys of a partial batch, as columns.
@@ -131,18 +139,15 @@ impl Grouping {
         context: &SubtaskContext,
     ) -> PendingShard {
         let grouping = self.clone();
-        PendingShard {
-            kind: ShardKind::Keyed,
-            key_groups: Some(context.key_groups),
-            rows: tables.iter().map(|(_, rows)| rows.len() as u64).sum(),
-            encode: Box::new(move || {
-                let mut batches = Vec::new();
-                for (slice_end, rows) in &tables {
-                    batches.extend(grouping.encode(*slice_end, rows)?);
-                }
-                shard::write(&shard::Header::new(watermark), &grouping.partial_schema(), &batches)
-            }),
-        }
+        let rows = tables.iter().map(|(_, rows)| rows.len() as u64).sum();
+        let encode = Box::new(move || {
+            let mut batches = Vec::new();
+            for (slice_end, rows) in &tables {
+                batches.extend(grouping.encode(*slice_end, rows)?);
+            }
+            shard::write(&shard::Header::new(watermark), &grouping.partial_schema(), &batches)
+        });
+        PendingShard::new(ShardKind::Keyed, Some(context.key_groups), rows, encode)
     }
 
     /// Reads shards back: the tables by slice end (0 if not windowed) with just this subtask's key groups, and the least

@@ -13,10 +13,10 @@ use arrow::{
     record_batch::RecordBatch,
 };
 use floodmark_dataflow::{
-    Batch, Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, SubtaskContext, WATERMARK_MAX,
-    WATERMARK_MIN, metrics::add,
+    Barrier, Batch, Operator, OperatorFactory, Output, Port, RestoredShard, StateSnapshot, SubtaskContext,
+    WATERMARK_MAX, WATERMARK_MIN, metrics::add,
 };
-use floodmark_snapshot::{Epoch, Error, Result, TimestampMs};
+use floodmark_snapshot::{Error, Result, TimestampMs};
 use floodmark_state::{Rows, Table};
 
 use super::{
@@ -286,9 +286,9 @@ impl Operator for WindowOperator {
         Ok(())
     }
 
-    fn snapshot(&mut self, _: Epoch) -> Result<Vec<PendingShard>> {
+    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
         let tables = self.slices.iter().map(|(end, table)| (Some(*end), table.snapshot())).collect();
-        Ok(vec![self.spec.grouping.pending(tables, Some(self.watermark), &self.context)])
+        Ok(StateSnapshot::of(vec![self.spec.grouping.pending(tables, Some(self.watermark), &self.context)]))
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {

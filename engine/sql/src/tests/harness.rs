@@ -9,16 +9,14 @@ use arrow::{
     util::display::{ArrayFormatter, FormatOptions},
 };
 use floodmark_dataflow::{
-    Batch, JobGraph, Operator, Output, PendingShard, Port, ROW_KIND, RestoredShard, RowKind, SubtaskContext, TaskId,
-    WATERMARK_MAX,
+    Barrier, Batch, JobGraph, Operator, Output, PendingShard, Port, ROW_KIND, RestoredShard, RowKind, SubtaskContext,
+    TaskId, WATERMARK_MAX,
     connector::{Connector, Connectors, Guarantee, PlanContext, SinkInput, TableDef, TableError},
     graph::NodeKind,
     sink::{Committer, SinkFactory, SinkNode},
     source::{Polled, Source, SourceFactory},
 };
-use floodmark_snapshot::{
-    Env, Epoch, Error, JobId, KeyGroupRange, Result, Shard, ShardKind, SplitState, TimestampMs, manifest::ShardStatus,
-};
+use floodmark_snapshot::{Env, Epoch, Error, JobId, KeyGroupRange, Result, Shard, ShardKind, SplitState, TimestampMs};
 
 use crate::{PlanOptions, SqlError, plan};
 
@@ -278,19 +276,11 @@ impl Driver {
 fn shards_of(operator: &mut dyn Operator) -> Vec<RestoredShard> {
     let shard = |pending: PendingShard| {
         let bytes = (pending.encode)().unwrap();
-        let shard = Shard {
-            path: String::new(),
-            size: bytes.len() as u64,
-            hash: String::new(),
-            subtask: 0,
-            kind: ShardKind::Keyed,
-            key_groups: pending.key_groups,
-            rows: pending.rows,
-            status: ShardStatus::Uploaded,
-        };
+        let (size, key_groups) = (bytes.len() as u64, pending.key_groups);
+        let shard = Shard { size, key_groups, rows: pending.rows, ..Shard::new("", ShardKind::Keyed) };
         RestoredShard { shard, bytes }
     };
-    operator.snapshot(Epoch(1)).unwrap().into_iter().map(shard).collect()
+    operator.snapshot(&Barrier::checkpoint(Epoch(1))).unwrap().pending.into_iter().map(shard).collect()
 }
 
 /// Reads all rows, then restores every operator that keeps state at `parallelism`, and back at one. However many share the
