@@ -283,6 +283,8 @@ impl Shell {
             timeout: settings.timeout,
             min_pause: settings.min_pause,
             tolerable_failures: settings.tolerable_failures,
+            max_concurrent: 1,
+            unaligned_after: None,
         };
         let epoch = restored.map(|r| r.manifest.epoch);
         let start = StartingPoint { restored: epoch, last_epoch: state.last_epoch };
@@ -405,6 +407,12 @@ impl Shell {
                 spawn(async move { retention::delete(&*storage, &folder, orphans).await });
             }
             Decision::Settled(_) => self.release(running).await?,
+            Decision::Discard(orphans) => {
+                let (storage, folder) = (running.spec.storage.clone(), self.log.folder().clone());
+                spawn(async move { retention::delete(&*storage, &folder, orphans).await });
+            }
+            // Asked for by nobody yet.
+            Decision::Unalign(_) | Decision::Export { .. } | Decision::Refuse { .. } => {}
             Decision::Fail(cause) => return Err(Error::abort(cause)),
             Decision::Done(End::Finished) => return Ok(After::End(Outcome::Finished)),
             Decision::Done(End::Stopped) => return Ok(After::End(Outcome::Stopped)),
