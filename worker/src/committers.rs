@@ -1,14 +1,11 @@
-//! Committers: one thread for each sink subtask that stages its output, so that a transaction never holds up the data.
+//! Committers: a machine for each sink subtask that stages its output, so that a transaction never holds up the data.
 //!
 //! The decisions are [`CommitMachine`]'s; this file keeps the staged bytes, calls the [`Committer`], and waits out its
 //! retries. Invariant: bytes are dropped only once a commit that holds them is confirmed.
 
 use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
-    },
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -17,7 +14,7 @@ use floodmark_dataflow::sink::Committer;
 use floodmark_snapshot::{
     Disposition, Env, Epoch, Error, OperatorUid, Result, Step,
     commit::{CommitMachine, Effect, Event},
-    env::spawn_thread,
+    runtime::{Machine, Signal, Turn},
 };
 
 /// Which committer: a sink, and the subtask whose identity it writes under.
@@ -35,7 +32,7 @@ impl std::fmt::Display for CommitterId {
     }
 }
 
-/// What a committer's thread tells the coordinator.
+/// How a committer tells the coordinator.
 pub(crate) type Report = Box<dyn Fn(CommitterReport) + Send>;
 
 /// See [`Report`].
@@ -75,43 +72,71 @@ impl Staged {
     }
 }
 
-/// A committer's thread, as the rest of the worker holds it. Dropping it ends the thread after what it is doing.
+/// A committer, as the rest of the worker holds it. Dropping it ends the committer after what it is doing.
 pub(crate) struct CommitterHandle {
-    events: Sender<Event>,
+    mailbox: Arc<Mailbox>,
     staged: Staged,
 }
 
 impl CommitterHandle {
     /// A barrier's records are in [`CommitterHandle::staged`], and durable.
     pub(crate) fn staged_at(&self, epoch: Epoch) {
-        self.send(Event::Staged(epoch));
+        self.mailbox.put(Event::Staged(epoch));
     }
 
     /// A checkpoint is complete: what was staged up to it is to be made visible.
     pub(crate) fn completed(&self, epoch: Epoch) {
-        self.send(Event::Completed(epoch));
+        self.mailbox.put(Event::Completed(epoch));
     }
 
     /// The records that wait for a commit.
     pub(crate) fn staged(&self) -> &Staged {
         &self.staged
     }
+}
 
-    /// An event that comes after the thread has failed is dropped: its failure was reported.
-    fn send(&self, event: Event) {
-        let _ = self.events.send(event);
+impl Drop for CommitterHandle {
+    fn drop(&mut self) {
+        self.mailbox.lock().closed = true;
+        self.mailbox.signal.notify();
     }
 }
 
-/// Starts the thread: it opens the committer, commits what `restored` says is pending, and then follows the events.
+/// What a committer is told. Bounded by the coordinator: one event per subtask and checkpoint under way.
+#[derive(Default)]
+struct Mailbox {
+    letters: Mutex<Letters>,
+    signal: Arc<Signal>,
+}
+
+#[derive(Default)]
+struct Letters {
+    events: VecDeque<Event>,
+    /// Nobody will say anything more.
+    closed: bool,
+}
+
+impl Mailbox {
+    /// An event that comes after the committer has failed is never read: its failure was reported.
+    fn put(&self, event: Event) {
+        self.lock().events.push_back(event);
+        self.signal.notify();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Letters> {
+        self.letters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Starts a committer: it opens, commits what `restored` says is pending, and then follows the events.
 pub(crate) fn start(
     id: CommitterId,
     committer: Box<dyn Committer>,
     restored: Option<(Epoch, Vec<StagedShard>)>,
-    env: Env,
+    env: &Env,
     report: Report,
 ) -> Result<CommitterHandle> {
-    let (events, inbox) = mpsc::channel();
+    let mailbox = Arc::new(Mailbox::default());
     let staged = Staged::default();
     let pending = restored.as_ref().map(|(epoch, shards)| (*epoch, !shards.is_empty()));
     if let Some((epoch, shards)) = restored {
@@ -119,62 +144,104 @@ pub(crate) fn start(
     }
     let (machine, first) = CommitMachine::new(pending);
     let name = format!("commit {id}");
-    let thread = CommitterThread { id, committer, machine, staged: staged.clone(), env, report, inbox };
-    spawn_thread(name, move || thread.run(first))?;
-    Ok(CommitterHandle { events, staged })
+    let driven = Driven {
+        id,
+        committer,
+        machine,
+        staged: staged.clone(),
+        env: env.clone(),
+        report,
+        mailbox: mailbox.clone(),
+        effect: Some(first),
+        waits_until: None,
+    };
+    env.runtime.drive(name, Box::new(driven))?;
+    Ok(CommitterHandle { mailbox, staged })
 }
 
-struct CommitterThread {
+struct Driven {
     id: CommitterId,
     committer: Box<dyn Committer>,
     machine: CommitMachine,
     staged: Staged,
     env: Env,
     report: Report,
-    inbox: Receiver<Event>,
+    mailbox: Arc<Mailbox>,
+    /// What is to be done next.
+    effect: Option<Effect>,
+    /// The end of the delay between two attempts, by the monotonic clock.
+    waits_until: Option<Duration>,
 }
 
-impl CommitterThread {
-    fn run(mut self, first: Effect) {
-        let mut effect = Some(first);
-        loop {
-            while let Some(now) = effect {
-                let Some(event) = self.carry_out(now) else { return };
-                effect = event.and_then(|e| self.machine.step(e));
-            }
-            match self.inbox.recv() {
-                Ok(event) => effect = self.machine.step(event),
-                Err(_) => return,
-            }
+impl Machine for Driven {
+    /// Carries one effect out, or takes one event in.
+    fn step(&mut self) -> Turn {
+        if let Some(effect) = self.effect.take() {
+            return self.carry_out(effect);
         }
+        let (event, closed) = {
+            let mut letters = self.mailbox.lock();
+            (letters.events.pop_front(), letters.closed)
+        };
+        if let Some(event) = event {
+            self.effect = self.machine.step(event);
+            debug_assert!(self.effect.is_none() || self.waits_until.is_none(), "no effect while waiting");
+            return Turn::Ready;
+        }
+        if closed {
+            return Turn::Done;
+        }
+        let Some(end) = self.waits_until else { return Turn::Waiting { until: None } };
+        let left = end.saturating_sub(self.env.clock.monotonic());
+        if !left.is_zero() {
+            return Turn::Waiting { until: Some(left) };
+        }
+        self.waits_until = None;
+        self.effect = self.machine.step(Event::Waited);
+        Turn::Ready
     }
 
-    /// Carries an effect out, and answers with what came of it. `None` ends the thread.
-    fn carry_out(&mut self, effect: Effect) -> Option<Option<Event>> {
-        match effect {
-            Effect::Open => Some(Some(match self.committer.open() {
+    fn signal(&self) -> &Arc<Signal> {
+        &self.mailbox.signal
+    }
+
+    fn panicked(&mut self, what: &str) {
+        let error = Error::abort(format!("internal error: committer panicked: {what}"));
+        (self.report)(CommitterReport::Failed(self.id.clone(), error));
+    }
+}
+
+impl Driven {
+    fn carry_out(&mut self, effect: Effect) -> Turn {
+        let event = match effect {
+            Effect::Open => Some(match self.committer.open() {
                 Ok(marker) => Event::Opened { marker },
                 Err(error) => self.failed("open", error),
-            })),
+            }),
             Effect::Write(epoch) => {
                 let staged: Vec<Bytes> = self.staged.up_to(epoch).into_iter().map(|s| s.1).collect();
                 let probe = self.env.probe.clone();
-                Some(Some(match self.committer.commit(epoch, &staged, &|step: Step| probe.reached(step, epoch)) {
+                Some(match self.committer.commit(epoch, &staged, &|step: Step| probe.reached(step, epoch)) {
                     Ok(()) => Event::Written(epoch),
                     Err(error) => self.failed("commit", error),
-                }))
+                })
             }
             Effect::Confirm(epoch) => {
                 self.staged.confirm(epoch);
                 (self.report)(CommitterReport::Committed(self.id.clone(), epoch));
-                Some(None)
-            }
-            Effect::Wait(delay) => self.wait(delay).then_some(Some(Event::Waited)),
-            Effect::Stop(error) => {
-                (self.report)(CommitterReport::Failed(self.id.clone(), error));
                 None
             }
-        }
+            Effect::Wait(delay) => {
+                self.waits_until = Some(self.env.clock.monotonic() + delay);
+                None
+            }
+            Effect::Stop(error) => {
+                (self.report)(CommitterReport::Failed(self.id.clone(), error));
+                return Turn::Done;
+            }
+        };
+        self.effect = event.and_then(|e| self.machine.step(e));
+        Turn::Ready
     }
 
     fn failed(&self, what: &str, error: Error) -> Event {
@@ -182,22 +249,5 @@ impl CommitterThread {
             tracing::warn!(committer = %self.id, %error, "{what} failed; trying again");
         }
         Event::Failed(error.context(what))
-    }
-
-    /// Waits out a delay, taking in what is said meanwhile (none of it leads to an effect while the link is down). False if
-    /// nobody listens any more.
-    fn wait(&mut self, delay: Duration) -> bool {
-        let end = self.env.clock.monotonic() + delay;
-        loop {
-            let left = end.saturating_sub(self.env.clock.monotonic());
-            match self.inbox.recv_timeout(left) {
-                Ok(event) => {
-                    let effect = self.machine.step(event);
-                    debug_assert!(effect.is_none(), "no effect while waiting");
-                }
-                Err(RecvTimeoutError::Timeout) => return true,
-                Err(RecvTimeoutError::Disconnected) => return false,
-            }
-        }
     }
 }

@@ -5,7 +5,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
-    thread::JoinHandle,
     time::Duration,
 };
 
@@ -17,6 +16,7 @@ use floodmark_snapshot::{
     restore::Restored,
     retention,
 };
+use futures::future::join_all;
 use tokio::sync::{mpsc, watch};
 
 use crate::{
@@ -24,7 +24,7 @@ use crate::{
     committers::{self, CommitterHandle, CommitterId, CommitterReport, Staged},
     deploy::{self, Deployed},
     restoring,
-    tasks::{self, SubtaskId, TaskReport},
+    tasks::{self, Ended, SubtaskId, TaskReport},
     upload::Uploader,
 };
 
@@ -102,9 +102,10 @@ async fn deploy_all(
     progress: &Arc<Progress>,
 ) -> Result<Running, RunError> {
     let (graph_spec, restored) = (spec.clone(), start.restored.clone());
-    let splits = tokio::task::spawn_blocking(move || deploy::connect(&graph_spec.graph, restored.as_ref()))
+    let splits = env
+        .blocking("a connector", move || deploy::connect(&graph_spec.graph, restored.as_ref()))
         .await
-        .map_err(|e| RunError::Connector(Error::abort(format!("internal error: {e}"))))?
+        .and_then(|splits| splits)
         .map_err(RunError::Connector)?;
     let (sender, events) = mpsc::unbounded_channel();
     let restored = start.restored.as_ref();
@@ -117,8 +118,7 @@ async fn deploy_all(
             let to = sender.clone();
             let report = Box::new(move |report| drop(to.send(Event::Committer(report))));
             let id = committing.id.clone();
-            let handle =
-                committers::start(committing.id, committing.committer, committing.restored, env.clone(), report);
+            let handle = committers::start(committing.id, committing.committer, committing.restored, env, report);
             handles.insert(id, handle.map_err(RunError::Failed)?);
         }
     }
@@ -127,9 +127,9 @@ async fn deploy_all(
     for Deployed { id, name, task, signal, source, sinks } in deployed {
         let commands = task.commands();
         let to = sender.clone();
-        let thread = tasks::start(id, name, task, signal, move |report| drop(to.send(Event::Task(report))))
+        let gone = tasks::start(id, name, task, signal, env, move |report| drop(to.send(Event::Task(report))))
             .map_err(RunError::Failed)?;
-        tasks.insert(id, RunningTask { commands, source, sinks, thread: Some(thread), ended: false });
+        tasks.insert(id, RunningTask { commands, source, sinks, gone: Some(gone), ended: false });
     }
     Ok(Running {
         spec: spec.clone(),
@@ -146,7 +146,7 @@ struct RunningTask {
     commands: Commands,
     source: bool,
     sinks: Vec<OperatorUid>,
-    thread: Option<JoinHandle<()>>,
+    gone: Option<Ended>,
     ended: bool,
 }
 
@@ -189,12 +189,13 @@ impl Running {
         let mut outcome = Outcome::Finished;
         while self.tasks.values().any(|t| !t.ended) {
             tokio::select! {
-                event = self.events.recv() => self.plain_event(event)?,
+                biased;
                 () = stopped(&mut stop), if outcome == Outcome::Finished => {
                     outcome = Outcome::Stopped;
                     self.progress.phase(JobPhase::Stopping);
                     self.tell_all(Command::Cancel);
                 }
+                event = self.events.recv() => self.plain_event(event)?,
             }
         }
         Ok(outcome)
@@ -228,13 +229,15 @@ impl Running {
         self.tasks.values().for_each(|t| t.commands.send(command));
     }
 
-    /// Waits for the tasks' threads, for a bounded time.
+    /// Waits for the tasks' ends, for a bounded time.
     async fn wait_for_tasks(&mut self) -> Result<()> {
-        let threads: Vec<_> = self.tasks.values_mut().filter_map(|t| t.thread.take()).collect();
-        let joined = tokio::task::spawn_blocking(move || threads.into_iter().for_each(|t| drop(t.join())));
-        match tokio::time::timeout(CANCEL_TIMEOUT, joined).await {
-            Ok(_) => Ok(()),
-            Err(_) => Err(Error::abort(format!("tasks did not end within {} s", CANCEL_TIMEOUT.as_secs()))),
+        let gone = join_all(self.tasks.values_mut().filter_map(|t| t.gone.take()));
+        tokio::select! {
+            biased;
+            _ = gone => Ok(()),
+            () = self.env.runtime.sleep(CANCEL_TIMEOUT) => {
+                Err(Error::abort(format!("tasks did not end within {} s", CANCEL_TIMEOUT.as_secs())))
+            }
         }
     }
 }
@@ -319,14 +322,16 @@ impl Shell {
                 }
             }
             let deadline = self.machine.deadline().map(|d| d.saturating_sub(running.env.clock.monotonic()));
+            // Rare things first: a stream of events holds up neither a deadline nor a stop.
             tokio::select! {
-                event = running.events.recv() => pending.extend(self.event(event, running)?),
-                () = pause(deadline) => pending.push(coordination::Event::Tick),
+                biased;
+                () = pause(deadline, &running.env) => pending.push(coordination::Event::Tick),
                 () = stopped(&mut stop), if !stopping => {
                     stopping = true;
                     tracing::info!("stopping with a last checkpoint");
                     pending.push(coordination::Event::StopRequested);
                 }
+                event = running.events.recv() => pending.extend(self.event(event, running)?),
             }
         }
     }
@@ -375,11 +380,11 @@ impl Shell {
             })
             .collect();
         let (uploader, events) = (self.uploader.clone(), running.sender.clone());
-        spawn(async move {
+        running.env.runtime.spawn(Box::pin(async move {
             let outcome = uploader.upload(epoch, id.index, parts, &staged).await;
             // Nobody listens any more once the job has ended.
             let _ = events.send(Event::Uploaded { epoch, subtask: id, outcome });
-        });
+        }));
     }
 
     async fn carry_out(&mut self, decision: Decision, running: &mut Running) -> Result<After> {
@@ -404,12 +409,14 @@ impl Shell {
                 running.progress.failed();
                 running.tell_all(Command::Abort(epoch));
                 let (storage, folder) = (running.spec.storage.clone(), self.log.folder().clone());
-                spawn(async move { retention::delete(&*storage, &folder, orphans).await });
+                let delete = async move { retention::delete(&*storage, &folder, orphans).await };
+                running.env.runtime.spawn(Box::pin(delete));
             }
             Decision::Settled(_) => self.release(running).await?,
             Decision::Discard(orphans) => {
                 let (storage, folder) = (running.spec.storage.clone(), self.log.folder().clone());
-                spawn(async move { retention::delete(&*storage, &folder, orphans).await });
+                let delete = async move { retention::delete(&*storage, &folder, orphans).await };
+                running.env.runtime.spawn(Box::pin(delete));
             }
             // Asked for by nobody yet.
             Decision::Unalign(_) | Decision::Export { .. } | Decision::Refuse { .. } => {}
@@ -460,12 +467,12 @@ impl Shell {
         self.state.retained.retain(|r| !release.epochs.contains(&r.manifest.epoch));
         self.state.abandoned.retain(|r| !release.epochs.contains(&r.manifest.epoch));
         let (storage, folder) = (running.spec.storage.clone(), self.log.folder().clone());
-        spawn(async move {
+        running.env.runtime.spawn(Box::pin(async move {
             retention::delete(&*storage, &folder, release.blobs).await;
             if let Err(error) = retention::trim(&*storage, &folder, release.oldest_seq).await {
                 tracing::warn!(%error, "could not trim the checkpoint log; left for the next release");
             }
-        });
+        }));
         Ok(())
     }
 
@@ -473,7 +480,7 @@ impl Shell {
     fn sweep_orphans(&self, running: &Running) {
         let (storage, folder) = (running.spec.storage.clone(), self.log.folder().clone());
         let (state, attempt) = (self.state.clone(), self.log.attempt());
-        spawn(async move {
+        running.env.runtime.spawn(Box::pin(async move {
             match storage.list(&folder.path("blobs"), None).await {
                 Ok(listed) => {
                     let listed: Vec<_> =
@@ -482,7 +489,7 @@ impl Shell {
                 }
                 Err(error) => tracing::warn!(%error, "could not look for orphaned files; left for the next start"),
             }
-        });
+        }));
     }
 }
 
@@ -497,18 +504,9 @@ fn now(env: &Env) -> Time {
     Time { monotonic: env.clock.monotonic(), wall_ms: env.clock.wall_ms() }
 }
 
-#[allow(clippy::disallowed_methods, reason = "this shell owns the runtime")]
-fn spawn(work: impl Future<Output = ()> + Send + 'static) {
-    drop(tokio::spawn(work));
-}
-
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the machine is told the time as an event; this is the shell that tells it"
-)]
-async fn pause(duration: Option<Duration>) {
+async fn pause(duration: Option<Duration>, env: &Env) {
     match duration {
-        Some(duration) => tokio::time::sleep(duration).await,
+        Some(duration) => env.runtime.sleep(duration).await,
         None => std::future::pending().await,
     }
 }

@@ -1,16 +1,17 @@
-//! Drives each task on a thread of its own: step, forward its events, park on its signal.
+//! A task as a machine: it steps, and forwards what it says to the coordinator.
 
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use floodmark_dataflow::{
     TaskId,
     channel::Signal,
     task::{Progress, Task, TaskEvent},
 };
-use floodmark_snapshot::{Error, Result, env::spawn_thread};
+use floodmark_snapshot::{
+    Env, Error, Result,
+    runtime::{Machine, Turn},
+};
+use tokio::sync::oneshot;
 
 /// Which subtask of the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,42 +31,58 @@ pub(crate) enum TaskReport {
     Failed(SubtaskId, Error),
 }
 
-/// Starts the thread of a task. It ends when the task is done, has failed, or nobody listens any more.
+/// Completes when a task is gone, however it ended.
+pub(crate) type Ended = oneshot::Receiver<()>;
+
+/// Starts a task. It ends when it is done or has failed.
 pub(crate) fn start(
     id: SubtaskId,
     name: String,
     task: Task,
     signal: Arc<Signal>,
+    env: &Env,
     report: impl Fn(TaskReport) + Send + 'static,
-) -> Result<std::thread::JoinHandle<()>> {
-    spawn_thread(name, move || {
-        // A panic is a defect of ours; it must still end the job with a message rather than leave it hanging.
-        let outcome =
-            catch_unwind(AssertUnwindSafe(|| drive(task, &signal, |event| report(TaskReport::Event(id, event)))));
-        match outcome {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => report(TaskReport::Failed(id, error)),
-            Err(panic) => {
-                let what = panic
-                    .downcast_ref::<String>()
-                    .map(String::as_str)
-                    .or_else(|| panic.downcast_ref::<&str>().copied())
-                    .unwrap_or("unknown cause");
-                report(TaskReport::Failed(id, Error::abort(format!("internal error: task panicked: {what}"))));
-            }
-        }
-    })
+) -> Result<Ended> {
+    let (alive, ended) = oneshot::channel();
+    env.runtime.drive(name, Box::new(Driven { id, task, events: Vec::new(), signal, report, _alive: alive }))?;
+    Ok(ended)
 }
 
-fn drive(mut task: Task, signal: &Signal, report: impl Fn(TaskEvent)) -> Result<()> {
-    let mut events = Vec::new();
-    loop {
-        let progress = task.step(&mut events)?;
-        events.drain(..).for_each(&report);
-        match progress {
-            Progress::Ready => {}
-            Progress::Waiting { until } => signal.wait(until),
-            Progress::Done => return Ok(()),
+struct Driven<R> {
+    id: SubtaskId,
+    task: Task,
+    /// Empty between steps; kept for its allocation.
+    events: Vec<TaskEvent>,
+    signal: Arc<Signal>,
+    report: R,
+    /// Dropped with the task.
+    _alive: oneshot::Sender<()>,
+}
+
+impl<R: Fn(TaskReport) + Send> Machine for Driven<R> {
+    fn step(&mut self) -> Turn {
+        let progress = match self.task.step(&mut self.events) {
+            Ok(progress) => progress,
+            Err(error) => {
+                (self.report)(TaskReport::Failed(self.id, error));
+                return Turn::Done;
+            }
+        };
+        for event in self.events.drain(..) {
+            (self.report)(TaskReport::Event(self.id, event));
         }
+        match progress {
+            Progress::Ready => Turn::Ready,
+            Progress::Waiting { until } => Turn::Waiting { until },
+            Progress::Done => Turn::Done,
+        }
+    }
+
+    fn signal(&self) -> &Arc<Signal> {
+        &self.signal
+    }
+
+    fn panicked(&mut self, what: &str) {
+        (self.report)(TaskReport::Failed(self.id, Error::abort(format!("internal error: task panicked: {what}"))));
     }
 }

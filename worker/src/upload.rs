@@ -14,7 +14,6 @@ use floodmark_snapshot::{
     storage::Storage,
 };
 use futures::{StreamExt, TryStreamExt, stream};
-use tokio::task::spawn_blocking;
 
 use crate::committers::Staged;
 
@@ -54,7 +53,7 @@ impl Uploader {
         for part in parts {
             let mut encoded = Vec::with_capacity(part.shards.len());
             for shard in part.shards {
-                encoded.push(encode(shard).await?);
+                encoded.push(encode(shard, &self.env).await?);
             }
             if let Some(staged) = staged.get(&part.uid) {
                 encoded = restage(encoded, staged, epoch);
@@ -98,11 +97,9 @@ impl Uploader {
     }
 }
 
-async fn encode(shard: PendingShard) -> Result<Encoded> {
+async fn encode(shard: PendingShard, env: &Env) -> Result<Encoded> {
     let PendingShard { kind, key_groups, rows, layer, name, encode, uploaded } = shard;
-    let bytes = spawn_blocking(encode)
-        .await
-        .map_err(|e| Error::abort(format!("internal error: encoding a shard panicked: {e}")))??;
+    let bytes = env.blocking("encoding a shard", encode).await??;
     Ok(Encoded { shard: Shard { key_groups, rows, layer, name, ..Shard::new("", kind) }, bytes, uploaded })
 }
 

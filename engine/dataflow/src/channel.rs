@@ -6,9 +6,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
+
+pub use floodmark_snapshot::runtime::Signal;
 
 use crate::Frame;
 
@@ -16,37 +17,6 @@ use crate::Frame;
 pub const CHANNEL_BYTES_MAX: usize = 1 << 20;
 /// What a frame without rows weighs, bytes.
 const CONTROL_WEIGHT: usize = 64;
-
-/// Wakes one thread. A notification that comes before the wait is not lost.
-#[derive(Debug, Default)]
-pub struct Signal {
-    notified: Mutex<bool>,
-    wake: Condvar,
-}
-
-impl Signal {
-    /// Wakes the thread that waits, or the next that will.
-    pub fn notify(&self) {
-        let mut notified = lock(&self.notified);
-        if !*notified {
-            *notified = true;
-            self.wake.notify_one();
-        }
-    }
-
-    /// Waits for a notification, at most `timeout`.
-    pub fn wait(&self, timeout: Option<Duration>) {
-        let notified = lock(&self.notified);
-        let mut notified = match timeout {
-            Some(timeout) => {
-                let waited = self.wake.wait_timeout_while(notified, timeout, |n| !*n);
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            }
-            None => self.wake.wait_while(notified, |n| !*n).unwrap_or_else(PoisonError::into_inner),
-        };
-        *notified = false;
-    }
-}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

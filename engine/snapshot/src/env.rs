@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use crate::{Epoch, Error, Result};
+use crate::{
+    Epoch, Error, Result,
+    runtime::{Runtime, SystemRuntime},
+};
 
 /// Tells the time.
 pub trait Clock: Send + Sync {
@@ -104,16 +107,19 @@ pub struct Env {
     pub ids: Arc<dyn Ids>,
     /// Watches the protocol.
     pub probe: Arc<dyn Probe>,
+    /// Runs what the process consists of.
+    pub runtime: Arc<dyn Runtime>,
 }
 
 impl Env {
-    /// The real clock and real randomness.
+    /// The real clock and real randomness; threads, and the tokio runtime that the caller is in.
     #[must_use]
     pub fn system() -> Self {
         Self {
             clock: Arc::new(SystemClock { start: Instant::now() }),
             ids: Arc::new(SystemIds(Mutex::new(ulid::Generator::new()))),
             probe: Arc::new(NoProbe),
+            runtime: Arc::new(SystemRuntime),
         }
     }
 
@@ -125,7 +131,8 @@ impl Env {
     }
 }
 
-/// Starts a named thread: the one place where the engine does.
+/// Starts a named thread: the one place where the engine does. What a simulator shall drive goes through
+/// [`Runtime::drive`].
 ///
 /// # Errors
 /// When the operating system refuses another thread.

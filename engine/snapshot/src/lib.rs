@@ -18,7 +18,9 @@ pub mod log;
 pub mod manifest;
 pub mod restore;
 pub mod retention;
+pub mod runtime;
 pub mod schema;
+pub mod sealed;
 pub mod storage;
 
 pub use env::{Clock, Env, Ids, Probe, Step};
