@@ -8,6 +8,9 @@ SHELL := /bin/bash
 export FLOODMARK_CACHE ?= $(HOME)/.cache/floodmark
 export CARGO_TARGET_DIR ?= $(FLOODMARK_CACHE)/target
 export PATH := $(FLOODMARK_CACHE)/tools/bin:$(PATH)
+# RocksDB is compiled once and linked by all builds (scripts/setup-rocksdb.sh).
+export ROCKSDB_LIB_DIR := $(or $(ROCKSDB_LIB_DIR),$(shell scripts/setup-rocksdb.sh --where))
+export ROCKSDB_STATIC ?= 1
 # The program that system tests, demo and bench run.
 export FLOODMARK_BIN ?= $(CARGO_TARGET_DIR)/release/floodmark
 
