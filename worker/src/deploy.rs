@@ -10,6 +10,7 @@ use floodmark_dataflow::{
     channel::{Inbox, Sender, Signal},
     exchange::Router,
     graph::{NodeKind, Parallelism},
+    inflight::InputChannel,
     source::SourceNode,
     task::{ChainedOperator, SourceInput, SubtaskSpec, Task, TaskInput},
 };
@@ -137,7 +138,7 @@ pub(crate) fn tasks(
 struct Ends {
     signal: Arc<Signal>,
     inbox: Inbox,
-    ports: Vec<usize>,
+    channels: Vec<InputChannel>,
     outputs: Vec<Router>,
 }
 
@@ -147,10 +148,10 @@ fn wire(graph: &JobGraph, parallelism: u32, max_parallelism: u16) -> HashMap<(us
         for index in 0..width(graph, TaskId(t), parallelism) {
             let signal = Arc::new(Signal::default());
             let inbox = Inbox::new(signal.clone());
-            all.insert((t, index), Ends { signal, inbox, ports: Vec::new(), outputs: Vec::new() });
+            all.insert((t, index), Ends { signal, inbox, channels: Vec::new(), outputs: Vec::new() });
         }
     }
-    for edge in &graph.edges {
+    for (number, edge) in graph.edges.iter().enumerate() {
         for from in 0..width(graph, edge.from, parallelism) {
             let signal = all[&(edge.from.0, from)].signal.clone();
             let targets = match edge.exchange {
@@ -159,8 +160,9 @@ fn wire(graph: &JobGraph, parallelism: u32, max_parallelism: u16) -> HashMap<(us
             };
             let mut senders: Vec<Sender> = Vec::new();
             for to in targets {
+                let owned = KeyGroupRange::of_subtask(to, width(graph, edge.to, parallelism), max_parallelism);
                 if let Some(ends) = all.get_mut(&(edge.to.0, to)) {
-                    ends.ports.push(edge.port);
+                    ends.channels.push(InputChannel::of_edge(graph, number, owned));
                     senders.push(ends.inbox.channel(signal.clone()));
                 }
             }
@@ -222,7 +224,7 @@ impl Builder<'_> {
         let heads_source = source.is_some();
         let input = match source {
             Some(source) => TaskInput::Source(source),
-            None => TaskInput::Channels(ends.inbox, ends.ports),
+            None => TaskInput::Channels(ends.inbox, ends.channels),
         };
         let snapshots = match self.spec.checkpoints.mode {
             CheckpointMode::ExactlyOnce => Some(AlignmentMode::ExactlyOnce),
@@ -233,6 +235,7 @@ impl Builder<'_> {
             index: self.index,
             parallelism: self.parallelism,
             input,
+            replay: Vec::new(),
             chain,
             outputs: ends.outputs,
             snapshots,

@@ -13,6 +13,7 @@ pub mod exchange;
 pub mod frame;
 pub mod graph;
 pub mod hash;
+pub mod inflight;
 pub mod metrics;
 pub mod operator;
 pub mod sink;

@@ -28,6 +28,7 @@ use crate::{
     Barrier, Batch, Frame, OperatorMetrics, PendingShard, Port, WATERMARK_MAX,
     channel::{Inbox, Signal},
     exchange::Router,
+    inflight::{InFlight, InputChannel},
     metrics::add,
     source::{Compute, Polled, Source, WatermarkSpec},
     watermark::{Combined, InputWatermarks, SplitWatermarks},
@@ -48,6 +49,9 @@ pub struct SubtaskSpec {
     pub parallelism: u32,
     /// Where rows come from.
     pub input: TaskInput,
+    /// Rows that were in flight at the restored snapshot: processed before anything that the channels bring. See
+    /// [`crate::inflight::share`].
+    pub replay: Vec<InFlight>,
     /// The operators behind the source, or all.
     pub chain: Vec<ChainedOperator>,
     /// Where rows go.
@@ -62,8 +66,8 @@ pub struct SubtaskSpec {
 pub enum TaskInput {
     /// A source.
     Source(SourceInput),
-    /// Other tasks. `ports[c]` is the port of the first operator that channel `c` leads to.
-    Channels(Inbox, Vec<Port>),
+    /// Other tasks, and what each channel of the inbox is.
+    Channels(Inbox, Vec<InputChannel>),
 }
 
 /// A source at the head of a task.
@@ -89,6 +93,9 @@ pub struct SourceInput {
 pub enum Command {
     /// Send this barrier (sources only).
     Trigger(Barrier),
+    /// The barrier of this checkpoint overtakes the rows in flight: the task snapshots as soon as it can. To all tasks, after
+    /// the trigger; only for barriers that [may](Barrier::may_overtake).
+    Unalign(Epoch),
     /// The checkpoint is given up.
     Abort(Epoch),
     /// The checkpoint is complete and durable.
@@ -119,12 +126,21 @@ pub struct OperatorPart {
 /// What a task says to the outside.
 #[derive(Debug)]
 pub enum TaskEvent {
-    /// The synchronous part of a snapshot is done.
+    /// The synchronous part of a snapshot is done, and all rows that were in flight to the task are in it. Comes once for each
+    /// barrier that the task has let pass, in their order. Also for one that has been aborted or declined meanwhile: what the
+    /// sinks have staged is in no later one, so it must be kept.
     Snapshot {
         /// Its barrier.
         barrier: Barrier,
         /// The state of the operators that have any.
         parts: Vec<OperatorPart>,
+    },
+    /// The task can't take part in a checkpoint.
+    Declined {
+        /// Which.
+        epoch: Epoch,
+        /// Why.
+        reason: String,
     },
     /// The source has read all its input. It goes on answering triggers.
     Exhausted,
@@ -167,7 +183,13 @@ impl Commands {
 
 enum Input {
     Source(Box<SourceHead>),
-    Channels { inbox: Inbox, ports: Vec<Port>, aligner: Aligner, watermarks: InputWatermarks, pending: Option<Barrier> },
+    Channels {
+        inbox: Inbox,
+        ports: Vec<InputChannel>,
+        aligner: Aligner,
+        watermarks: InputWatermarks,
+        pending: Option<Barrier>,
+    },
 }
 
 struct SourceHead {
@@ -186,6 +208,7 @@ pub struct Task {
     parallelism: u32,
     commands: Commands,
     env: Env,
+    replay: VecDeque<InFlight>,
     /// `End` has been routed: once it has left, the task is done.
     ended: bool,
 }
@@ -194,7 +217,7 @@ impl Task {
     /// A task that has done nothing yet.
     #[must_use]
     pub fn new(spec: SubtaskSpec, env: Env) -> Self {
-        let SubtaskSpec { index: _, parallelism, input, chain, outputs, snapshots, signal } = spec;
+        let SubtaskSpec { index: _, parallelism, input, replay, chain, outputs, snapshots, signal } = spec;
         let input = match input {
             TaskInput::Source(spec) => {
                 let restored = spec.splits.iter().map(|s| (s.watermark, s.finished));
@@ -217,6 +240,7 @@ impl Task {
             parallelism,
             commands,
             env,
+            replay: replay.into(),
             ended: false,
         }
     }
@@ -249,6 +273,10 @@ impl Task {
         if !flushed {
             return Ok(Progress::Waiting { until: None });
         }
+        if let Some(InFlight { port, batch, .. }) = self.replay.pop_front() {
+            self.emit(port, batch)?;
+            return Ok(Progress::Ready);
+        }
         match &mut self.input {
             Input::Source(_) => self.poll(events),
             Input::Channels { inbox, aligner, .. } => match inbox.try_recv(|c| aligner.is_blocked(c)) {
@@ -265,6 +293,7 @@ impl Task {
                     self.snapshot(barrier, events)?;
                 }
             }
+            Command::Unalign(_) => {}
             Command::Abort(epoch) => {
                 if let Input::Channels { aligner, .. } = &mut self.input {
                     aligner.abort(epoch);
@@ -356,7 +385,7 @@ impl Task {
         };
         let combined = match frame {
             Frame::Batch(batch) => {
-                let port = ports[channel];
+                let port = ports[channel].port;
                 self.emit(port, batch)?;
                 return Ok(Progress::Ready);
             }

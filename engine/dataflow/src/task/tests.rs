@@ -81,6 +81,7 @@ fn diamond(mode: AlignmentMode) -> Vec<Task> {
         index: 0,
         parallelism: 1,
         input,
+        replay: Vec::new(),
         chain,
         outputs,
         snapshots: Some(mode),
@@ -103,9 +104,15 @@ fn diamond(mode: AlignmentMode) -> Vec<Task> {
     for (i, inbox) in middle.into_iter().enumerate() {
         let router = Router::new(Exchange::Forward, 128, vec![last.channel(signal.clone())]);
         let chain = vec![sum(&format!("middle{i}"))];
-        tasks.push(Task::new(spec(TaskInput::Channels(inbox, vec![0, 0]), chain, vec![router]), env.clone()));
+        tasks.push(Task::new(
+            spec(TaskInput::Channels(inbox, vec![InputChannel::to_port(0); 2]), chain, vec![router]),
+            env.clone(),
+        ));
     }
-    tasks.push(Task::new(spec(TaskInput::Channels(last, vec![0, 0]), vec![sum("last")], Vec::new()), env));
+    tasks.push(Task::new(
+        spec(TaskInput::Channels(last, vec![InputChannel::to_port(0); 2]), vec![sum("last")], Vec::new()),
+        env,
+    ));
     tasks
 }
 
@@ -138,7 +145,7 @@ fn check_cuts(seed: u64, mode: AlignmentMode, check: impl Fn(u64, i64, i64, i64)
         for event in events {
             match event {
                 TaskEvent::Exhausted => exhausted += 1,
-                TaskEvent::Ended => {}
+                TaskEvent::Ended | TaskEvent::Declined { .. } => {}
                 TaskEvent::Snapshot { barrier, parts } => {
                     let snapshot = snapshots.get_mut(&barrier.epoch).unwrap();
                     snapshot.3 += 1;
