@@ -1,9 +1,9 @@
 //! The contract of an operator: synchronous, batch-wise, and unaware of threads, channels and the network.
 
-use std::{fmt, sync::Arc};
+use std::sync::Arc;
 
-use bytes::Bytes;
-use floodmark_snapshot::{Env, Epoch, KeyGroup, KeyGroupRange, Result, Shard, ShardKind, TimestampMs};
+use floodmark_snapshot::{Env, Epoch, KeyGroup, KeyGroupRange, Result, TimestampMs};
+pub use floodmark_state::{Encode, PendingShard, RestoredShard, StateSnapshot, Uploaded};
 
 use crate::{Barrier, Batch, OperatorMetrics};
 
@@ -53,7 +53,7 @@ pub trait Operator: Send {
 
     /// The synchronous part of a snapshot: clone pointers, not data. Encoding happens later, off this thread, in
     /// [`PendingShard::encode`]. `flush` has run just before. If the barrier asks for a whole snapshot, nothing may be reused,
-    /// and keyed state comes as [`ShardKind::Keyed`].
+    /// and keyed state comes as [`floodmark_snapshot::ShardKind::Keyed`].
     fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
         let _ = barrier;
         Ok(StateSnapshot::default())
@@ -88,69 +88,6 @@ pub trait Operator: Send {
     fn state_size(&self) -> (u64, u64) {
         (0, 0)
     }
-}
-
-/// The state of one operator at a barrier: fixed, but not all of it written yet.
-#[derive(Debug, Default)]
-pub struct StateSnapshot {
-    /// Shards that an earlier, completed checkpoint has uploaded, and that still stand.
-    pub reused: Vec<Shard>,
-    /// Shards to be written.
-    pub pending: Vec<PendingShard>,
-}
-
-impl StateSnapshot {
-    /// A snapshot of which everything is to be written.
-    #[must_use]
-    pub fn of(pending: Vec<PendingShard>) -> Self {
-        Self { reused: Vec::new(), pending }
-    }
-}
-
-/// Encodes a shard's bytes. Runs off the task's thread.
-pub type Encode = Box<dyn FnOnce() -> Result<Bytes> + Send>;
-/// Is told what the manifest will say of a shard, once it is durable. Runs off the task's thread.
-pub type Uploaded = Box<dyn FnOnce(&Shard) + Send>;
-
-/// A shard that a snapshot has fixed but not yet written.
-pub struct PendingShard {
-    /// What it holds.
-    pub kind: ShardKind,
-    /// The key groups of a keyed shard.
-    pub key_groups: Option<KeyGroupRange>,
-    /// Rows (keys or records) in it.
-    pub rows: u64,
-    /// See [`Shard::layer`].
-    pub layer: u32,
-    /// See [`Shard::name`].
-    pub name: Option<String>,
-    /// Makes the bytes: framed by [`floodmark_snapshot::block`].
-    pub encode: Encode,
-    /// Who wants to know of the upload: a back end that will name the shard again.
-    pub uploaded: Option<Uploaded>,
-}
-
-impl PendingShard {
-    /// A shard of layer 0, without a name, that nobody names again.
-    #[must_use]
-    pub fn new(kind: ShardKind, key_groups: Option<KeyGroupRange>, rows: u64, encode: Encode) -> Self {
-        Self { kind, key_groups, rows, layer: 0, name: None, encode, uploaded: None }
-    }
-}
-
-impl fmt::Debug for PendingShard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PendingShard").field("kind", &self.kind).field("rows", &self.rows).finish_non_exhaustive()
-    }
-}
-
-/// A shard read back, its size and hash verified.
-#[derive(Clone, Debug)]
-pub struct RestoredShard {
-    /// What the manifest says of it.
-    pub shard: Shard,
-    /// Its bytes.
-    pub bytes: Bytes,
 }
 
 /// What an operator learns about its place when it is made.

@@ -1,11 +1,16 @@
-//! Keyed state on the heap: tables of rows in chunks, copied on write, and the files that snapshots of them become.
+//! State of operators: what keeps it, how it is snapshotted, and the files that snapshots of it become.
 //!
-//! [`table`] keeps a row of accumulator columns per key. A barrier clones the pointers to its chunks; the first write after it
-//! copies just the chunk that it touches. [`shard`] is the file format: Arrow IPC in checksummed blocks.
+//! [`keyed`] is the contract of keyed state, and [`snapshot`] what a snapshot is before it is written. [`table`] keeps a row of
+//! accumulator columns per key in memory: a barrier clones the pointers to its chunks. [`shard`] is the file format, neutral to
+//! back ends: Arrow IPC in checksummed blocks.
 //!
 //! Invariant: a snapshot never changes once taken, whatever is written afterwards.
 
+pub mod keyed;
 pub mod shard;
+pub mod snapshot;
 pub mod table;
 
+pub use keyed::{KeyedState, Layout, NO_SLOT, RowKeys, Slots, StateBackend, StateSettings, StateSpec};
+pub use snapshot::{Encode, PendingShard, RestoredShard, StateSnapshot, Uploaded};
 pub use table::{Chunk, Column, ColumnType, Rows, Table};
