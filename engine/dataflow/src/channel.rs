@@ -3,15 +3,22 @@
 //!
 //! A queue takes a frame as long as it holds less than its bound, so it exceeds it by one frame at most. Each channel has
 //! its own bound: one that is blocked by alignment holds up no other. That bound is the back-pressure.
+//!
+//! Only what an overtaking barrier takes along goes past the bound. A receiver can take a barrier out of the middle of a
+//! queue, with a copy of the rows before it; the rows stay, and are processed as usual.
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
+use floodmark_snapshot::Epoch;
 pub use floodmark_snapshot::runtime::Signal;
 
-use crate::Frame;
+use crate::{Barrier, Batch, Frame};
 
 /// Bytes that a channel holds before its sender must wait.
 pub const CHANNEL_BYTES_MAX: usize = 1 << 20;
@@ -35,6 +42,8 @@ pub enum Refused {
 struct Queue {
     frames: VecDeque<(Frame, usize)>,
     bytes: usize,
+    /// The barriers among the frames, oldest first, and whether they overtake: found without a search.
+    barriers: VecDeque<(Barrier, bool)>,
     /// Set while the sender waits for room.
     waiting: Option<Arc<Signal>>,
 }
@@ -42,6 +51,10 @@ struct Queue {
 #[derive(Debug)]
 struct Shared {
     queues: Mutex<Vec<Queue>>,
+    /// Barriers in all queues: most of the time none, and then nobody has to look for them. Changes under the lock.
+    barriers: AtomicUsize,
+    /// Bytes that each queue holds before its sender must wait.
+    bound: usize,
     receiver: Arc<Signal>,
 }
 
@@ -66,13 +79,20 @@ impl Inbox {
     /// An inbox without channels. `signal` wakes the thread that reads it.
     #[must_use]
     pub fn new(signal: Arc<Signal>) -> Self {
-        Self { shared: Arc::new(Shared { queues: Mutex::new(Vec::new()), receiver: signal }), next: 0, channels: 0 }
+        Self::bounded(signal, CHANNEL_BYTES_MAX)
+    }
+
+    /// As [`Inbox::new`], with a bound of each channel's own: the bytes that it holds before its sender must wait.
+    #[must_use]
+    pub fn bounded(signal: Arc<Signal>, bound: usize) -> Self {
+        let shared = Shared { queues: Mutex::new(Vec::new()), barriers: AtomicUsize::new(0), bound, receiver: signal };
+        Self { shared: Arc::new(shared), next: 0, channels: 0 }
     }
 
     /// Adds a channel, whose number is the count of those before it. `signal` wakes the sender's thread.
     pub fn channel(&mut self, signal: Arc<Signal>) -> Sender {
         let mut queues = lock(&self.shared.queues);
-        queues.push(Queue { frames: VecDeque::new(), bytes: 0, waiting: None });
+        queues.push(Queue { frames: VecDeque::new(), bytes: 0, barriers: VecDeque::new(), waiting: None });
         self.channels = queues.len();
         Sender { shared: self.shared.clone(), channel: self.channels - 1, signal }
     }
@@ -94,8 +114,12 @@ impl Inbox {
             let queue = &mut queues[channel];
             if let Some((frame, weight)) = queue.frames.pop_front() {
                 queue.bytes -= weight;
-                let wake = if queue.bytes < CHANNEL_BYTES_MAX { queue.waiting.take() } else { None };
+                let wake = if queue.bytes < self.shared.bound { queue.waiting.take() } else { None };
                 self.next = (channel + 1) % self.channels;
+                if barrier_of(&frame).is_some() {
+                    queue.barriers.pop_front();
+                    self.shared.barriers.fetch_sub(1, Ordering::Relaxed);
+                }
                 drop(queues);
                 if let Some(sender) = wake {
                     sender.notify();
@@ -104,6 +128,69 @@ impl Inbox {
             }
         }
         None
+    }
+
+    /// The barriers that wait in the channels which hold any.
+    #[must_use]
+    pub fn waiting_barriers(&self) -> Vec<WaitingBarriers> {
+        // A barrier that is pushed at this moment is seen at the next step: its sender notifies the signal after it.
+        if self.shared.barriers.load(Ordering::Relaxed) == 0 {
+            return Vec::new();
+        }
+        let mut all = Vec::new();
+        for (channel, queue) in lock(&self.shared.queues).iter().enumerate() {
+            if !queue.barriers.is_empty() {
+                let overtaking = queue.barriers.iter().filter(|(_, overtakes)| *overtakes).map(|(b, _)| b.epoch).max();
+                all.push(WaitingBarriers {
+                    channel,
+                    barriers: queue.barriers.iter().map(|(b, _)| *b).collect(),
+                    overtaking: overtaking.unwrap_or_default(),
+                });
+            }
+        }
+        all
+    }
+
+    /// Takes the barrier of `epoch` out of the queue of `channel`, and answers with the rows before it, which stay there.
+    pub fn take_barrier(&mut self, channel: usize, epoch: Epoch) -> Vec<Batch> {
+        let mut queues = lock(&self.shared.queues);
+        let Some(queue) = queues.get_mut(channel) else { return Vec::new() };
+        let is_it = |(frame, _): &(Frame, usize)| barrier_of(frame).is_some_and(|b| b.epoch == epoch);
+        let Some(at) = queue.frames.iter().position(is_it) else { return Vec::new() };
+        if let Some((_, weight)) = queue.frames.remove(at) {
+            queue.bytes -= weight;
+            queue.barriers.retain(|(b, _)| b.epoch != epoch);
+            self.shared.barriers.fetch_sub(1, Ordering::Relaxed);
+        }
+        let rows = queue.frames.iter().take(at).filter_map(|(frame, _)| match frame {
+            Frame::Batch(batch) => Some(batch.clone()),
+            Frame::Watermark(_) | Frame::Barrier(_) | Frame::Overtaking(_) | Frame::Idle | Frame::End => None,
+        });
+        let rows = rows.collect();
+        let wake = if queue.bytes < self.shared.bound { queue.waiting.take() } else { None };
+        drop(queues);
+        if let Some(sender) = wake {
+            sender.notify();
+        }
+        rows
+    }
+}
+
+/// The barriers in the queue of one channel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WaitingBarriers {
+    /// The channel.
+    pub channel: usize,
+    /// The barriers, oldest first.
+    pub barriers: Vec<Barrier>,
+    /// The newest of them that is marked as overtaking; 0 if none is.
+    pub overtaking: Epoch,
+}
+
+fn barrier_of(frame: &Frame) -> Option<Barrier> {
+    match frame {
+        Frame::Barrier(barrier) | Frame::Overtaking(barrier) => Some(*barrier),
+        Frame::Batch(_) | Frame::Watermark(_) | Frame::Idle | Frame::End => None,
     }
 }
 
@@ -126,29 +213,50 @@ impl Sender {
     pub fn try_send(&self, frame: Frame) -> Result<(), Refused> {
         let mut queues = lock(&self.shared.queues);
         let Some(queue) = queues.get_mut(self.channel) else { return Err(Refused::Closed) };
-        if queue.bytes >= CHANNEL_BYTES_MAX {
+        if queue.bytes >= self.shared.bound {
             queue.waiting = Some(self.signal.clone());
             return Err(Refused::Full(frame));
         }
+        self.push(queue, frame);
+        drop(queues);
+        self.shared.receiver.notify();
+        Ok(())
+    }
+
+    /// Puts a frame into the channel, whether there is room or not. Only for what an overtaking barrier takes along.
+    ///
+    /// # Errors
+    /// [`Refused::Closed`].
+    pub fn send_past_bound(&self, frame: Frame) -> Result<(), Refused> {
+        let mut queues = lock(&self.shared.queues);
+        let Some(queue) = queues.get_mut(self.channel) else { return Err(Refused::Closed) };
+        self.push(queue, frame);
+        drop(queues);
+        self.shared.receiver.notify();
+        Ok(())
+    }
+
+    fn push(&self, queue: &mut Queue, frame: Frame) {
         match (&frame, queue.frames.back_mut()) {
             // Nothing lies between them: the later watermark says it all.
             (Frame::Watermark(_), Some((last @ Frame::Watermark(_), _))) => *last = frame,
             _ => {
+                if let Some(barrier) = barrier_of(&frame) {
+                    queue.barriers.push_back((barrier, matches!(frame, Frame::Overtaking(_))));
+                    self.shared.barriers.fetch_add(1, Ordering::Relaxed);
+                }
                 let weight = weight(&frame);
                 queue.bytes += weight;
                 queue.frames.push_back((frame, weight));
             }
         }
-        drop(queues);
-        self.shared.receiver.notify();
-        Ok(())
     }
 }
 
 fn weight(frame: &Frame) -> usize {
     match frame {
         Frame::Batch(batch) => batch.weight(),
-        Frame::Watermark(_) | Frame::Barrier(_) | Frame::Idle | Frame::End => CONTROL_WEIGHT,
+        Frame::Watermark(_) | Frame::Barrier(_) | Frame::Overtaking(_) | Frame::Idle | Frame::End => CONTROL_WEIGHT,
     }
 }
 
@@ -157,7 +265,6 @@ mod tests {
     use arrow::{array::Int64Array, record_batch::RecordBatch};
 
     use super::*;
-    use crate::Batch;
 
     fn batch(rows: usize) -> Frame {
         let column = Arc::new(Int64Array::from(vec![7; rows]));
@@ -193,6 +300,33 @@ mod tests {
             order.push(channel);
         }
         assert_eq!(order, [0, 2, 0, 2]);
+    }
+
+    #[test]
+    fn a_barrier_is_taken_out_of_the_middle_with_a_copy_of_the_rows_before_it() {
+        let signal = Arc::new(Signal::default());
+        let mut inbox = Inbox::bounded(signal.clone(), 1 << 20);
+        let senders: Vec<_> = (0..2).map(|_| inbox.channel(signal.clone())).collect();
+        let barrier = |epoch| Barrier::checkpoint(Epoch(epoch));
+        for frame in [batch(1), Frame::Barrier(barrier(1)), Frame::Watermark(5), batch(2)] {
+            senders[1].try_send(frame).unwrap();
+        }
+        senders[1].send_past_bound(Frame::Overtaking(barrier(2))).unwrap();
+        senders[1].try_send(batch(3)).unwrap();
+        let waiting = [WaitingBarriers { channel: 1, barriers: vec![barrier(1), barrier(2)], overtaking: Epoch(2) }];
+        assert_eq!(inbox.waiting_barriers(), waiting);
+        let sizes = |batches: Vec<Batch>| batches.iter().map(Batch::len).collect::<Vec<_>>();
+        assert_eq!(sizes(inbox.take_barrier(1, Epoch(2))), [1, 2]);
+        assert_eq!(sizes(inbox.take_barrier(1, Epoch(2))), [0; 0], "gone");
+        let mut order = Vec::new();
+        while let Some((_, frame)) = inbox.try_recv(|_| false) {
+            order.push(match frame {
+                Frame::Batch(batch) => batch.len().to_string(),
+                other => format!("{other:?}").split(['(', ' ']).next().unwrap().to_owned(),
+            });
+        }
+        assert_eq!(order, ["1", "Barrier", "Watermark", "2", "3"]);
+        assert!(inbox.waiting_barriers().is_empty());
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! Deals the batches of a subtask out to the subtasks of the next task.
 //!
-//! A router never blocks: what a full channel refuses waits in the router, and the task takes no new input meanwhile.
+//! A router never blocks: what a full channel refuses waits in the router, and the task takes no new input meanwhile. When a
+//! barrier overtakes, what waits before it goes past the channel's bound: that is what one input gave rise to, and what the
+//! chain held back until the barrier.
 //! Invariant: the frames of one target arrive in the order in which they were routed.
 
 use std::{collections::VecDeque, sync::Arc};
 
 use arrow::{array::UInt32Array, compute::take_record_batch};
-use floodmark_snapshot::{Error, KeyGroup, Result};
+use floodmark_snapshot::{Epoch, Error, KeyGroup, Result};
 
 use crate::{
     Batch, Exchange, Frame,
@@ -79,11 +81,36 @@ impl Router {
                         empty = false;
                         break;
                     }
-                    Err(Refused::Closed) => return Err(Error::retry("a downstream task is gone")),
+                    Err(Refused::Closed) => return Err(gone()),
                 }
             }
         }
         Ok(empty)
+    }
+
+    /// If the barrier of `epoch` still waits here, sends it and what waits before it, whether there is room or not, and lets
+    /// the receivers know that it overtakes. A forward exchange stays in order: see [`InputChannel::in_order`].
+    ///
+    /// [`InputChannel::in_order`]: crate::inflight::InputChannel::in_order
+    ///
+    /// # Errors
+    /// When a receiver is gone: its task has failed.
+    pub fn overtake(&mut self, epoch: Epoch) -> Result<()> {
+        if self.exchange == Exchange::Forward {
+            return Ok(());
+        }
+        for target in &mut self.targets {
+            let is_it = |f: &Frame| matches!(f, Frame::Barrier(b) if b.epoch == epoch && b.may_overtake());
+            let Some(at) = target.waiting.iter().position(is_it) else { continue };
+            for frame in target.waiting.drain(..=at) {
+                let frame = match frame {
+                    Frame::Barrier(barrier) if barrier.epoch == epoch => Frame::Overtaking(barrier),
+                    other => other,
+                };
+                target.sender.send_past_bound(frame).map_err(|_| gone())?;
+            }
+        }
+        Ok(())
     }
 
     fn push(&mut self, target: usize, batch: Batch) {
@@ -130,6 +157,10 @@ impl Router {
     }
 }
 
+fn gone() -> Error {
+    Error::retry("a downstream task is gone")
+}
+
 #[cfg(test)]
 mod tests {
     use arrow::{
@@ -139,7 +170,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::channel::{Inbox, Signal};
+    use crate::{
+        Barrier,
+        channel::{Inbox, Signal},
+    };
 
     #[test]
     fn each_key_goes_to_the_owner_of_its_key_group_with_its_hash_and_in_order() {
@@ -160,5 +194,50 @@ mod tests {
             seen += batch.len();
         }
         assert_eq!(seen, 1000);
+    }
+
+    fn rows(n: usize) -> Batch {
+        let column = Arc::new(Int64Array::from(vec![7; n]));
+        Batch::new(RecordBatch::try_from_iter([("k", column as _)]).unwrap())
+    }
+
+    #[test]
+    fn an_overtaking_barrier_takes_what_waits_before_it_along_and_nothing_else() {
+        let signal = Arc::new(Signal::default());
+        let mut inbox = Inbox::bounded(signal.clone(), 1);
+        let mut router = Router::new(Exchange::Rebalance, 128, vec![inbox.channel(signal)]);
+        router.batch(rows(1)).unwrap();
+        router.batch(rows(2)).unwrap();
+        router.broadcast(&Frame::Barrier(Barrier::checkpoint(Epoch(1))));
+        router.batch(rows(3)).unwrap();
+        assert!(!router.flush().unwrap(), "one batch fills the channel");
+        router.overtake(Epoch(2)).unwrap();
+        assert!(inbox.waiting_barriers().is_empty(), "another barrier");
+        router.overtake(Epoch(1)).unwrap();
+        let waiting = inbox.waiting_barriers();
+        assert_eq!((waiting.len(), waiting[0].overtaking), (1, Epoch(1)));
+        let ahead: Vec<_> = inbox.take_barrier(0, Epoch(1)).iter().map(Batch::len).collect();
+        assert_eq!(ahead, [1, 2]);
+        assert!(!router.flush().unwrap(), "back-pressure goes on behind the barrier");
+        let sizes = std::iter::from_fn(|| match inbox.try_recv(|_| false) {
+            Some((_, Frame::Batch(batch))) => Some(batch.len()),
+            _ => None,
+        });
+        assert_eq!(sizes.collect::<Vec<_>>(), [1, 2], "the rows are still to be processed");
+        assert!(router.flush().unwrap());
+    }
+
+    #[test]
+    fn nothing_overtakes_on_a_forward_exchange_and_no_savepoint_anywhere() {
+        let signal = Arc::new(Signal::default());
+        for (exchange, whole) in [(Exchange::Forward, false), (Exchange::Rebalance, true)] {
+            let mut inbox = Inbox::bounded(signal.clone(), 1);
+            let mut router = Router::new(exchange, 128, vec![inbox.channel(signal.clone())]);
+            router.batch(rows(1)).unwrap();
+            router.broadcast(&Frame::Barrier(Barrier { whole, ..Barrier::checkpoint(Epoch(1)) }));
+            router.flush().unwrap();
+            router.overtake(Epoch(1)).unwrap();
+            assert!(inbox.waiting_barriers().is_empty());
+        }
     }
 }

@@ -105,6 +105,8 @@ pub enum Frame {
     Watermark(TimestampMs),
     /// See [`Barrier`].
     Barrier(Barrier),
+    /// A barrier that overtakes: the receiver looks out for it, and takes the rows before it into its snapshot.
+    Overtaking(Barrier),
     /// The channel has no rows for now and holds no watermark back, until the next `Batch` or `Watermark`.
     Idle,
     /// Nothing comes after this.

@@ -104,7 +104,6 @@ struct Header {
 
 /// The shard that rows in flight over one input become. Pointers are cloned here; encoding happens later.
 #[must_use]
-#[cfg_attr(not(test), expect(dead_code, reason = "tasks don't snapshot unaligned yet"))]
 pub(crate) fn pending(
     input: &Arc<str>,
     port: Port,

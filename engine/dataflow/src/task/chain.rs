@@ -34,6 +34,11 @@ impl Chain {
         Self { operators, output: Output::default() }
     }
 
+    /// The first operator.
+    pub(super) fn first(&self) -> Option<&ChainedOperator> {
+        self.operators.first()
+    }
+
     /// A batch comes into `port` of the first operator.
     pub(super) fn process(&mut self, port: Port, batch: Batch, leave: Leave<'_>) -> Result<()> {
         self.run(0, port, vec![batch], leave)

@@ -10,6 +10,8 @@
 //! is freed by barriers that are ahead of everything that its full neighbours hold, because each channel has its own bound.
 
 mod chain;
+mod channels;
+mod source;
 
 use std::{
     collections::VecDeque,
@@ -17,29 +19,31 @@ use std::{
     time::Duration,
 };
 
-use arrow::record_batch::RecordBatch;
 use floodmark_snapshot::{
     Env, Epoch, Error, OperatorUid, Result, Shard, SplitState, StateSchema, TimestampMs,
-    alignment::{Aligner, AlignmentMode},
+    alignment::{Alignment, AlignmentMode, GiveUp},
 };
 
-use self::chain::Chain;
+use self::{
+    chain::Chain,
+    channels::{ChannelHead, Early, Report},
+    source::SourceHead,
+};
 use crate::{
-    Barrier, Batch, Frame, OperatorMetrics, PendingShard, Port, WATERMARK_MAX,
+    Barrier, BarrierKind, Batch, Frame, OperatorMetrics, PendingShard, Port, WATERMARK_MAX,
     channel::{Inbox, Signal},
     exchange::Router,
     inflight::{InFlight, InputChannel},
-    metrics::add,
     source::{Compute, Polled, Source, WatermarkSpec},
-    watermark::{Combined, InputWatermarks, SplitWatermarks},
+    watermark::Combined,
 };
 
-pub use self::chain::ChainedOperator;
+pub use self::{chain::ChainedOperator, channels::CHANNEL_STATE_BYTES_MAX};
 
 /// How long a source waits for rows before its task looks for commands, at most.
 pub const SOURCE_POLL_MAX: Duration = Duration::from_millis(10);
-/// Checkpoints whose positions a source remembers until they are complete.
-const POSITIONS_REMEMBERED_MAX: usize = 8;
+/// Aborted checkpoints that a task remembers, so that operators hear of each once.
+const ABORTS_REMEMBERED_MAX: usize = 64;
 
 /// What a task is made of.
 pub struct SubtaskSpec {
@@ -183,20 +187,7 @@ impl Commands {
 
 enum Input {
     Source(Box<SourceHead>),
-    Channels {
-        inbox: Inbox,
-        ports: Vec<InputChannel>,
-        aligner: Aligner,
-        watermarks: InputWatermarks,
-        pending: Option<Barrier>,
-    },
-}
-
-struct SourceHead {
-    spec: SourceInput,
-    watermarks: SplitWatermarks,
-    exhausted: bool,
-    positions: VecDeque<(Epoch, Vec<SplitState>)>,
+    Channels(Box<ChannelHead>),
 }
 
 /// One subtask. See the header of this file.
@@ -204,11 +195,12 @@ pub struct Task {
     input: Input,
     chain: Chain,
     outputs: Vec<Router>,
-    snapshots: bool,
+    snapshots: Option<AlignmentMode>,
     parallelism: u32,
     commands: Commands,
     env: Env,
-    replay: VecDeque<InFlight>,
+    /// Checkpoints whose end the operators have been told, newest last.
+    aborted: VecDeque<Epoch>,
     /// `End` has been routed: once it has left, the task is done.
     ended: bool,
 }
@@ -219,16 +211,10 @@ impl Task {
     pub fn new(spec: SubtaskSpec, env: Env) -> Self {
         let SubtaskSpec { index: _, parallelism, input, replay, chain, outputs, snapshots, signal } = spec;
         let input = match input {
-            TaskInput::Source(spec) => {
-                let restored = spec.splits.iter().map(|s| (s.watermark, s.finished));
-                let idle_timeout = spec.watermark.as_ref().and_then(|w| w.idle_timeout);
-                let watermarks = SplitWatermarks::new(restored, idle_timeout, env.clock.monotonic());
-                Input::Source(Box::new(SourceHead { spec, watermarks, exhausted: false, positions: VecDeque::new() }))
-            }
-            TaskInput::Channels(inbox, ports) => {
-                let channels = inbox.channels();
-                let aligner = Aligner::new(channels, snapshots.unwrap_or(AlignmentMode::AtLeastOnce));
-                Input::Channels { inbox, ports, aligner, watermarks: InputWatermarks::new(channels), pending: None }
+            TaskInput::Source(spec) => Input::Source(Box::new(SourceHead::new(spec, env.clock.monotonic()))),
+            TaskInput::Channels(inbox, inputs) => {
+                let mode = snapshots.unwrap_or(AlignmentMode::AtLeastOnce);
+                Input::Channels(Box::new(ChannelHead::new(inbox, inputs, mode, replay)))
             }
         };
         let commands = Commands { queue: Arc::default(), signal };
@@ -236,11 +222,11 @@ impl Task {
             input,
             chain: Chain::new(chain),
             outputs,
-            snapshots: snapshots.is_some(),
+            snapshots,
             parallelism,
             commands,
             env,
-            replay: replay.into(),
+            aborted: VecDeque::new(),
             ended: false,
         }
     }
@@ -249,6 +235,15 @@ impl Task {
     #[must_use]
     pub fn commands(&self) -> Commands {
         self.commands.clone()
+    }
+
+    /// The same task with another bound than [`CHANNEL_STATE_BYTES_MAX`].
+    #[must_use]
+    pub fn with_channel_state_max(mut self, bytes: usize) -> Self {
+        if let Input::Channels(head) = &mut self.input {
+            head.state_bytes_max = bytes;
+        }
+        self
     }
 
     /// Does a bounded amount of work; adds to `events` what the outside must know.
@@ -270,19 +265,21 @@ impl Task {
         if let Some(command) = self.commands.next() {
             return self.command(command, events);
         }
+        // Barriers that overtake are let pass also while output waits for room: that is what they are for.
+        if self.overtaken(events)? {
+            return Ok(Progress::Ready);
+        }
         if !flushed {
             return Ok(Progress::Waiting { until: None });
         }
-        if let Some(InFlight { port, batch, .. }) = self.replay.pop_front() {
+        let Input::Channels(head) = &mut self.input else { return self.poll(events) };
+        if let Some(InFlight { port, batch, .. }) = head.replay() {
             self.emit(port, batch)?;
             return Ok(Progress::Ready);
         }
-        match &mut self.input {
-            Input::Source(_) => self.poll(events),
-            Input::Channels { inbox, aligner, .. } => match inbox.try_recv(|c| aligner.is_blocked(c)) {
-                Some((channel, frame)) => self.receive(channel, frame, events),
-                None => Ok(Progress::Waiting { until: None }),
-            },
+        match head.next() {
+            Some((channel, frame)) => self.receive(channel, frame, events),
+            None => Ok(Progress::Waiting { until: None }),
         }
     }
 
@@ -290,18 +287,16 @@ impl Task {
         match command {
             Command::Trigger(barrier) => {
                 if matches!(self.input, Input::Source(_)) {
-                    self.snapshot(barrier, events)?;
+                    if barrier.kind == BarrierKind::Drain {
+                        self.watermark(WATERMARK_MAX)?;
+                    }
+                    self.snapshot(barrier, false, events)?;
                 }
             }
-            Command::Unalign(_) => {}
-            Command::Abort(epoch) => {
-                if let Input::Channels { aligner, .. } = &mut self.input {
-                    aligner.abort(epoch);
-                }
-                self.chain.aborted(epoch)?;
-            }
+            Command::Unalign(epoch) => self.unalign(epoch, events)?,
+            Command::Abort(epoch) => self.abort(epoch, events)?,
             Command::Completed(epoch) => self.completed(epoch)?,
-            Command::Cancel if self.snapshots => {
+            Command::Cancel if self.snapshots.is_some() => {
                 events.push(TaskEvent::Ended);
                 return Ok(Progress::Done);
             }
@@ -317,17 +312,127 @@ impl Task {
 
     fn completed(&mut self, epoch: Epoch) -> Result<()> {
         if let Input::Source(head) = &mut self.input {
-            while let Some((of, positions)) = head.positions.front() {
-                if *of > epoch {
-                    break;
-                }
-                if *of == epoch {
-                    head.spec.source.on_completed(epoch, positions)?;
-                }
-                head.positions.pop_front();
-            }
+            head.completed(epoch)?;
         }
         self.chain.completed(epoch)
+    }
+
+    fn abort(&mut self, epoch: Epoch, events: &mut Vec<TaskEvent>) -> Result<()> {
+        if self.aborted.contains(&epoch) {
+            return Ok(());
+        }
+        self.aborted.push_back(epoch);
+        if self.aborted.len() > ABORTS_REMEMBERED_MAX {
+            self.aborted.pop_front();
+        }
+        let steps = match &mut self.input {
+            Input::Source(head) => {
+                head.aborted(epoch);
+                Vec::new()
+            }
+            Input::Channels(head) => head.aligner.abort(epoch),
+        };
+        self.align(steps, None, events)?;
+        self.chain.aborted(epoch)
+    }
+
+    /// The barrier of `epoch` overtakes: what waits for room if it has left the chain, else what comes before it.
+    fn unalign(&mut self, epoch: Epoch, events: &mut Vec<TaskEvent>) -> Result<()> {
+        if self.snapshots != Some(AlignmentMode::ExactlyOnce) {
+            return Ok(());
+        }
+        self.outputs.iter_mut().try_for_each(|router| router.overtake(epoch))?;
+        match &mut self.input {
+            Input::Source(_) => Ok(()),
+            Input::Channels(head) => {
+                let steps = head.aligner.unalign(epoch);
+                self.align(steps, None, events)
+            }
+        }
+    }
+
+    /// Receives one barrier ahead of the rows before it, if there is one that overtakes. Tells whether it did anything.
+    fn overtaken(&mut self, events: &mut Vec<TaskEvent>) -> Result<bool> {
+        let Input::Channels(head) = &mut self.input else { return Ok(false) };
+        let steps = head.notice();
+        if !steps.is_empty() {
+            self.align(steps, None, events)?;
+            return Ok(true);
+        }
+        let Some(early) = head.early() else { return Ok(false) };
+        let steps = head.aligner.barrier(early.channel, early.barrier);
+        self.align(steps, Some(early), events)?;
+        Ok(true)
+    }
+
+    /// Carries out what the aligner says, after a barrier was received early, if one was.
+    fn align(&mut self, steps: Vec<Alignment>, mut early: Option<Early>, events: &mut Vec<TaskEvent>) -> Result<()> {
+        self.collect_early(early.as_mut());
+        for step in steps {
+            match step {
+                Alignment::Snapshot { barrier, overtakes } => {
+                    self.snapshot(barrier, overtakes, events)?;
+                    self.collect_early(early.as_mut());
+                }
+                Alignment::Complete(epoch) => self.report(epoch, true, events)?,
+                Alignment::GivenUp { epoch, cause } => {
+                    let reason = match cause {
+                        GiveUp::Aborted => None,
+                        GiveUp::Skipped => Some("a later barrier came without it"),
+                        GiveUp::Crowded => Some("too many checkpoints are under way"),
+                    };
+                    if let Some(reason) = reason {
+                        events.push(TaskEvent::Declined { epoch, reason: reason.into() });
+                    }
+                    self.report(epoch, false, events)?;
+                }
+            }
+        }
+        self.decline_overfull(events)
+    }
+
+    fn collect_early(&mut self, early: Option<&mut Early>) {
+        if let (Input::Channels(head), Some(early)) = (&mut self.input, early) {
+            head.collect_early(early);
+        }
+    }
+
+    /// Declines the checkpoints that have collected more rows in flight than they may.
+    fn decline_overfull(&mut self, events: &mut Vec<TaskEvent>) -> Result<()> {
+        while let Input::Channels(head) = &mut self.input
+            && let Some(epoch) = head.overfull()
+        {
+            let reason = format!("more than {} bytes of rows are in flight to one subtask", head.state_bytes_max);
+            events.push(TaskEvent::Declined { epoch, reason });
+            // Waits for nothing any more: the coordinator's notice will find it settled.
+            let steps = head.aligner.abort(epoch);
+            self.report(epoch, false, events)?;
+            self.align(steps, None, events)?;
+        }
+        Ok(())
+    }
+
+    /// Hands over the snapshot of `epoch`, if it was taken: with the rows in flight, if it is complete.
+    fn report(&mut self, epoch: Epoch, complete: bool, events: &mut Vec<TaskEvent>) -> Result<()> {
+        let Input::Channels(head) = &mut self.input else { return Ok(()) };
+        let Some(Report { barrier, mut parts, in_flight }) = head.finish(epoch, complete) else { return Ok(()) };
+        if !in_flight.is_empty() {
+            let first = self.chain.first().ok_or_else(|| Error::abort("internal error: a task without operators"))?;
+            match parts.iter_mut().find(|p| p.uid == first.uid) {
+                Some(part) => part.shards.extend(in_flight),
+                None => parts.push(OperatorPart {
+                    uid: first.uid.clone(),
+                    kind: first.kind.clone(),
+                    schema: first.state_schema.clone().unwrap_or_default(),
+                    parallelism: self.parallelism,
+                    splits: Vec::new(),
+                    reused: Vec::new(),
+                    shards: in_flight,
+                }),
+            }
+        }
+        events.push(TaskEvent::Snapshot { barrier, parts });
+        Ok(())
     }
 
     fn poll(&mut self, events: &mut Vec<TaskEvent>) -> Result<Progress> {
@@ -354,7 +459,7 @@ impl Task {
             Polled::Exhausted => {
                 head.exhausted = true;
                 self.watermark(WATERMARK_MAX)?;
-                if self.snapshots {
+                if self.snapshots.is_some() {
                     events.push(TaskEvent::Exhausted);
                 } else {
                     self.end()?;
@@ -380,31 +485,27 @@ impl Task {
     }
 
     fn receive(&mut self, channel: usize, frame: Frame, events: &mut Vec<TaskEvent>) -> Result<Progress> {
-        let Input::Channels { ports, aligner, watermarks, pending, .. } = &mut self.input else {
-            return Ok(Progress::Ready);
-        };
+        let Input::Channels(head) = &mut self.input else { return Ok(Progress::Ready) };
         let combined = match frame {
             Frame::Batch(batch) => {
-                let port = ports[channel].port;
+                head.collect(channel, &batch);
+                let port = head.port(channel);
+                self.decline_overfull(events)?;
                 self.emit(port, batch)?;
                 return Ok(Progress::Ready);
             }
-            Frame::Barrier(barrier) => {
-                *pending = Some(barrier);
-                if aligner.barrier(channel, barrier.epoch).is_some() {
-                    self.snapshot(barrier, events)?;
-                }
+            // One that overtakes and is received in order comes on a channel that keeps order.
+            Frame::Barrier(barrier) | Frame::Overtaking(barrier) => {
+                let steps = head.aligner.barrier(channel, barrier);
+                self.align(steps, None, events)?;
                 return Ok(Progress::Ready);
             }
-            Frame::Watermark(watermark) => watermarks.watermark(channel, watermark),
-            Frame::Idle => watermarks.idle(channel),
+            Frame::Watermark(watermark) => head.watermarks.watermark(channel, watermark),
+            Frame::Idle => head.watermarks.idle(channel),
             Frame::End => {
-                let aligned = aligner.ended(channel);
-                let barrier = pending.filter(|b| Some(b.epoch) == aligned);
-                let over = aligner.all_ended();
-                if let Some(barrier) = barrier {
-                    self.snapshot(barrier, events)?;
-                }
+                let steps = head.aligner.ended(channel);
+                let over = head.aligner.all_ended();
+                self.align(steps, None, events)?;
                 if over {
                     self.end()?;
                 }
@@ -444,7 +545,8 @@ impl Task {
         Ok(())
     }
 
-    fn snapshot(&mut self, barrier: Barrier, events: &mut Vec<TaskEvent>) -> Result<()> {
+    /// Takes the snapshot of everything in this task, and sends the barrier on.
+    fn snapshot(&mut self, barrier: Barrier, overtakes: bool, events: &mut Vec<TaskEvent>) -> Result<()> {
         let outputs = &mut self.outputs;
         self.chain.flush(&mut |batch| route(outputs, batch))?;
         let mut parts = Vec::new();
@@ -452,10 +554,18 @@ impl Task {
             parts.push(head.snapshot(barrier.epoch, self.parallelism)?);
         }
         self.chain.snapshot(&barrier, self.parallelism, &mut parts)?;
-        events.push(TaskEvent::Snapshot { barrier, parts });
         self.broadcast(&Frame::Barrier(barrier));
-        if barrier.stops() && matches!(self.input, Input::Source(_)) {
-            self.end()?;
+        if overtakes {
+            self.outputs.iter_mut().try_for_each(|router| router.overtake(barrier.epoch))?;
+        }
+        match &mut self.input {
+            Input::Channels(head) => head.taken(barrier, parts),
+            Input::Source(_) => {
+                events.push(TaskEvent::Snapshot { barrier, parts });
+                if barrier.stops() {
+                    self.end()?;
+                }
+            }
         }
         Ok(())
     }
@@ -483,53 +593,6 @@ fn route(outputs: &mut [Router], batch: Batch) -> Result<()> {
         last.batch(batch)?;
     }
     Ok(())
-}
-
-impl SourceHead {
-    /// Computed columns, counters and event time of a batch of `split`.
-    fn take(&mut self, split: usize, rows: RecordBatch, now: Duration) -> Result<RecordBatch> {
-        let spec = &self.spec;
-        let rows = match &spec.compute {
-            Some(compute) if rows.num_rows() > 0 => compute(rows)?,
-            Some(_) | None => rows,
-        };
-        if rows.num_rows() > 0 {
-            add(&spec.metrics.rows_out, rows.num_rows() as u64);
-            if let Some(watermark) = &spec.watermark {
-                self.watermarks.rows(split, (watermark.event_time)(&rows)?, now);
-            }
-        }
-        Ok(rows)
-    }
-
-    fn snapshot(&mut self, epoch: Epoch, parallelism: u32) -> Result<OperatorPart> {
-        self.spec.source.flush().map_err(|e| e.context(&self.spec.uid))?;
-        let mut splits = self.spec.source.positions().map_err(|e| e.context(&self.spec.uid))?;
-        if splits.len() < self.spec.splits.len() {
-            return Err(Error::abort(format!(
-                "internal error: {} told {} positions of {} splits",
-                self.spec.uid,
-                splits.len(),
-                self.spec.splits.len()
-            )));
-        }
-        for (i, split) in splits.iter_mut().enumerate() {
-            split.watermark = self.watermarks.of(i);
-        }
-        self.positions.push_back((epoch, splits.clone()));
-        if self.positions.len() > POSITIONS_REMEMBERED_MAX {
-            self.positions.pop_front();
-        }
-        Ok(OperatorPart {
-            uid: self.spec.uid.clone(),
-            kind: self.spec.kind.clone(),
-            schema: StateSchema::default(),
-            parallelism,
-            splits,
-            reused: Vec::new(),
-            shards: Vec::new(),
-        })
-    }
 }
 
 #[cfg(test)]

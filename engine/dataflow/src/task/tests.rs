@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use arrow::{
     array::{AsArray, Int64Array},
     datatypes::Int64Type,
+    record_batch::RecordBatch,
 };
 use bytes::Bytes;
 use floodmark_snapshot::ShardKind;
