@@ -12,5 +12,5 @@ pub mod snapshot;
 pub mod table;
 
 pub use keyed::{KeyedState, Layout, NO_SLOT, RowKeys, Slots, StateBackend, StateSettings, StateSpec};
-pub use snapshot::{Encode, PendingShard, RestoredShard, StateSnapshot, Uploaded};
+pub use snapshot::{Encode, Expand, PendingShard, RestoredShard, StateSnapshot, Uploaded};
 pub use table::{Chunk, Column, ColumnType, Rows, Table};

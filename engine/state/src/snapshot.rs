@@ -3,7 +3,7 @@
 use std::fmt;
 
 use bytes::Bytes;
-use floodmark_snapshot::{KeyGroupRange, Result, Shard, ShardKind};
+use floodmark_snapshot::{Error, KeyGroupRange, Result, Shard, ShardKind};
 
 /// The state of one operator at a barrier: fixed, but not all of it written yet.
 #[derive(Debug, Default)]
@@ -21,6 +21,23 @@ impl StateSnapshot {
         Self { reused: Vec::new(), pending }
     }
 
+    /// The same with every shard that stands for others replaced by those. Waits for the back end: never on the task's
+    /// thread.
+    ///
+    /// # Errors
+    /// When the back end failed to write what the snapshot consists of.
+    pub fn expanded(self) -> Result<Self> {
+        let mut all = Self { reused: self.reused, pending: Vec::with_capacity(self.pending.len()) };
+        for mut shard in self.pending {
+            match shard.expand.take() {
+                // Once is enough: what shards stand for are shards that stand for themselves.
+                Some(expand) => all.append(expand()?),
+                None => all.pending.push(shard),
+            }
+        }
+        Ok(all)
+    }
+
     /// Adds another state of the same operator.
     pub fn append(&mut self, mut other: Self) {
         self.reused.append(&mut other.reused);
@@ -32,6 +49,8 @@ impl StateSnapshot {
 pub type Encode = Box<dyn FnOnce() -> Result<Bytes> + Send>;
 /// Is told what the manifest will say of a shard, once it is durable. Runs off the task's thread.
 pub type Uploaded = Box<dyn FnOnce(&Shard) + Send>;
+/// Finds out which shards a pending one stands for. Runs off the task's thread, and may wait.
+pub type Expand = Box<dyn FnOnce() -> Result<StateSnapshot> + Send>;
 
 /// A shard that a snapshot has fixed but not yet written.
 pub struct PendingShard {
@@ -49,13 +68,23 @@ pub struct PendingShard {
     pub encode: Encode,
     /// Who wants to know of the upload: a back end that will name the shard again.
     pub uploaded: Option<Uploaded>,
+    /// If there is one, this stands for several shards (any number) that the back end can name only once it has written
+    /// them: they take its place, and `encode` is not called. See [`StateSnapshot::expanded`].
+    pub expand: Option<Expand>,
 }
 
 impl PendingShard {
     /// A shard of layer 0, without a name, that nobody names again.
     #[must_use]
     pub fn new(kind: ShardKind, key_groups: Option<KeyGroupRange>, rows: u64, encode: Encode) -> Self {
-        Self { kind, key_groups, rows, layer: 0, name: None, encode, uploaded: None }
+        Self { kind, key_groups, rows, layer: 0, name: None, encode, uploaded: None, expand: None }
+    }
+
+    /// Stands for the shards that `expand` will name.
+    #[must_use]
+    pub fn standing_for(kind: ShardKind, expand: Expand) -> Self {
+        let encode = || Err(Error::abort("a shard that stands for others was encoded itself"));
+        Self { expand: Some(expand), ..Self::new(kind, None, 0, Box::new(encode)) }
     }
 }
 
