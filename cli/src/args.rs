@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use floodmark_snapshot::restore::Reference;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -79,9 +80,12 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "URL")]
     pub(crate) storage: Option<String>,
 
-    /// What to start from
-    #[arg(long, value_enum, default_value_t = Restore::Latest)]
-    pub(crate) restore: Restore,
+    /// What to start from: `latest` (the newest intact checkpoint, or nothing if there never was one), `none` (nothing, even
+    /// if there are checkpoints), the number of a checkpoint, the name of a savepoint, or the location of a savepoint or of
+    /// another job's checkpoints. Started again with the same words, the job goes on from its newest checkpoint.
+    /// Default: as the manifest says, else `latest`
+    #[arg(long, value_name = "SNAPSHOT", value_parser = snapshot)]
+    pub(crate) restore: Option<Reference>,
 
     /// What to print at the end: `json` is one JSON object, the last line of standard output
     #[arg(long, value_enum, default_value_t = Output::Text)]
@@ -103,12 +107,8 @@ pub(crate) struct CheckArgs {
     pub(crate) online: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Restore {
-    /// The newest complete and intact checkpoint, or nothing if there never was one
-    Latest,
-    /// Nothing, even if there are checkpoints
-    None,
+fn snapshot(text: &str) -> Result<Reference, String> {
+    text.parse().map_err(|e: floodmark_snapshot::Error| e.to_string())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

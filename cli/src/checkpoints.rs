@@ -5,7 +5,7 @@ use std::sync::Arc;
 use floodmark_snapshot::{
     Env, Error,
     log::{self, JobFolder, LogState, Retained},
-    restore,
+    restore::Snapshot,
     storage::{self, Storage},
 };
 
@@ -47,7 +47,7 @@ impl Log {
     async fn read(args: &CheckpointsArgs) -> Result<Self, Failure> {
         let failed = |e: Error| Failure::new(Exit::Storage, e);
         let (job, manifest) = job::identify(&args.job)?;
-        let storage = storage::open(job::storage(args.storage.as_deref(), &manifest)).map_err(failed)?;
+        let storage = storage::open_existing(job::storage(args.storage.as_deref(), &manifest)).map_err(failed)?;
         let folder = JobFolder::of(&job);
         let state = log::read(&*storage, &folder).await.map_err(failed)?;
         if state.next_seq == 0 {
@@ -55,6 +55,14 @@ impl Log {
             return Err(Failure::new(Exit::Storage, message));
         }
         Ok(Self { storage, folder, state })
+    }
+
+    fn snapshot(&self, retained: &Retained) -> Result<Snapshot, Error> {
+        let manifest = Arc::new(retained.manifest.clone());
+        Ok(match &retained.from {
+            Some(from) => Snapshot::new(manifest, storage::open_existing(from)?, ""),
+            None => Snapshot::new(manifest, self.storage.clone(), self.folder.root()),
+        })
     }
 
     /// The checkpoints asked for: one, or `otherwise` if none is named.
@@ -135,7 +143,10 @@ async fn verify(args: &CheckpointArgs) -> Result<Exit, Failure> {
     }
     for retained in log.chosen(args.epoch, |all| all)? {
         let manifest = &retained.manifest;
-        let damage = restore::verify(&*log.storage, &log.folder, manifest)
+        let damage = log
+            .snapshot(retained)
+            .map_err(|e| Failure::new(Exit::Storage, e))?
+            .verify()
             .await
             .map_err(|e| Failure::new(Exit::Storage, e.context(format!("verify checkpoint {}", manifest.epoch))))?;
         let size = bytes(manifest.size());
@@ -175,10 +186,11 @@ mod tests {
             duration_ms: 25,
             max_parallelism: 128,
             plan: String::new(),
+            origin: None,
             end_of_input: epoch == 3,
             operators: Default::default(),
         };
-        Retained { seq, manifest }
+        Retained { seq, manifest, from: None }
     }
 
     #[test]

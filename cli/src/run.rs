@@ -4,15 +4,13 @@ use std::{sync::Arc, time::Duration};
 
 use floodmark_crds::{CheckpointMode as Mode, CheckpointSpec};
 use floodmark_dataflow::{JobGraph, graph::NodeKind};
-use floodmark_snapshot::{Disposition, Env, storage};
-use floodmark_worker::{
-    CheckpointMode, CheckpointSettings, Outcome, Progress, RestoreMode, RunError, RunSpec, Summary,
-};
+use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
+use floodmark_worker::{CheckpointMode, CheckpointSettings, Outcome, Progress, RunError, RunSpec, Summary};
 use nix::sys::resource::{UsageWho, getrusage};
 use tokio::sync::watch;
 
 use crate::{
-    args::{Output, Restore, RunArgs},
+    args::{Output, RunArgs},
     crash,
     display::Display,
     exit::{Exit, Failure},
@@ -66,6 +64,8 @@ fn run_spec(args: &RunArgs, job: Job) -> Result<RunSpec, Failure> {
     let storage = storage::open(location).map_err(|e| Failure::new(Exit::Storage, e))?;
     tracing::info!("job {}: checkpoints in {}", job.id, storage.describe());
     let spec = job.manifest.spec;
+    let initial = spec.restore.from.as_deref().map(str::parse).transpose();
+    let initial = initial.map_err(|e| Failure::input(format!("spec.restore.from: {e}")))?;
     Ok(RunSpec {
         job: job.id,
         graph: job.graph,
@@ -73,10 +73,8 @@ fn run_spec(args: &RunArgs, job: Job) -> Result<RunSpec, Failure> {
         max_parallelism: spec.max_parallelism,
         checkpoints: checkpoint_settings(&spec.checkpoints),
         storage,
-        restore: match args.restore {
-            Restore::Latest => RestoreMode::Latest,
-            Restore::None => RestoreMode::None,
-        },
+        restore: args.restore.clone().unwrap_or(Reference::Latest),
+        initial,
         allow_dropped_state: spec.restore.allow_dropped_state,
         holder: holder(),
     })
@@ -94,6 +92,8 @@ fn checkpoint_settings(spec: &CheckpointSpec) -> CheckpointSettings {
         min_pause: spec.min_pause.get(),
         tolerable_failures: spec.tolerable_failures,
         retain: spec.retain as usize,
+        max_concurrent: spec.max_concurrent as usize,
+        unaligned_after: spec.unaligned.as_ref().map(|u| u.after_alignment.get()),
     }
 }
 

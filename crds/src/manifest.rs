@@ -399,7 +399,7 @@ mod tests {
         check_spec(
             "spec:\n  sql: x\n  checkpoints: {banana: 1s}\n",
             expect![
-                "job.yaml:6: spec.checkpoints.banana: unknown field; known here are interval, minPause, mode, retain, storage, timeout, tolerableFailures"
+                "job.yaml:6: spec.checkpoints.banana: unknown field; known here are incremental, interval, maxConcurrent, minPause, mode, retain, storage, timeout, tolerableFailures, unaligned"
             ],
         );
         check_spec(

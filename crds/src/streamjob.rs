@@ -52,6 +52,10 @@ pub struct StreamJobSpec {
     #[schemars(range(min = 1, max = 32_768))]
     pub max_parallelism: u16,
 
+    /// How operators keep their state while the job runs.
+    #[serde(default)]
+    pub state: StateSpec,
+
     /// When and where the job's state is snapshotted.
     #[serde(default)]
     pub checkpoints: CheckpointSpec,
@@ -66,6 +70,10 @@ pub struct StreamJobSpec {
 #[x_kube(validation = Rule::new("self.mode == 'Disabled' || duration(self.interval) > duration('0s')")
     .message("interval must be longer than 0s"))]
 #[x_kube(validation = Rule::new("duration(self.timeout) > duration('0s')").message("timeout must be longer than 0s"))]
+#[x_kube(validation = Rule::new("self.maxConcurrent <= 1 || duration(self.minPause) == duration('0s')")
+    .message("maxConcurrent must be 1 if there is a minPause, which keeps checkpoints apart"))]
+#[x_kube(validation = Rule::new("!has(self.unaligned) || self.mode == 'ExactlyOnce'")
+    .message("unaligned is for mode ExactlyOnce only; leave it out"))]
 #[serde(rename_all = "camelCase")]
 pub struct CheckpointSpec {
     /// Where checkpoints are kept: `s3://bucket/folder`, `file:///folder` or `memory://` (lost with the process). Without it
@@ -101,6 +109,56 @@ pub struct CheckpointSpec {
     #[serde(default = "default_retain")]
     #[schemars(range(min = 1, max = 1_000))]
     pub retain: u32,
+
+    /// How many checkpoints may be under way, or wait for their output to be committed, at the same time. More than one only
+    /// without `minPause`.
+    #[serde(default = "default_max_concurrent")]
+    #[schemars(range(min = 1, max = 100))]
+    pub max_concurrent: u32,
+
+    /// Lets barriers overtake records that are on their way, so that checkpoints complete under back-pressure. Only in mode
+    /// `ExactlyOnce`; left out, barriers never overtake.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unaligned: Option<UnalignedSpec>,
+
+    /// Whether a checkpoint writes only what has changed since the last, and names the files of earlier ones for the rest.
+    #[serde(default = "default_incremental")]
+    pub incremental: bool,
+}
+
+/// When barriers overtake records.
+#[derive(JsonSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UnalignedSpec {
+    /// How long a checkpoint waits for barriers to come in order before they overtake, such as `1s`; `0s` overtakes at once.
+    #[serde(default)]
+    pub after_alignment: HumanDuration,
+}
+
+/// How operators keep their state while the job runs.
+#[derive(JsonSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StateSpec {
+    /// `Heap` (in memory: fastest) or `RocksDB` (on local disk, with hot keys in memory: for state larger than memory). A
+    /// savepoint of either can be restored in the other.
+    #[serde(default)]
+    pub backend: StateBackend,
+
+    /// How long the state of a key is kept after it was last changed, such as `1d`, where nothing else bounds it (aggregates
+    /// without a window). Left out, it is kept for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<HumanDuration>,
+}
+
+/// What keeps operators' state while a job runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum StateBackend {
+    /// In memory.
+    #[default]
+    Heap,
+    /// On local disk.
+    #[serde(rename = "RocksDB")]
+    RocksDb,
 }
 
 /// What a failure may do to a job's results.
@@ -119,6 +177,12 @@ pub enum CheckpointMode {
 #[derive(JsonSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RestoreSpec {
+    /// What the job starts from if it has no checkpoint of its own yet: the number of a checkpoint, the name of one of its
+    /// savepoints, or the location of a savepoint or of another job's checkpoints (`s3://…`, `file:///…` or a path).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub from: Option<String>,
+
     /// Start even if the checkpoint holds state that no operator of the present SQL takes; that state is dropped.
     #[serde(default)]
     pub allow_dropped_state: bool,
@@ -134,6 +198,9 @@ impl Default for CheckpointSpec {
             min_pause: HumanDuration::default(),
             tolerable_failures: default_tolerable_failures(),
             retain: default_retain(),
+            max_concurrent: default_max_concurrent(),
+            unaligned: None,
+            incremental: default_incremental(),
         }
     }
 }
@@ -160,6 +227,14 @@ fn default_tolerable_failures() -> u32 {
 
 fn default_retain() -> u32 {
     3
+}
+
+fn default_max_concurrent() -> u32 {
+    1
+}
+
+fn default_incremental() -> bool {
+    true
 }
 
 /// The custom resource definition of [`StreamJob`].
@@ -217,6 +292,16 @@ impl StreamJob {
             "spec.parallelism",
             format!("{} exceeds maxParallelism, which is {}", spec.parallelism, spec.max_parallelism),
         );
+        require(
+            spec.state.ttl.as_ref().is_none_or(|ttl| !ttl.is_zero()),
+            "spec.state.ttl",
+            "must be longer than 0s; leave it out to keep state for ever".to_owned(),
+        );
+        require(
+            spec.restore.from.as_deref().is_none_or(|from| !from.trim().is_empty()),
+            "spec.restore.from",
+            "is empty; name a savepoint or a location, or leave it out".to_owned(),
+        );
         problems.extend(spec.checkpoints.problems());
         problems
     }
@@ -231,6 +316,17 @@ impl CheckpointSpec {
             (!self.timeout.is_zero(), "timeout", "must be longer than 0s"),
             (self.tolerable_failures <= 1_000_000, "tolerableFailures", "must be at most 1000000"),
             ((1..=1_000).contains(&self.retain), "retain", "must be between 1 and 1000"),
+            ((1..=100).contains(&self.max_concurrent), "maxConcurrent", "must be between 1 and 100"),
+            (
+                self.max_concurrent <= 1 || self.min_pause.is_zero(),
+                "maxConcurrent",
+                "must be 1 if there is a minPause, which keeps checkpoints apart",
+            ),
+            (
+                self.unaligned.is_none() || self.mode == CheckpointMode::ExactlyOnce,
+                "unaligned",
+                "is for mode ExactlyOnce only; leave it out",
+            ),
         ];
         let broken = rules.into_iter().filter(|(ok, ..)| !ok);
         broken.map(|(_, field, message)| Problem::new(format!("spec.checkpoints.{field}"), message)).collect()

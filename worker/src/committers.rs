@@ -58,8 +58,9 @@ impl Staged {
     }
 
     /// Everything not yet confirmed, of epochs up to `epoch`, in order.
-    pub(crate) fn up_to(&self, epoch: Epoch) -> Vec<StagedShard> {
-        self.lock().range(..=epoch).flat_map(|(_, records)| records.iter().cloned()).collect()
+    pub(crate) fn up_to(&self, epoch: Epoch) -> Vec<(Epoch, StagedShard)> {
+        let all = self.lock();
+        all.range(..=epoch).flat_map(|(e, records)| records.iter().map(|r| (*e, r.clone()))).collect()
     }
 
     fn confirm(&self, epoch: Epoch) {
@@ -132,16 +133,17 @@ impl Mailbox {
 pub(crate) fn start(
     id: CommitterId,
     committer: Box<dyn Committer>,
-    restored: Option<(Epoch, Vec<StagedShard>)>,
+    restored: Option<(Epoch, Vec<(Epoch, StagedShard)>)>,
     env: &Env,
     report: Report,
 ) -> Result<CommitterHandle> {
     let mailbox = Arc::new(Mailbox::default());
     let staged = Staged::default();
-    let pending = restored.as_ref().map(|(epoch, shards)| (*epoch, !shards.is_empty()));
-    if let Some((epoch, shards)) = restored {
-        shards.into_iter().for_each(|shard| staged.add(epoch, shard));
-    }
+    let pending = restored.map(|(epoch, shards)| {
+        let epochs = shards.iter().map(|(e, _)| *e).collect();
+        shards.into_iter().for_each(|(epoch, shard)| staged.add(epoch, shard));
+        (epoch, epochs)
+    });
     let (machine, first) = CommitMachine::new(pending);
     let name = format!("commit {id}");
     let driven = Driven {
@@ -218,11 +220,12 @@ impl Driven {
                 Ok(marker) => Event::Opened { marker },
                 Err(error) => self.failed("open", error),
             }),
-            Effect::Write(epoch) => {
-                let staged: Vec<Bytes> = self.staged.up_to(epoch).into_iter().map(|s| s.1).collect();
+            Effect::Write { above, up_to } => {
+                let held = self.staged.up_to(up_to).into_iter().filter(|(epoch, _)| Some(*epoch) > above);
+                let staged: Vec<Bytes> = held.map(|(_, (_, bytes))| bytes).collect();
                 let probe = self.env.probe.clone();
-                Some(match self.committer.commit(epoch, &staged, &|step: Step| probe.reached(step, epoch)) {
-                    Ok(()) => Event::Written(epoch),
+                Some(match self.committer.commit(up_to, &staged, &|step: Step| probe.reached(step, up_to)) {
+                    Ok(()) => Event::Written(up_to),
                     Err(error) => self.failed("commit", error),
                 })
             }

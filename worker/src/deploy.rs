@@ -6,23 +6,28 @@ use std::{
 };
 
 use floodmark_dataflow::{
-    Exchange, JobGraph, Node, OperatorMetrics, RestoredShard, SubtaskContext, TaskId,
+    Exchange, JobGraph, Node, Operator, OperatorMetrics, RestoredShard, SubtaskContext, TaskId, Vertex,
     channel::{Inbox, Sender, Signal},
     exchange::Router,
     graph::{NodeKind, Parallelism},
-    inflight::InputChannel,
+    inflight::{self, InFlight, InputChannel},
     source::SourceNode,
     task::{ChainedOperator, SourceInput, SubtaskSpec, Task, TaskInput},
 };
 use floodmark_snapshot::{
-    Env, Epoch, Error, KeyGroupRange, OperatorUid, Result, SplitState, alignment::AlignmentMode, restore::Restored,
+    Env, Epoch, Error, KeyGroupRange, Manifest, OperatorUid, Result, Shard, ShardKind, SplitState,
+    alignment::AlignmentMode, restore::Snapshot,
 };
+use futures::{Stream, StreamExt, TryStreamExt, future::try_join_all, stream};
 
 use crate::{
     CheckpointMode, Progress, RunSpec,
     committers::{CommitterId, StagedShard},
     tasks::SubtaskId,
 };
+
+/// Shards of one operator and subtask that are read before they are taken over.
+const READS_AHEAD_MAX: usize = 2;
 
 /// A task ready to be driven.
 pub(crate) struct Deployed {
@@ -32,24 +37,69 @@ pub(crate) struct Deployed {
     pub(crate) signal: Arc<Signal>,
     /// Whether it heads a source.
     pub(crate) source: bool,
-    /// Its sinks' operators.
-    pub(crate) sinks: Vec<OperatorUid>,
+    /// Its sinks.
+    pub(crate) sinks: Vec<SinkPart>,
+}
+
+/// What a manifest says of a sink's operator.
+#[derive(Clone, Debug)]
+pub(crate) struct SinkPart {
+    pub(crate) uid: OperatorUid,
+    pub(crate) kind: String,
+    pub(crate) parallelism: u32,
 }
 
 /// A committer to be started.
 pub(crate) struct Committing {
     pub(crate) id: CommitterId,
     pub(crate) committer: Box<dyn floodmark_dataflow::sink::Committer>,
-    pub(crate) restored: Option<(Epoch, Vec<StagedShard>)>,
+    pub(crate) restored: Option<(Epoch, Vec<(Epoch, StagedShard)>)>,
+}
+
+/// Counters of all operators: by task, then by its node, then by subtask.
+pub(crate) type Metrics = Vec<Vec<Vec<Arc<OperatorMetrics>>>>;
+
+/// Registers the counters of all operators.
+pub(crate) fn register(graph: &JobGraph, parallelism: u32, progress: &Progress) -> Metrics {
+    let of_task = |(t, vertex): (usize, &Vertex)| {
+        let width = width(graph, TaskId(t), parallelism);
+        vertex.chain.iter().map(|node| progress.register(&node.uid, &node.kind, width)).collect()
+    };
+    graph.vertices.iter().enumerate().map(of_task).collect()
+}
+
+/// The snapshot that an attempt starts from.
+#[derive(Clone, Copy)]
+pub(crate) struct Restored<'a> {
+    pub(crate) snapshot: &'a Snapshot,
+    /// Whether its files are the job's own.
+    #[expect(dead_code, reason = "state back ends that name files again ask for it")]
+    pub(crate) owned: bool,
+    /// Everything staged up to here is visible, by the job's log.
+    pub(crate) committed: Epoch,
+}
+
+impl Restored<'_> {
+    fn shards_of(&self, uid: &OperatorUid) -> impl Iterator<Item = &Shard> {
+        self.snapshot.manifest.operators.get(uid).into_iter().flat_map(|o| &o.shards)
+    }
+
+    /// Reads these shards, in their order.
+    fn read<'s>(&self, shards: Vec<&'s Shard>) -> impl Stream<Item = Result<RestoredShard>> {
+        let snapshot = self.snapshot;
+        stream::iter(shards)
+            .map(move |shard| async move { Ok(RestoredShard { shard: shard.clone(), bytes: snapshot.read(shard).await? }) })
+            .buffered(READS_AHEAD_MAX)
+    }
 }
 
 /// Looks up every source's splits, and checks every sink, before anything runs. Blocking.
-pub(crate) fn connect(graph: &JobGraph, restored: Option<&Restored>) -> Result<HashMap<OperatorUid, Vec<SplitState>>> {
+pub(crate) fn connect(graph: &JobGraph, restored: Option<&Manifest>) -> Result<HashMap<OperatorUid, Vec<SplitState>>> {
     let mut splits = HashMap::new();
     for (_, node) in graph.nodes() {
         match &node.node {
             NodeKind::Source(source) => {
-                let known = restored.and_then(|r| r.operator(&node.uid)).map_or(&[][..], |o| &o.splits);
+                let known = restored.and_then(|r| r.operators.get(&node.uid)).map_or(&[][..], |o| &o.splits);
                 let found = source.factory.splits(known).map_err(|e| e.context(&node.uid))?;
                 splits.insert(node.uid.clone(), found);
             }
@@ -61,28 +111,28 @@ pub(crate) fn connect(graph: &JobGraph, restored: Option<&Restored>) -> Result<H
 }
 
 /// The committers of all sinks: of the present subtasks, and of earlier ones whose records are still to be committed.
-/// Everything up to epoch `committed` is known to be.
 ///
 /// # Errors
-/// When the checkpoint holds records of a sink that no longer commits any: they would be lost.
-pub(crate) fn committers(
+/// When the checkpoint holds records of a sink that no longer commits any: they would be lost. `Corrupt` if some are damaged.
+pub(crate) async fn committers(
     graph: &JobGraph,
     parallelism: u32,
     history: &str,
-    restored: Option<&Restored>,
-    committed: Epoch,
+    restored: Option<&Restored<'_>>,
 ) -> Result<Vec<Committing>> {
     let mut all = Vec::new();
     for (task, node) in graph.nodes() {
         let NodeKind::Sink(sink) = &node.node else { continue };
+        let held = |index: u32| {
+            let shards = restored.into_iter().flat_map(|r| r.shards_of(&node.uid));
+            shards.filter(|s| s.kind == ShardKind::Staged && s.subtask == index).collect::<Vec<_>>()
+        };
         let present = 0..width(graph, task, parallelism);
-        let earlier =
-            restored.and_then(|r| r.operator(&node.uid)).into_iter().flat_map(|o| &o.shards).map(|s| s.subtask);
+        let earlier = restored.into_iter().flat_map(|r| r.shards_of(&node.uid)).map(|s| s.subtask);
         for index in present.chain(earlier).collect::<BTreeSet<u32>>() {
             let Some(committer) = sink.committer(index, history).map_err(|e| e.context(&node.uid))? else {
-                let left = restored
-                    .filter(|r| r.manifest.epoch > committed)
-                    .map_or(0, |r| r.staged(&node.uid, index).iter().map(|(shard, _)| shard.rows).sum());
+                let visible = |s: &&&Shard| restored.is_some_and(|r| s.epoch.is_some_and(|e| e <= r.committed));
+                let left: u64 = held(index).iter().filter(|s| !visible(s)).map(|s| s.rows).sum();
                 if left == 0 {
                     continue;
                 }
@@ -92,11 +142,15 @@ pub(crate) fn committers(
                     node.uid
                 )));
             };
-            let restored = restored.map(|r| {
-                let shards = r.staged(&node.uid, index).into_iter().map(|(shard, bytes)| (shard.rows, bytes));
-                (r.manifest.epoch, shards.collect())
-            });
-            all.push(Committing { id: CommitterId { uid: node.uid.clone(), index }, committer, restored });
+            let id = CommitterId { uid: node.uid.clone(), index };
+            let mut pending = None;
+            if let Some(restored) = restored {
+                let staged = restored.read(held(index)).map_ok(|RestoredShard { shard, bytes }| {
+                    (shard.epoch.unwrap_or(restored.snapshot.manifest.epoch), (shard.rows, bytes))
+                });
+                pending = Some((restored.snapshot.manifest.epoch, staged.try_collect().await?));
+            }
+            all.push(Committing { id, committer, restored: pending });
         }
     }
     Ok(all)
@@ -109,29 +163,30 @@ fn width(graph: &JobGraph, task: TaskId, parallelism: u32) -> u32 {
     }
 }
 
-/// Builds all tasks of a job.
-pub(crate) fn tasks(
+/// Builds all tasks of a job, with their state. Subtasks take theirs over side by side.
+///
+/// # Errors
+/// `Corrupt` if state is damaged.
+pub(crate) async fn tasks(
     spec: &RunSpec,
     env: &Env,
     splits: &HashMap<OperatorUid, Vec<SplitState>>,
-    restored: Option<&Restored>,
-    progress: &Progress,
+    restored: Option<&Restored<'_>>,
+    metrics: &Metrics,
 ) -> Result<Vec<Deployed>> {
     let graph = &spec.graph;
     let mut wiring = wire(graph, spec.parallelism, spec.max_parallelism);
-    let mut deployed = Vec::new();
+    let mut builds = Vec::new();
     for (t, vertex) in graph.vertices.iter().enumerate() {
         let parallelism = width(graph, TaskId(t), spec.parallelism);
-        let metrics: Vec<_> = vertex.chain.iter().map(|n| progress.register(&n.uid, &n.kind, parallelism)).collect();
         for index in 0..parallelism {
-            let of_node = |n: usize| metrics[n][index as usize].clone();
-            let builder = Builder { spec, env, splits, restored, index, parallelism };
+            let builder = Builder { spec, env, splits, restored, metrics: &metrics[t], index, parallelism };
             let ends =
                 wiring.remove(&(t, index)).ok_or_else(|| Error::abort("internal error: a subtask without wiring"))?;
-            deployed.push(builder.build(TaskId(t), &vertex.chain, of_node, ends)?);
+            builds.push(builder.build(TaskId(t), &vertex.chain, ends));
         }
     }
-    Ok(deployed)
+    try_join_all(builds).await
 }
 
 /// The channels of one subtask.
@@ -178,24 +233,20 @@ struct Builder<'a> {
     spec: &'a RunSpec,
     env: &'a Env,
     splits: &'a HashMap<OperatorUid, Vec<SplitState>>,
-    restored: Option<&'a Restored>,
+    restored: Option<&'a Restored<'a>>,
+    /// Of this task's nodes, by subtask.
+    metrics: &'a [Vec<Arc<OperatorMetrics>>],
     index: u32,
     parallelism: u32,
 }
 
 impl Builder<'_> {
-    fn build(
-        &self,
-        id: TaskId,
-        nodes: &[Node],
-        metrics: impl Fn(usize) -> Arc<OperatorMetrics>,
-        ends: Ends,
-    ) -> Result<Deployed> {
+    async fn build(self, id: TaskId, nodes: &[Node], ends: Ends) -> Result<Deployed> {
         let mut chain = Vec::new();
         let mut source = None;
         let mut sinks = Vec::new();
         for (n, node) in nodes.iter().enumerate() {
-            let context = self.context(metrics(n));
+            let context = self.context(self.metrics[n][self.index as usize].clone());
             let operator = match &node.node {
                 NodeKind::Source(head) => {
                     source = Some(self.source(node, head, &context)?);
@@ -203,15 +254,14 @@ impl Builder<'_> {
                 }
                 NodeKind::Operator(factory) => factory.create(&context),
                 NodeKind::Sink(sink) => {
-                    sinks.push(node.uid.clone());
+                    let (uid, kind) = (node.uid.clone(), node.kind.clone());
+                    sinks.push(SinkPart { uid, kind, parallelism: self.parallelism });
                     sink.create(&context)
                 }
             };
             let mut operator = operator.map_err(|e| e.context(&node.uid))?;
-            if let Some(restored) = self.restored.filter(|_| node.state_schema.is_some()) {
-                let shards = restored.keyed(&node.uid, context.key_groups);
-                let shards = shards.into_iter().map(|(shard, bytes)| RestoredShard { shard, bytes }).collect();
-                operator.restore(shards).map_err(|e| e.context(format!("restore {}", node.uid)))?;
+            if let Some(restored) = self.restored {
+                operator = self.restore(restored, node, operator, context.key_groups).await?;
             }
             chain.push(ChainedOperator {
                 uid: node.uid.clone(),
@@ -221,6 +271,10 @@ impl Builder<'_> {
                 metrics: context.metrics,
             });
         }
+        let replay = match (self.restored, nodes.first()) {
+            (Some(restored), Some(first)) => self.in_flight(restored, first, &ends.channels).await?,
+            _ => Vec::new(),
+        };
         let heads_source = source.is_some();
         let input = match source {
             Some(source) => TaskInput::Source(source),
@@ -235,7 +289,7 @@ impl Builder<'_> {
             index: self.index,
             parallelism: self.parallelism,
             input,
-            replay: Vec::new(),
+            replay,
             chain,
             outputs: ends.outputs,
             snapshots,
@@ -249,6 +303,52 @@ impl Builder<'_> {
             source: heads_source,
             sinks,
         })
+    }
+
+    /// Hands an operator its state, a shard at a time, off this thread.
+    async fn restore(
+        &self,
+        restored: &Restored<'_>,
+        node: &Node,
+        mut operator: Box<dyn Operator>,
+        owned: KeyGroupRange,
+    ) -> Result<Box<dyn Operator>> {
+        let concerns = |s: &&Shard| match s.kind {
+            ShardKind::Keyed | ShardKind::RocksDb => s.key_groups.is_none_or(|g| g.overlaps(&owned)),
+            ShardKind::Split | ShardKind::Union | ShardKind::Broadcast => true,
+            ShardKind::Channel | ShardKind::Staged => false,
+        };
+        if node.state_schema.is_none() {
+            return Ok(operator); // what it no longer keeps has been given up
+        }
+        let mut shards: Vec<&Shard> = restored.shards_of(&node.uid).filter(concerns).collect();
+        shards.sort_by_key(|s| (s.subtask, s.layer));
+        if shards.is_empty() {
+            return Ok(operator);
+        }
+        let failed = |e: Error| e.context(format!("restore {}", node.uid));
+        let mut read = std::pin::pin!(restored.read(shards));
+        while let Some(shard) = read.next().await {
+            let shard = shard.map_err(failed)?;
+            let take = move || operator.restore(vec![shard]).map(|()| operator);
+            operator = self.env.blocking("restoring state", take).await.and_then(|o| o).map_err(failed)?;
+        }
+        let all = move || operator.restored().map(|()| operator);
+        self.env.blocking("restoring state", all).await.and_then(|o| o).map_err(failed)
+    }
+
+    /// This subtask's share of the rows that were on their way to the task.
+    async fn in_flight(
+        &self,
+        restored: &Restored<'_>,
+        first: &Node,
+        channels: &[InputChannel],
+    ) -> Result<Vec<InFlight>> {
+        let (index, parallelism, max) = (self.index, self.parallelism, self.spec.max_parallelism);
+        let concerns = |s: &&Shard| inflight::concerns(s, index, parallelism, max);
+        let shards = restored.shards_of(&first.uid).filter(concerns).collect();
+        let shards: Vec<RestoredShard> = restored.read(shards).try_collect().await?;
+        inflight::share(&shards, channels, index, parallelism, max).map_err(|e| e.context(&first.uid))
     }
 
     fn context(&self, metrics: Arc<OperatorMetrics>) -> SubtaskContext {

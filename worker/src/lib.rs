@@ -1,26 +1,29 @@
 //! The process that runs a job: the shells around the engine's pure machines, with their threads, uploads and timers.
 //!
-//! [`run`] is coordinator and worker in one process. `coordinator` carries out what
-//! [`floodmark_snapshot::coordination`] decides; `deploy` builds tasks from a graph and a restored snapshot; `tasks` drives
-//! each on a thread of its own; `upload` makes a subtask's state durable; `committers` make staged output visible.
+//! [`run`] is coordinator and worker in one process. `starting` picks the snapshot to start from, and `deploy` builds tasks
+//! with its state; `coordinator` keeps them, and `shell` carries out what [`floodmark_snapshot::coordination`] decides; `tasks`
+//! and `committers` are driven by the runtime; `upload` makes a subtask's state durable; `control` is how others ask for things.
 //!
 //! Invariant: a task never waits for storage; whatever it hands over at a barrier is encoded and uploaded elsewhere.
 
 mod committers;
+mod control;
 mod coordinator;
 mod deploy;
 mod progress;
-mod restoring;
+mod shell;
+mod starting;
 mod tasks;
 mod upload;
 
 use std::{sync::Arc, time::Duration};
 
 use floodmark_dataflow::JobGraph;
-use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, storage::Storage};
-use tokio::sync::watch;
+use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, restore::Reference, storage::Storage};
 
+pub use control::{Controls, SavepointMade, SavepointRequest};
 pub use progress::{CheckpointCounts, CheckpointStatus, JobPhase, OperatorStatus, Progress, ProgressView};
+pub use starting::takers;
 
 /// How a job takes its snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,15 +51,26 @@ pub struct CheckpointSettings {
     pub tolerable_failures: u32,
     /// Newest completed checkpoints to keep; at least 1.
     pub retain: usize,
+    /// Checkpoints that may be under way or uncommitted at the same time; at least 1.
+    pub max_concurrent: usize,
+    /// A checkpoint that is not complete after this long goes on unaligned; `None` if it never does.
+    pub unaligned_after: Option<Duration>,
 }
 
-/// What a job starts from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RestoreMode {
-    /// The newest complete and intact checkpoint, or nothing if there never was one.
-    Latest,
-    /// Nothing, even if there are checkpoints.
-    None,
+/// Every 10 s, exactly once; as a manifest that says nothing has it.
+impl Default for CheckpointSettings {
+    fn default() -> Self {
+        Self {
+            mode: CheckpointMode::ExactlyOnce,
+            interval: Duration::from_secs(10),
+            timeout: Duration::from_secs(600),
+            min_pause: Duration::ZERO,
+            tolerable_failures: 3,
+            retain: 3,
+            max_concurrent: 1,
+            unaligned_after: None,
+        }
+    }
 }
 
 /// Everything that [`run`] needs to know.
@@ -74,7 +88,9 @@ pub struct RunSpec {
     /// Where to keep them.
     pub storage: Arc<dyn Storage>,
     /// What to start from.
-    pub restore: RestoreMode,
+    pub restore: Reference,
+    /// What to start from if it is [`Reference::Latest`] and the job has no past.
+    pub initial: Option<Reference>,
     /// Whether state may be dropped that no operator of the graph takes.
     pub allow_dropped_state: bool,
     /// Who runs it, for the log's readers: `host:pid`.
@@ -129,15 +145,16 @@ impl RunError {
     }
 }
 
-/// Runs a job to its end, until `stop` turns true, or until it fails. Needs a multi-threaded tokio runtime around it.
+/// Runs a job to its end, until `controls` say that it shall stop, or until it fails. With [`Env::system`] it needs a
+/// multi-threaded tokio runtime around it.
 ///
 /// # Errors
 /// See [`RunError`].
 pub async fn run(
     spec: RunSpec,
     env: Env,
-    stop: watch::Receiver<bool>,
+    controls: impl Into<Controls>,
     progress: Arc<Progress>,
 ) -> Result<Summary, RunError> {
-    coordinator::run(spec, env, stop, progress).await
+    coordinator::run(spec, env, controls.into(), progress).await
 }

@@ -1,21 +1,27 @@
 //! Makes what a subtask handed over at a barrier durable: encode off the task's thread, upload, report.
 //!
-//! Invariant: an acknowledgement names only shards whose upload has been confirmed, and every record that a sink has staged
-//! and not seen committed is in it.
+//! Invariants: an acknowledgement names only shards whose upload has been confirmed, and every record that a sink has staged
+//! and not seen committed is in it. Staged records are kept in the order of their barriers, whatever becomes of the
+//! checkpoints.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use bytes::Bytes;
-use floodmark_dataflow::{PendingShard, operator::Uploaded, task::OperatorPart};
+use floodmark_dataflow::{PendingShard, StateSnapshot, task::OperatorPart};
 use floodmark_snapshot::{
-    Env, Epoch, Error, OperatorSnapshot, OperatorUid, Result, Shard, ShardKind, Step,
+    Attempt, Context, Env, Epoch, OperatorSnapshot, OperatorUid, Result, Shard, ShardKind, Step,
     log::JobFolder,
     manifest::{ShardStatus, hash_hex},
+    retention,
     storage::Storage,
 };
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, stream};
+use tokio::sync::oneshot;
 
-use crate::committers::Staged;
+use crate::committers::{Staged, StagedShard};
 
 /// Shards of one subtask that are encoded and uploaded at the same time.
 const UPLOADS_IN_FLIGHT_MAX: usize = 4;
@@ -26,60 +32,155 @@ pub(crate) struct Uploader {
     pub(crate) env: Env,
     /// The job's folder.
     pub(crate) folder: JobFolder,
-    /// Folder of this attempt's blobs, relative to the job's: `blobs/3`.
-    pub(crate) blobs: String,
+    /// Names the folder of this attempt's blobs.
+    pub(crate) attempt: Attempt,
 }
 
-/// A shard ready to be written: what the manifest will say of it, but for its path.
-struct Encoded {
-    shard: Shard,
-    bytes: Bytes,
-    uploaded: Option<Uploaded>,
+/// The snapshots of one subtask keep their records one after the other: each has its turn when the one before has had its.
+#[derive(Default)]
+pub(crate) struct Turn {
+    before: Option<oneshot::Receiver<()>>,
+    done: Option<oneshot::Sender<()>>,
+}
+
+impl Turn {
+    /// The turn after `last`, which from now on is this one.
+    pub(crate) fn after(last: &mut Option<oneshot::Receiver<()>>) -> Self {
+        let (done, next) = oneshot::channel();
+        Self { before: last.replace(next), done: Some(done) }
+    }
+
+    async fn come(&mut self) {
+        if let Some(before) = self.before.take() {
+            // One that ended without a word has failed, and with it the job.
+            let _ = before.await;
+        }
+    }
+
+    fn pass_on(&mut self) {
+        if let Some(done) = self.done.take() {
+            let _ = done.send(());
+        }
+    }
 }
 
 impl Uploader {
-    /// Uploads the parts of subtask `subtask` and answers with what the manifest will say of each operator.
+    /// Keeps the records that the sinks of a subtask staged, and uploads nothing: the checkpoint has been given up.
+    pub(crate) async fn keep_staged(
+        &self,
+        epoch: Epoch,
+        parts: Vec<OperatorPart>,
+        staged: &HashMap<OperatorUid, Staged>,
+        mut turn: Turn,
+    ) -> Result<()> {
+        turn.come().await;
+        for mut part in parts {
+            self.restage(epoch, &mut part, staged).await?;
+        }
+        turn.pass_on();
+        Ok(())
+    }
+
+    /// Uploads the parts of subtask `subtask` and answers with what the manifest will say of each operator. What was written
+    /// before a failure is deleted.
     ///
     /// `staged` has, for each sink of this subtask that commits, the records that it still holds uncommitted.
     pub(crate) async fn upload(
         &self,
         epoch: Epoch,
         subtask: u32,
-        parts: Vec<OperatorPart>,
+        mut parts: Vec<OperatorPart>,
         staged: &HashMap<OperatorUid, Staged>,
+        mut turn: Turn,
     ) -> Result<Vec<(OperatorUid, OperatorSnapshot)>> {
         self.env.probe.reached(Step::BeforeUpload, epoch);
+        turn.come().await;
+        for part in &mut parts {
+            self.restage(epoch, part, staged).await?;
+        }
+        turn.pass_on();
+        let written = Written { uploader: self, epoch, subtask, paths: Mutex::default() };
         let mut acknowledged = Vec::with_capacity(parts.len());
         for part in parts {
-            let mut encoded = Vec::with_capacity(part.shards.len());
-            for shard in part.shards {
-                encoded.push(encode(shard, &self.env).await?);
+            let uid = part.uid.clone();
+            let held = staged.get(&uid).map_or_else(Vec::new, |s| s.up_to(epoch));
+            match written.part(part, held).await {
+                Ok(snapshot) => acknowledged.push((uid, snapshot)),
+                Err(error) => {
+                    let orphans = written.paths.into_inner().unwrap_or_else(PoisonError::into_inner);
+                    retention::delete(&*self.storage, &self.folder, orphans).await;
+                    return Err(error.context(format!("upload state of {uid}")));
+                }
             }
-            if let Some(staged) = staged.get(&part.uid) {
-                encoded = restage(encoded, staged, epoch);
-            }
-            let shards = stream::iter(encoded.into_iter().map(|shard| self.put(subtask, shard)))
-                .buffered(UPLOADS_IN_FLIGHT_MAX)
-                .try_collect()
-                .await
-                .map_err(|e: Error| e.context(format!("upload state of {}", part.uid)))?;
-            let mut shards: Vec<Shard> = shards;
-            shards.splice(0..0, part.reused.into_iter().map(|s| Shard { status: ShardStatus::Reused, ..s }));
-            let snapshot = OperatorSnapshot {
-                kind: part.kind,
-                schema: part.schema,
-                parallelism: part.parallelism,
-                splits: part.splits,
-                shards,
-            };
-            acknowledged.push((part.uid, snapshot));
         }
         self.env.probe.reached(Step::AfterUpload, epoch);
         Ok(acknowledged)
     }
 
-    async fn put(&self, subtask: u32, encoded: Encoded) -> Result<Shard> {
-        let Encoded { shard, bytes, uploaded } = encoded;
+    /// Adds a sink's new records to those that it still holds.
+    async fn restage(
+        &self,
+        epoch: Epoch,
+        part: &mut OperatorPart,
+        staged: &HashMap<OperatorUid, Staged>,
+    ) -> Result<()> {
+        let Some(staged) = staged.get(&part.uid) else { return Ok(()) };
+        let (new, others) = std::mem::take(&mut part.shards).into_iter().partition(|s| s.kind == ShardKind::Staged);
+        part.shards = others;
+        let new: Vec<PendingShard> = new;
+        for shard in new.into_iter().filter(|s| s.rows > 0) {
+            let rows = shard.rows;
+            let bytes = self.env.blocking("encoding records", shard.encode).await??;
+            staged.add(epoch, (rows, bytes));
+        }
+        Ok(())
+    }
+}
+
+/// What one checkpoint of one subtask has written.
+struct Written<'a> {
+    uploader: &'a Uploader,
+    epoch: Epoch,
+    subtask: u32,
+    /// Files that may exist.
+    paths: Mutex<Vec<String>>,
+}
+
+impl Written<'_> {
+    /// Writes an operator's shards, and the records that it holds staged.
+    async fn part(&self, part: OperatorPart, held: Vec<(Epoch, StagedShard)>) -> Result<OperatorSnapshot> {
+        let OperatorPart { uid: _, kind, schema, parallelism, splits, reused, shards: pending } = part;
+        // A back end may know only now what the snapshot consists of.
+        let snapshot = StateSnapshot { reused, pending };
+        let expand = move || snapshot.expanded();
+        let StateSnapshot { reused, pending } = self.uploader.env.blocking("writing out state", expand).await??;
+        let mut shards: Vec<Shard> = reused.into_iter().map(|s| Shard { status: ShardStatus::Reused, ..s }).collect();
+        let puts = pending.into_iter().map(|shard| self.pending(shard));
+        // All are waited for, also past a failure: what is deleted then must not appear later.
+        let written: Vec<Result<Shard>> = stream::iter(puts).buffered(UPLOADS_IN_FLIGHT_MAX).collect().await;
+        let puts = held.into_iter().map(|(epoch, (rows, bytes))| {
+            self.put(Shard { rows, epoch: Some(epoch), ..Shard::new("", ShardKind::Staged) }, bytes)
+        });
+        let staged: Vec<Result<Shard>> = stream::iter(puts).buffered(UPLOADS_IN_FLIGHT_MAX).collect().await;
+        for shard in written.into_iter().chain(staged) {
+            shards.push(shard?);
+        }
+        Ok(OperatorSnapshot { kind, schema, parallelism, splits, shards })
+    }
+
+    async fn pending(&self, shard: PendingShard) -> Result<Shard> {
+        let PendingShard { kind, key_groups, rows, layer, name, encode, uploaded, .. } = shard;
+        let bytes = self.uploader.env.blocking("encoding a shard", encode).await??;
+        let shard = Shard { key_groups, rows, layer, name, ..Shard::new("", kind) };
+        let shard = self.put(shard, bytes).await?;
+        if let Some(uploaded) = uploaded {
+            uploaded(&shard);
+        }
+        Ok(shard)
+    }
+
+    async fn put(&self, shard: Shard, bytes: Bytes) -> Result<Shard> {
+        let Uploader { storage, env, folder, attempt } = self.uploader;
         let ending = match shard.kind {
             ShardKind::Keyed => "state",
             ShardKind::RocksDb => "sst",
@@ -87,35 +188,10 @@ impl Uploader {
             ShardKind::Channel => "rows",
             ShardKind::Staged => "staged",
         };
-        let path = format!("{}/{}.{ending}", self.blobs, self.env.ids.ulid());
-        let shard = Shard { size: bytes.len() as u64, hash: hash_hex(&bytes), path, subtask, ..shard };
-        self.storage.put(&self.folder.path(&shard.path), bytes).await?;
-        if let Some(uploaded) = uploaded {
-            uploaded(&shard);
-        }
-        Ok(shard)
+        let path = retention::blob_path(*attempt, self.epoch, &env.ids.ulid(), ending);
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner).push(path.clone());
+        let (size, hash) = (bytes.len() as u64, hash_hex(&bytes));
+        storage.put(&folder.path(&path), bytes).await.context_with(|| "write a shard")?;
+        Ok(Shard { size, hash, path, subtask: self.subtask, ..shard })
     }
-}
-
-async fn encode(shard: PendingShard, env: &Env) -> Result<Encoded> {
-    let PendingShard { kind, key_groups, rows, layer, name, encode, uploaded } = shard;
-    let bytes = env.blocking("encoding a shard", encode).await??;
-    Ok(Encoded { shard: Shard { key_groups, rows, layer, name, ..Shard::new("", kind) }, bytes, uploaded })
-}
-
-/// Adds this epoch's staged records to those that an aborted epoch left uncommitted, and answers with all of them: a
-/// checkpoint must hold whatever its commit will have to write.
-fn restage(encoded: Vec<Encoded>, staged: &Staged, epoch: Epoch) -> Vec<Encoded> {
-    let (new, mut others): (Vec<_>, Vec<_>) = encoded.into_iter().partition(|e| e.shard.kind == ShardKind::Staged);
-    for Encoded { shard, bytes, .. } in new {
-        if shard.rows > 0 {
-            staged.add(epoch, (shard.rows, bytes));
-        }
-    }
-    others.extend(staged.up_to(epoch).into_iter().map(|(rows, bytes)| Encoded {
-        shard: Shard { rows, ..Shard::new("", ShardKind::Staged) },
-        bytes,
-        uploaded: None,
-    }));
-    others
 }

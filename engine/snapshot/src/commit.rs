@@ -4,7 +4,7 @@
 //! visible at once, together with the marker of that epoch; after a failure nothing is written again before the marker has
 //! been read, because the transaction that seemed to fail may have been committed.
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeSet, fmt, time::Duration};
 
 use crate::{Disposition, Epoch, Error};
 
@@ -38,8 +38,14 @@ pub enum Event {
 pub enum Effect {
     /// Take over the identity and read the marker.
     Open,
-    /// Write everything staged up to this epoch, in one transaction with its marker.
-    Write(Epoch),
+    /// Write everything staged above one epoch (from the first, if `None`) and up to another, in one transaction with the
+    /// marker of the latter.
+    Write {
+        /// What is visible already.
+        above: Option<Epoch>,
+        /// What the marker will say.
+        up_to: Epoch,
+    },
     /// Everything staged up to this epoch is visible: say so, and drop it.
     Confirm(Epoch),
     /// Wait, then say [`Event::Waited`].
@@ -52,7 +58,8 @@ impl fmt::Display for Effect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Open => f.write_str("open"),
-            Self::Write(epoch) => write!(f, "write {epoch}"),
+            Self::Write { above: None, up_to } => write!(f, "write ..{up_to}"),
+            Self::Write { above: Some(above), up_to } => write!(f, "write {above}..{up_to}"),
             Self::Confirm(epoch) => write!(f, "confirm {epoch}"),
             Self::Wait(delay) => write!(f, "wait {} ms", delay.as_millis()),
             Self::Stop(error) => write!(f, "stop: {error}"),
@@ -78,21 +85,22 @@ enum Link {
 #[derive(Debug)]
 pub struct CommitMachine {
     link: Link,
-    /// The newest epoch with staged records that are not visible yet.
-    staged: Option<Epoch>,
+    /// Everything staged up to here is visible: the newest marker.
+    visible: Option<Epoch>,
+    /// The epochs with staged records that are not visible yet.
+    staged: BTreeSet<Epoch>,
     /// The newest completed epoch that has not been confirmed.
     completed: Option<Epoch>,
     failures: u32,
 }
 
 impl CommitMachine {
-    /// A machine whose first effect is [`Effect::Open`]. `restored` is the checkpoint that the job starts from, and whether
-    /// it holds staged records of this committer.
+    /// A machine whose first effect is [`Effect::Open`]. `restored` is the checkpoint that the job starts from, and the epochs
+    /// of the staged records of this committer that it holds.
     #[must_use]
-    pub fn new(restored: Option<(Epoch, bool)>) -> (Self, Effect) {
-        let staged = restored.and_then(|(epoch, any)| any.then_some(epoch));
-        let machine = Self { link: Link::Opening, staged, completed: restored.map(|r| r.0), failures: 0 };
-        (machine, Effect::Open)
+    pub fn new(restored: Option<(Epoch, BTreeSet<Epoch>)>) -> (Self, Effect) {
+        let (completed, staged) = restored.map_or((None, BTreeSet::new()), |(epoch, staged)| (Some(epoch), staged));
+        (Self { link: Link::Opening, visible: None, staged, completed, failures: 0 }, Effect::Open)
     }
 
     /// Takes an event, and answers with what follows.
@@ -100,14 +108,13 @@ impl CommitMachine {
         match event {
             Event::Opened { marker } => {
                 self.link = Link::Open;
-                // Only what was staged before this open can have been written before it.
-                if self.staged.is_some_and(|staged| marker.is_some_and(|m| m >= staged)) {
-                    self.staged = None;
-                }
+                // A committer that can't tell says nothing; what this machine has seen still holds.
+                self.visible = marker.max(self.visible);
+                self.drop_visible();
                 self.next()
             }
             Event::Staged(epoch) => {
-                self.staged = Some(epoch.max(self.staged.unwrap_or_default()));
+                self.staged.insert(epoch);
                 None
             }
             Event::Completed(epoch) => {
@@ -117,7 +124,8 @@ impl CommitMachine {
             Event::Written(epoch) => {
                 self.failures = 0;
                 self.link = Link::Open;
-                self.staged = self.staged.filter(|staged| *staged > epoch);
+                self.visible = Some(epoch).max(self.visible);
+                self.drop_visible();
                 self.next()
             }
             Event::Failed(error) => Some(self.failed(error)),
@@ -131,12 +139,17 @@ impl CommitMachine {
     /// What is to be done at rest.
     fn next(&mut self) -> Option<Effect> {
         let epoch = self.completed.filter(|_| self.link == Link::Open)?;
-        if self.staged.is_some_and(|staged| staged <= epoch) {
+        if self.staged.first().is_some_and(|staged| *staged <= epoch) {
             self.link = Link::Writing(epoch);
-            return Some(Effect::Write(epoch));
+            return Some(Effect::Write { above: self.visible, up_to: epoch });
         }
         self.completed = None;
         Some(Effect::Confirm(epoch))
+    }
+
+    /// A marker covers all epochs up to its own, also aborted ones: their records went with it.
+    fn drop_visible(&mut self) {
+        self.staged.retain(|staged| Some(*staged) > self.visible);
     }
 
     fn failed(&mut self, error: Error) -> Effect {
@@ -165,9 +178,10 @@ mod tests {
 
     use super::*;
 
-    /// Events: `opened [marker]`, `staged 1`, `completed 1`, `written 1`, `retry`, `fenced`, `waited`.
-    fn check(restored: Option<(u64, bool)>, events: &[&str], expected: Expect) {
-        let (mut machine, first) = CommitMachine::new(restored.map(|(e, any)| (Epoch(e), any)));
+    /// `restored` is a checkpoint and the epochs staged in it. Events: `opened [marker]`, `staged 1`, `completed 1`, `written 1`, `retry`, `fenced`, `waited`.
+    fn check(restored: Option<(u64, &[u64])>, events: &[&str], expected: Expect) {
+        let epochs = |staged: &[u64]| staged.iter().map(|e| Epoch(*e)).collect();
+        let (mut machine, first) = CommitMachine::new(restored.map(|(e, staged)| (Epoch(e), epochs(staged))));
         let mut line = first.to_string();
         for event in events {
             let words: Vec<&str> = event.split(' ').collect();
@@ -192,7 +206,9 @@ mod tests {
         check(
             None,
             &["opened", "staged 1", "completed 1", "written 1", "staged 2"],
-            expect!["open; opened -> -; staged 1 -> -; completed 1 -> write 1; written 1 -> confirm 1; staged 2 -> -"],
+            expect![
+                "open; opened -> -; staged 1 -> -; completed 1 -> write ..1; written 1 -> confirm 1; staged 2 -> -"
+            ],
         );
     }
 
@@ -206,21 +222,23 @@ mod tests {
         check(
             None,
             &["opened", "staged 1", "staged 2", "completed 2", "written 2"],
-            expect!["open; opened -> -; staged 1 -> -; staged 2 -> -; completed 2 -> write 2; written 2 -> confirm 2"],
+            expect![
+                "open; opened -> -; staged 1 -> -; staged 2 -> -; completed 2 -> write ..2; written 2 -> confirm 2"
+            ],
         );
     }
 
     #[test]
     fn after_a_crash_the_marker_decides_whether_to_write_again() {
         check(
-            Some((5, true)),
+            Some((5, &[5])),
             &["opened 4", "written 5"],
-            expect!["open; opened 4 -> write 5; written 5 -> confirm 5"],
+            expect!["open; opened 4 -> write 4..5; written 5 -> confirm 5"],
         );
-        check(Some((5, true)), &["opened 5"], expect!["open; opened 5 -> confirm 5"]);
-        check(Some((5, true)), &["opened 6"], expect!["open; opened 6 -> confirm 5"]);
-        check(Some((5, true)), &["opened"], expect!["open; opened -> write 5"]);
-        check(Some((5, false)), &["opened 4"], expect!["open; opened 4 -> confirm 5"]);
+        check(Some((5, &[5])), &["opened 5"], expect!["open; opened 5 -> confirm 5"]);
+        check(Some((5, &[5])), &["opened 6"], expect!["open; opened 6 -> confirm 5"]);
+        check(Some((5, &[5])), &["opened"], expect!["open; opened -> write ..5"]);
+        check(Some((5, &[])), &["opened 4"], expect!["open; opened 4 -> confirm 5"]);
     }
 
     #[test]
@@ -229,14 +247,14 @@ mod tests {
             None,
             &["opened", "staged 3", "completed 3", "retry", "waited", "opened 3"],
             expect![
-                "open; opened -> -; staged 3 -> -; completed 3 -> write 3; retry -> wait 100 ms; waited -> open; opened 3 -> confirm 3"
+                "open; opened -> -; staged 3 -> -; completed 3 -> write ..3; retry -> wait 100 ms; waited -> open; opened 3 -> confirm 3"
             ],
         );
         check(
             None,
             &["opened", "staged 3", "completed 3", "retry", "waited", "retry", "waited", "opened 2"],
             expect![
-                "open; opened -> -; staged 3 -> -; completed 3 -> write 3; retry -> wait 100 ms; waited -> open; retry -> wait 200 ms; waited -> open; opened 2 -> write 3"
+                "open; opened -> -; staged 3 -> -; completed 3 -> write ..3; retry -> wait 100 ms; waited -> open; retry -> wait 200 ms; waited -> open; opened 2 -> write 2..3"
             ],
         );
     }
@@ -247,7 +265,7 @@ mod tests {
             None,
             &["retry", "staged 1", "completed 1", "waited", "opened", "written 1"],
             expect![
-                "open; retry -> wait 100 ms; staged 1 -> -; completed 1 -> -; waited -> open; opened -> write 1; written 1 -> confirm 1"
+                "open; retry -> wait 100 ms; staged 1 -> -; completed 1 -> -; waited -> open; opened -> write ..1; written 1 -> confirm 1"
             ],
         );
     }
@@ -258,7 +276,38 @@ mod tests {
             None,
             &["opened", "staged 1", "completed 1", "fenced", "completed 2", "waited"],
             expect![
-                "open; opened -> -; staged 1 -> -; completed 1 -> write 1; fenced -> stop: newer producer; completed 2 -> -; waited -> -"
+                "open; opened -> -; staged 1 -> -; completed 1 -> write ..1; fenced -> stop: newer producer; completed 2 -> -; waited -> -"
+            ],
+        );
+    }
+
+    #[test]
+    fn a_restored_checkpoint_may_hold_records_of_several_epochs_of_which_some_are_visible() {
+        check(
+            Some((5, &[3, 4, 5])),
+            &["opened 3", "written 5"],
+            expect!["open; opened 3 -> write 3..5; written 5 -> confirm 5"],
+        );
+        check(Some((5, &[3, 4])), &["opened 4"], expect!["open; opened 4 -> confirm 5"]);
+    }
+
+    #[test]
+    fn checkpoints_that_complete_while_one_is_written_follow_in_one_transaction() {
+        check(
+            None,
+            &[
+                "opened",
+                "staged 1",
+                "completed 1",
+                "staged 2",
+                "completed 2",
+                "staged 3",
+                "completed 3",
+                "written 1",
+                "written 3",
+            ],
+            expect![
+                "open; opened -> -; staged 1 -> -; completed 1 -> write ..1; staged 2 -> -; completed 2 -> -; staged 3 -> -; completed 3 -> -; written 1 -> write 1..3; written 3 -> confirm 3"
             ],
         );
     }

@@ -19,6 +19,7 @@ pub mod manifest;
 pub mod restore;
 pub mod retention;
 pub mod runtime;
+pub mod savepoint;
 pub mod schema;
 pub mod sealed;
 pub mod storage;

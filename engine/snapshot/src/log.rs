@@ -9,8 +9,7 @@
 //! take only the newest unbroken run of numbers, from the number on that the newest `Released` names. Such a stray entry is
 //! thus seen by its writer as a lost race, and by nobody else at all.
 //!
-//! Every byte of an entry is covered: the frame is compared literally, the body by a CRC32C. An entry that is damaged keeps
-//! its number. Because it may have been an `Opened` or a `Completed`, the numbers derived from the log (generation, attempt,
+//! Every byte of an entry is covered (see [`sealed`]). An entry that is damaged keeps its number. Because it may have been an `Opened` or a `Completed`, the numbers derived from the log (generation, attempt,
 //! epoch) skip what it may have used: they never go back.
 
 use std::{fmt, sync::Arc};
@@ -20,7 +19,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Attempt, Context, Env, Epoch, Error, Generation, JobId, Manifest, Result,
+    Attempt, Context, Env, Epoch, Error, Generation, JobId, Manifest, Result, sealed,
     storage::{PutNew, Storage},
 };
 
@@ -28,9 +27,6 @@ use crate::{
 const OPEN_RACES_MAX: usize = 64;
 /// Entries read at the same time.
 const READS_IN_FLIGHT_MAX: usize = 16;
-const FRAME_HEAD: &str = "{\"format\":1,\"crc32c\":\"";
-const FRAME_MIDDLE: &str = "\",\"entry\":";
-const FRAME_END: &str = "}\n";
 
 /// A job's folder in its storage: `<namespace>/<name>/<uid>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,18 +42,21 @@ impl JobFolder {
     /// The path, from the storage's root, of something in the folder.
     #[must_use]
     pub fn path(&self, relative: &str) -> String {
-        format!("{}/{relative}", self.0)
+        if self.0.is_empty() { relative.to_owned() } else { format!("{}/{relative}", self.0) }
     }
 
-    /// The folder of the blobs of one attempt, relative to the job's folder.
+    /// The folder, from the storage's root.
     #[must_use]
-    pub fn blobs(attempt: Attempt) -> String {
-        format!("blobs/{attempt}")
+    pub fn root(&self) -> &str {
+        &self.0
     }
 
     /// A path from the storage's root, relative to the job's folder.
     #[must_use]
     pub fn relative<'a>(&self, path: &'a str) -> Option<&'a str> {
+        if self.0.is_empty() {
+            return Some(path);
+        }
         path.strip_prefix(&self.0)?.strip_prefix('/')
     }
 
@@ -72,11 +71,24 @@ impl JobFolder {
 pub enum Event {
     /// A coordinator begins its reign.
     Opened,
-    /// The job went on from this checkpoint although there were newer ones (they were damaged), or from nothing.
-    /// Checkpoints newer than it are no candidates any more.
+    /// The job went on from this checkpoint although there were newer ones (they were damaged, or somebody asked), or from
+    /// nothing. Checkpoints newer than it are no candidates any more.
     Restored {
         /// The checkpoint; `None` for a start without state.
         epoch: Option<Epoch>,
+        /// The name that somebody asked for; `None` if the job came to it by itself.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        asked: Option<String>,
+    },
+    /// The job went on from a snapshot that is not its own: a savepoint, or another job's checkpoint. Its own checkpoints are no
+    /// candidates any more. The files stay where they are, and are never deleted by this job.
+    Adopted {
+        /// Where the files are: shards' paths are relative to it.
+        from: String,
+        /// The name that somebody asked for.
+        asked: String,
+        /// The snapshot, under a fresh epoch of this job.
+        manifest: Box<Manifest>,
     },
     /// A checkpoint is complete: all its shards are durable.
     Completed {
@@ -145,9 +157,7 @@ impl fmt::Display for Entry {
 /// # Errors
 /// When the entry can't be written as JSON; it always can.
 pub fn encode(entry: &Entry) -> Result<Bytes> {
-    let body = serde_json::to_string(entry).map_err(|e| Error::abort(format!("encode log entry: {e}")))?;
-    let crc = crc32c::crc32c(body.as_bytes());
-    Ok(Bytes::from(format!("{FRAME_HEAD}{crc:08x}{FRAME_MIDDLE}{body}{FRAME_END}")))
+    sealed::seal("entry", entry)
 }
 
 /// Verifies and decodes an entry's file.
@@ -155,25 +165,18 @@ pub fn encode(entry: &Entry) -> Result<Bytes> {
 /// # Errors
 /// `Corrupt` if a single byte is not as [`encode`] wrote it.
 pub fn decode(bytes: &[u8]) -> Result<Entry> {
-    let corrupt = |what: &str| Error::corrupt(format!("log entry is damaged: {what}"));
-    let text = std::str::from_utf8(bytes).map_err(|_| corrupt("not UTF-8"))?;
-    let rest = text.strip_prefix(FRAME_HEAD).ok_or_else(|| corrupt("bad frame"))?;
-    let (crc, rest) = rest.split_at_checked(8).ok_or_else(|| corrupt("too short"))?;
-    let body =
-        rest.strip_prefix(FRAME_MIDDLE).and_then(|r| r.strip_suffix(FRAME_END)).ok_or_else(|| corrupt("bad frame"))?;
-    if crc != format!("{:08x}", crc32c::crc32c(body.as_bytes())) {
-        return Err(corrupt("checksum mismatch"));
-    }
-    serde_json::from_str(body).map_err(|e| corrupt(&e.to_string()))
+    sealed::open("entry", "log entry", bytes)
 }
 
 /// A checkpoint that the log still holds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Retained {
-    /// Number of its `Completed` entry.
+    /// Number of its entry.
     pub seq: u64,
     /// What it consists of.
     pub manifest: Manifest,
+    /// Where its files are, if they are not this job's: see [`Event::Adopted`].
+    pub from: Option<String>,
 }
 
 /// An entry that can't be read.
@@ -206,6 +209,8 @@ pub struct LogState {
     pub committed: Epoch,
     /// Set if the job has finished; cleared when it runs again.
     pub finished: Option<Epoch>,
+    /// What somebody last asked the job to start from, as it was named.
+    pub asked: Option<String>,
     /// Entries that can't be read.
     pub damaged: Vec<Damaged>,
 }
@@ -224,17 +229,31 @@ impl LogState {
         self.generation = self.generation.max(entry.generation);
         self.attempt = self.attempt.max(entry.attempt);
         self.history = entry.history;
-        match entry.event {
+        self.take(seq, entry.event);
+    }
+
+    /// Takes what the next readable entry says into account.
+    pub fn take(&mut self, seq: u64, event: Event) {
+        self.next_seq = seq + 1;
+        match event {
             Event::Opened => self.finished = None,
-            Event::Restored { epoch } => {
-                let keep = |r: &Retained| epoch.is_some_and(|e| r.manifest.epoch <= e);
-                let (kept, abandoned) = std::mem::take(&mut self.retained).into_iter().partition(keep);
-                self.retained = kept;
-                self.abandoned.extend(abandoned);
+            Event::Restored { epoch, asked } => {
+                self.abandon_after(epoch);
+                if let Some(epoch) = epoch {
+                    self.revive(epoch);
+                }
+                self.asked = asked.or(self.asked.take());
+            }
+            Event::Adopted { from, asked, manifest } => {
+                self.abandon_after(None);
+                self.asked = Some(asked);
+                self.last_epoch = self.last_epoch.max(manifest.epoch);
+                self.retained.push(Retained { seq, manifest: *manifest, from: Some(from) });
             }
             Event::Completed { manifest } => {
+                self.asked = manifest.origin.clone();
                 self.last_epoch = self.last_epoch.max(manifest.epoch);
-                self.retained.push(Retained { seq, manifest: *manifest });
+                self.retained.push(Retained { seq, manifest: *manifest, from: None });
             }
             Event::Committed { epoch } => self.committed = self.committed.max(epoch),
             Event::Released { epochs, oldest_seq } => {
@@ -244,6 +263,23 @@ impl LogState {
             }
             Event::Finished { epoch } => self.finished = Some(epoch),
             Event::Stopped { epoch: _ } => {}
+        }
+    }
+
+    /// Checkpoints after `epoch` (all, if `None`) are no candidates any more.
+    pub fn abandon_after(&mut self, epoch: Option<Epoch>) {
+        let keep = |r: &Retained| epoch.is_some_and(|e| r.manifest.epoch <= e);
+        let (kept, abandoned) = std::mem::take(&mut self.retained).into_iter().partition(keep);
+        self.retained = kept;
+        self.abandoned.extend(abandoned);
+    }
+
+    /// A checkpoint that had been given up is a candidate again, if it is still there.
+    fn revive(&mut self, epoch: Epoch) {
+        if self.retained.iter().all(|r| r.manifest.epoch != epoch)
+            && let Some(at) = self.abandoned.iter().rposition(|r| r.manifest.epoch == epoch)
+        {
+            self.retained.push(self.abandoned.remove(at));
         }
     }
 
@@ -268,6 +304,15 @@ impl LogState {
 /// # Errors
 /// When the storage can't be read. Damaged entries are no error: see [`LogState::damaged`].
 pub async fn read(storage: &dyn Storage, folder: &JobFolder) -> Result<LogState> {
+    read_folder(storage, folder.root()).await
+}
+
+/// As [`read`], for a job's folder wherever it is; empty if it is the storage's root.
+///
+/// # Errors
+/// See [`read`].
+pub async fn read_folder(storage: &dyn Storage, root: &str) -> Result<LogState> {
+    let folder = &JobFolder(root.to_owned());
     let listed = storage.list(&folder.path("log"), None).await.context_with(|| "read checkpoint log")?;
     let numbers = listed.iter().filter_map(|o| number_of(&o.path));
     let run = newest_run(numbers.collect());
@@ -450,6 +495,7 @@ mod tests {
             duration_ms: 1,
             max_parallelism: 128,
             plan: String::new(),
+            origin: None,
             end_of_input: false,
             operators: BTreeMap::new(),
         })
@@ -521,11 +567,11 @@ mod tests {
         for epoch in 1..=3 {
             log.append(Event::Completed { manifest: manifest(epoch) }).await.unwrap();
         }
-        log.append(Event::Restored { epoch: Some(Epoch(2)) }).await.unwrap();
+        log.append(Event::Restored { epoch: Some(Epoch(2)), asked: None }).await.unwrap();
         log.append(Event::Completed { manifest: manifest(4) }).await.unwrap();
         let state = read(&*storage, log.folder()).await.unwrap();
         assert_eq!((epochs(&state.retained), epochs(&state.abandoned)), (vec![1, 2, 4], vec![3]));
-        log.append(Event::Restored { epoch: None }).await.unwrap();
+        log.append(Event::Restored { epoch: None, asked: None }).await.unwrap();
         let state = read(&*storage, log.folder()).await.unwrap();
         assert!(state.retained.is_empty() && state.has_history());
         assert_eq!(state.last_epoch, Epoch(4));

@@ -39,6 +39,9 @@ pub struct Manifest {
     pub max_parallelism: u16,
     /// Fingerprint of the plan that ran.
     pub plan: String,
+    /// What somebody last asked the job to start from, as it was named; `None` if nobody ever did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
     /// True if the job's inputs had all ended before the barrier: nothing comes after this snapshot.
     #[serde(default)]
     pub end_of_input: bool,

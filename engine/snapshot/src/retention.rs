@@ -35,10 +35,14 @@ impl Release {
     }
 }
 
-/// Decides what to release so that the newest `retain` checkpoints (at least one) are left; `None` if there is nothing.
+/// Decides what to release so that the newest `retain` checkpoints (at least one) are left, and all from the oldest of the
+/// `pinned` on; `None` if there is nothing.
 #[must_use]
-pub fn release(state: &LogState, retain: usize) -> Option<Release> {
-    let cut = state.retained.len().saturating_sub(retain.max(1));
+pub fn release(state: &LogState, retain: usize, pinned: impl Iterator<Item = Epoch>) -> Option<Release> {
+    let newest = state.retained.len().saturating_sub(retain.max(1));
+    let oldest_pinned = pinned.min();
+    let pinned_at = oldest_pinned.and_then(|e| state.retained.iter().position(|r| r.manifest.epoch >= e));
+    let cut = newest.min(pinned_at.unwrap_or(newest));
     let (released, kept) = state.retained.split_at(cut);
     // Checkpoints behind which a restore went back are kept as long as that restore's own line has less than `retain`.
     let abandoned: &[Retained] = if cut > 0 || state.retained.len() >= retain.max(1) { &state.abandoned } else { &[] };
@@ -49,6 +53,8 @@ pub fn release(state: &LogState, retain: usize) -> Option<Release> {
     let given_up = released.iter().chain(abandoned);
     let blobs: BTreeSet<String> = given_up
         .clone()
+        // What was adopted belongs to somebody else.
+        .filter(|r| r.from.is_none())
         .flat_map(|r| r.manifest.shards())
         .filter(|s| !named.contains(s.path.as_str()))
         .map(|s| s.path.clone())
@@ -59,17 +65,25 @@ pub fn release(state: &LogState, retain: usize) -> Option<Release> {
     Some(Release { epochs, oldest_seq, blobs: blobs.into_iter().collect() })
 }
 
-/// Of the blobs listed (relative to the job's folder), those that earlier attempts left behind and that no checkpoint names.
-/// The attempt's own `Opened` entry must be durable: no earlier attempt can complete a checkpoint any more.
+/// The path of a blob, relative to the job's folder: `blobs/<attempt>/<epoch>-<ulid>.<ending>`.
 #[must_use]
-pub fn orphans(listed: &[String], state: &LogState, current: Attempt) -> Vec<String> {
-    let known = state.retained.iter().chain(&state.abandoned);
+pub fn blob_path(attempt: Attempt, epoch: Epoch, ulid: &str, ending: &str) -> String {
+    format!("blobs/{attempt}/{epoch}-{ulid}.{ending}")
+}
+
+/// Of the blobs listed (relative to the job's folder), those that no checkpoint names and none can name any more: of earlier
+/// attempts, and of the current one's epochs before `oldest_open`, which are complete or given up. The attempt's own `Opened`
+/// entry must be durable: no earlier attempt can complete a checkpoint any more.
+#[must_use]
+pub fn orphans(listed: &[String], state: &LogState, current: Attempt, oldest_open: Epoch) -> Vec<String> {
+    let known = state.retained.iter().chain(&state.abandoned).filter(|r| r.from.is_none());
     let named: BTreeSet<&str> = known.flat_map(|r| r.manifest.shards()).map(|s| s.path.as_str()).collect();
-    let of_earlier_attempt = |path: &str| {
-        let attempt = path.strip_prefix("blobs/").and_then(|p| p.split('/').next()).and_then(|a| a.parse().ok());
-        attempt.is_some_and(|a: u64| a < current.0)
+    let over = |path: &str| {
+        let (attempt, file) = path.strip_prefix("blobs/")?.split_once('/')?;
+        let (attempt, epoch) = (attempt.parse::<u64>().ok()?, file.split_once('-')?.0.parse::<u64>().ok()?);
+        Some((attempt, epoch) < (current.0, oldest_open.0))
     };
-    listed.iter().filter(|p| of_earlier_attempt(p) && !named.contains(p.as_str())).cloned().collect()
+    listed.iter().filter(|p| over(p) == Some(true) && !named.contains(p.as_str())).cloned().collect()
 }
 
 /// Deletes files of a job. One that can't be deleted now is logged, and left for the next open to find.
@@ -119,10 +133,16 @@ mod tests {
                 duration_ms: 0,
                 max_parallelism: 128,
                 plan: String::new(),
+                origin: None,
                 end_of_input: false,
                 operators: BTreeMap::from([("op".into(), operator)]),
             },
+            from: None,
         }
+    }
+
+    fn unpinned() -> impl Iterator<Item = Epoch> {
+        std::iter::empty()
     }
 
     #[test]
@@ -135,13 +155,13 @@ mod tests {
             ],
             ..LogState::default()
         };
-        assert_eq!(release(&state, 3), None);
+        assert_eq!(release(&state, 3, unpinned()), None);
         assert_eq!(
-            release(&state, 2),
+            release(&state, 2, unpinned()),
             Some(Release { epochs: vec![Epoch(1)], oldest_seq: 5, blobs: vec!["blobs/1/a".into()] })
         );
         assert_eq!(
-            release(&state, 0),
+            release(&state, 0, unpinned()),
             Some(Release { epochs: vec![Epoch(1), Epoch(2)], oldest_seq: 8, blobs: vec!["blobs/1/a".into()] }),
             "one is always left"
         );
@@ -154,18 +174,43 @@ mod tests {
             abandoned: vec![checkpoint(4, 2, &["blobs/1/a", "blobs/1/x"])],
             ..LogState::default()
         };
-        assert_eq!(release(&state, 2), None);
+        assert_eq!(release(&state, 2, unpinned()), None);
         state.retained.push(checkpoint(9, 3, &["blobs/2/c"]));
         assert_eq!(
-            release(&state, 2),
+            release(&state, 2, unpinned()),
             Some(Release { epochs: vec![Epoch(2)], oldest_seq: 3, blobs: vec!["blobs/1/x".into()] })
         );
     }
 
     #[test]
-    fn orphans_are_unnamed_blobs_of_earlier_attempts_only() {
-        let state = LogState { retained: vec![checkpoint(3, 1, &["blobs/1/a"])], ..LogState::default() };
-        let listed = ["blobs/1/a", "blobs/1/b", "blobs/2/c", "blobs/3/d", "blobs/odd"].map(str::to_owned);
-        assert_eq!(orphans(&listed, &state, Attempt(3)), ["blobs/1/b", "blobs/2/c"]);
+    fn a_pinned_checkpoint_and_all_after_it_stay() {
+        let mut state = LogState::default();
+        state.retained.extend((1..=4).map(|n| checkpoint(n, n, &[])));
+        let released = |pinned: &[u64]| {
+            let release = release(&state, 1, pinned.iter().map(|e| Epoch(*e)));
+            release.map_or(Vec::new(), |r| r.epochs.iter().map(|e| e.0).collect())
+        };
+        assert_eq!(released(&[]), [1, 2, 3]);
+        assert_eq!(released(&[3, 2]), [1]);
+        assert_eq!(released(&[9]), [1, 2, 3], "one that is not complete yet");
+        assert!(released(&[1]).is_empty());
+    }
+
+    #[test]
+    fn files_of_an_adopted_snapshot_are_not_this_jobs_to_delete() {
+        let mut adopted = checkpoint(3, 1, &["blobs/1/1-a"]);
+        adopted.from = Some("/elsewhere".into());
+        let state = LogState { retained: vec![adopted, checkpoint(5, 2, &["blobs/2/2-a"])], ..LogState::default() };
+        let release = release(&state, 1, unpinned()).unwrap();
+        assert_eq!((release.epochs, release.blobs), (vec![Epoch(1)], Vec::new()));
+    }
+
+    #[test]
+    fn orphans_are_what_nobody_names_and_nobody_will() {
+        let state = LogState { retained: vec![checkpoint(3, 1, &["blobs/1/1-a"])], ..LogState::default() };
+        let listed = ["1/1-a", "1/1-b", "1/9-c", "2/4-d", "3/5-e", "3/6-f", "3/7-g", "4/1-h", "odd", "3/odd"];
+        let listed = listed.map(|file| format!("blobs/{file}"));
+        let found = orphans(&listed, &state, Attempt(3), Epoch(7));
+        assert_eq!(found, ["blobs/1/1-b", "blobs/1/9-c", "blobs/2/4-d", "blobs/3/5-e", "blobs/3/6-f"]);
     }
 }

@@ -11,8 +11,8 @@ mod world;
 
 use std::{sync::Arc, time::Duration};
 
-use floodmark_snapshot::{Env, JobId};
-use floodmark_worker::{CheckpointMode, CheckpointSettings, Outcome, Progress, RestoreMode, RunSpec, Summary, run};
+use floodmark_snapshot::{Env, JobId, restore::Reference};
+use floodmark_worker::{CheckpointMode, CheckpointSettings, Outcome, Progress, RunSpec, Summary, run};
 use tokio::{runtime::Runtime, sync::watch};
 
 use crate::{
@@ -38,9 +38,11 @@ fn spec(job: Job, connection: &Arc<Connection>, parallelism: u32) -> RunSpec {
             min_pause: Duration::ZERO,
             tolerable_failures: 0,
             retain: 2,
+            ..CheckpointSettings::default()
         },
         storage: connection.clone(),
-        restore: RestoreMode::Latest,
+        restore: Reference::Latest,
+        initial: None,
         allow_dropped_state: false,
         holder: "test:1".into(),
     }

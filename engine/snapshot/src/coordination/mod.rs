@@ -36,6 +36,8 @@ const ABORTED_REMEMBERED_MAX: usize = 64;
 #[derive(Debug)]
 struct Flight {
     barrier: Barrier,
+    /// The newest checkpoint that was complete when the barrier went out: its files, and later ones, may be named again.
+    base: Option<Epoch>,
     end_of_input: bool,
     savepoints: Vec<SavepointId>,
     triggered: Time,
@@ -89,6 +91,7 @@ pub struct Coordinator {
     /// Who has not acknowledged an aborted checkpoint, and may still do so.
     aborted: BTreeMap<Epoch, BTreeSet<Subtask>>,
     last_epoch: Epoch,
+    newest_completed: Option<Epoch>,
     last_trigger: Duration,
     last_end: Duration,
     failures: u32,
@@ -115,6 +118,7 @@ impl Coordinator {
             exporting: BTreeSet::new(),
             aborted: BTreeMap::new(),
             last_epoch: start.last_epoch.max(start.restored.unwrap_or_default()),
+            newest_completed: start.restored,
             last_trigger: now.monotonic,
             last_end: now.monotonic,
             failures: 0,
@@ -139,9 +143,17 @@ impl Coordinator {
         self.flights.keys().copied()
     }
 
-    /// Checkpoints whose files must not be deleted, although they may be past the newest few.
+    /// Checkpoints whose files must not be deleted, although they may be past the newest few: one under way may name them
+    /// again.
     pub fn pinned(&self) -> impl Iterator<Item = Epoch> {
-        self.exporting.iter().copied().chain(self.uncommitted.iter().map(|c| c.epoch))
+        let bases = self.flights.values().filter_map(|f| f.base);
+        self.exporting.iter().copied().chain(self.uncommitted.iter().map(|c| c.epoch)).chain(bases)
+    }
+
+    /// The oldest checkpoint whose files the checkpoint `epoch` may name again; `None` if it may name none.
+    #[must_use]
+    pub fn base(&self, epoch: Epoch) -> Option<Epoch> {
+        self.flights.get(&epoch)?.base
     }
 
     /// The oldest checkpoint that is not complete yet, or the next: files of it and of later ones may wait to be named.
@@ -249,6 +261,7 @@ impl Coordinator {
             barrier.epoch,
             Flight {
                 barrier,
+                base: self.newest_completed,
                 end_of_input: self.end_of_input(),
                 savepoints,
                 triggered: now,
@@ -347,6 +360,7 @@ impl Coordinator {
             duration_ms: (now.monotonic - flight.triggered.monotonic).as_millis() as u64,
             max_parallelism: self.who.max_parallelism,
             plan: self.who.plan.clone(),
+            origin: self.who.origin.clone(),
             end_of_input: flight.end_of_input && flight.barrier.stops(),
             operators,
         };
@@ -358,6 +372,7 @@ impl Coordinator {
         match self.writing.take() {
             Some(Writing::Completed(completed)) => {
                 self.failures = 0;
+                self.newest_completed = Some(completed.epoch);
                 out.push(Decision::Announce(completed.epoch));
                 self.uncommitted.push(completed);
                 if self.who.committers.is_empty() {

@@ -34,6 +34,7 @@ fn scheduled(schedule: Schedule, committers: &[usize], start: StartingPoint) -> 
         attempt: Attempt(1),
         max_parallelism: 128,
         plan: "p".into(),
+        origin: None,
     };
     Coordinator::new(schedule, who, start, Time::default())
 }

@@ -55,6 +55,8 @@ pub struct Participants {
     pub max_parallelism: u16,
     /// Fingerprint of the plan.
     pub plan: String,
+    /// What somebody last asked the job to start from.
+    pub origin: Option<String>,
 }
 
 /// What an attempt starts from.
@@ -247,7 +249,8 @@ impl fmt::Display for Decision {
             Self::Append(LogEvent::Finished { epoch }) => write!(f, "append finished {epoch}"),
             Self::Append(LogEvent::Stopped { epoch }) => write!(f, "append stopped {epoch}"),
             Self::Append(LogEvent::Opened) => f.write_str("append opened"),
-            Self::Append(LogEvent::Restored { epoch }) => write!(f, "append restored {epoch:?}"),
+            Self::Append(LogEvent::Restored { epoch, .. }) => write!(f, "append restored {epoch:?}"),
+            Self::Append(LogEvent::Adopted { manifest, .. }) => write!(f, "append adopted {}", manifest.epoch),
             Self::Append(LogEvent::Released { epochs, .. }) => write!(f, "append released {epochs:?}"),
             Self::Announce(epoch) => write!(f, "announce {epoch}"),
             Self::Abort { epoch, reason, orphans } => write!(f, "abort {epoch} ({reason}), delete {orphans:?}"),

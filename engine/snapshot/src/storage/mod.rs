@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{
     BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, RetryConfig, WriteMultipart,
-    aws::AmazonS3Builder, local::LocalFileSystem, memory::InMemory, path::Path as ObjectPath, prefix::PrefixStore,
+    aws::AmazonS3Builder, local::LocalFileSystem, path::Path as ObjectPath, prefix::PrefixStore,
 };
 use url::Url;
 
@@ -20,6 +20,8 @@ use crate::{Disposition, Env, Error, Result};
 const RETRY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Objects above this size are uploaded in parts, bytes.
 const MULTIPART_THRESHOLD: usize = 16 << 20;
+
+mod memory;
 
 /// What became of a create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,17 +67,38 @@ pub trait Storage: Send + Sync {
     /// Deletes an object; one that is not there is no error.
     async fn delete(&self, path: &str) -> Result<()>;
 
+    /// Copies an object within the storage, over an older one of that name if there is one. False if there is none to copy.
+    async fn copy(&self, from: &str, to: &str) -> Result<bool> {
+        match self.get(from).await? {
+            Some(bytes) => self.put(to, bytes).await.map(|()| true),
+            None => Ok(false),
+        }
+    }
+
     /// Where it is, for people: `s3://bucket/prefix`. Holds no secret.
     fn describe(&self) -> String;
 }
 
-/// Opens the storage that a URL names: `file:///dir`, a plain path, `s3://bucket/prefix`, or `memory://`.
+/// Opens the storage that a URL names: `file:///dir`, a plain path, `s3://bucket/prefix`, or `memory://` (with
+/// `?limit=64MiB` or so: bytes that it holds at most).
 ///
 /// S3 takes its endpoint and credentials from the usual `AWS_*` environment variables.
 ///
 /// # Errors
 /// `Abort` if the URL can't be used; the network is not touched.
 pub fn open(location: &str) -> Result<Arc<dyn Storage>> {
+    open_as(location, true)
+}
+
+/// Opens a storage to read what is there: as [`open`], but makes no folder.
+///
+/// # Errors
+/// As [`open`]; also if a local folder does not exist.
+pub fn open_existing(location: &str) -> Result<Arc<dyn Storage>> {
+    open_as(location, false)
+}
+
+fn open_as(location: &str, create: bool) -> Result<Arc<dyn Storage>> {
     let (store, root, local_root): (Arc<dyn ObjectStore>, ObjectPath, Option<PathBuf>) = match Url::parse(location) {
         Ok(url) if url.scheme() == "s3" => {
             let bucket = url.host_str().unwrap_or_default();
@@ -84,12 +107,12 @@ pub fn open(location: &str) -> Result<Arc<dyn Storage>> {
             }
             (s3(bucket)?, object_path(location, url.path())?, None)
         }
-        Ok(url) if url.scheme() == "memory" => (Arc::new(InMemory::new()), ObjectPath::default(), None),
+        Ok(url) if url.scheme() == "memory" => return Ok(Arc::new(memory::LimitedMemory::new(location, &url)?)),
         Ok(url) if url.scheme() == "file" => {
             let path = url
                 .to_file_path()
                 .map_err(|()| Error::abort(format!("storage '{location}': not a path, as in file:///folder")))?;
-            local(location, path)?
+            local(location, path, create)?
         }
         Ok(url) if location.contains("://") => {
             let scheme = url.scheme();
@@ -97,7 +120,7 @@ pub fn open(location: &str) -> Result<Arc<dyn Storage>> {
                 "storage '{location}': unknown scheme '{scheme}'; use s3://bucket/folder, file:///folder or a path"
             )));
         }
-        Ok(_) | Err(_) => local(location, PathBuf::from(location))?,
+        Ok(_) | Err(_) => local(location, PathBuf::from(location), create)?,
     };
     let store: Arc<dyn ObjectStore> = Arc::new(PrefixStore::new(store, root));
     Ok(Arc::new(ObjectStorage { store, location: location.trim_end_matches('/').to_owned(), local_root }))
@@ -138,10 +161,14 @@ fn s3(bucket: &str) -> Result<Arc<dyn ObjectStore>> {
     Ok(Arc::new(store))
 }
 
-fn local(location: &str, path: PathBuf) -> Result<(Arc<dyn ObjectStore>, ObjectPath, Option<PathBuf>)> {
+fn local(location: &str, path: PathBuf, create: bool) -> Result<(Arc<dyn ObjectStore>, ObjectPath, Option<PathBuf>)> {
     let path = std::path::absolute(&path).map_err(|e| Error::abort(format!("storage '{location}': {e}")))?;
-    std::fs::create_dir_all(&path)
-        .map_err(|e| Error::abort(format!("storage '{location}': create folder {}: {e}", path.display())))?;
+    if create {
+        std::fs::create_dir_all(&path)
+            .map_err(|e| Error::abort(format!("storage '{location}': create folder {}: {e}", path.display())))?;
+    } else if !path.is_dir() {
+        return Err(Error::abort(format!("storage '{location}': there is no folder {}", path.display())));
+    }
     let store = LocalFileSystem::new_with_prefix(&path)
         .map_err(|e| Error::abort(format!("storage '{location}': {e}")))?
         .with_automatic_cleanup(false);
@@ -278,6 +305,14 @@ impl Storage for ObjectStorage {
         }
     }
 
+    async fn copy(&self, from: &str, to: &str) -> Result<bool> {
+        match self.store.copy(&ObjectPath::from(from), &ObjectPath::from(to)).await {
+            Ok(()) => self.sync(to).await.map(|()| true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(e) => Err(self.error("copy", from, e)),
+        }
+    }
+
     fn describe(&self) -> String {
         self.location.clone()
     }
@@ -302,6 +337,9 @@ mod tests {
         let paths = |listed: Vec<ObjectInfo>| listed.into_iter().map(|o| o.path).collect::<Vec<_>>();
         assert_eq!(paths(storage.list("a", None).await.unwrap()), ["a/1", "a/2"]);
         assert_eq!(paths(storage.list("a", Some("a/1")).await.unwrap()), ["a/2"]);
+        assert!(storage.copy("a/2", "c/2").await.unwrap());
+        assert!(!storage.copy("a/3", "c/3").await.unwrap());
+        assert_eq!(storage.get("c/2").await.unwrap().unwrap(), "two");
         storage.delete("a/1").await.unwrap();
         storage.delete("a/1").await.unwrap();
         assert_eq!(paths(storage.list("a", None).await.unwrap()), ["a/2"]);

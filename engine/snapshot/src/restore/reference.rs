@@ -1,0 +1,212 @@
+//! How people name a snapshot, and how it is found: `latest`, `7`, the name of a savepoint, or a location.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+use super::Snapshot;
+use crate::{
+    Epoch, Error, JobId, Manifest, Result, ShardKind,
+    log::{self, Event, JobFolder, LogState, Retained},
+    savepoint,
+    storage::{self, Storage},
+};
+
+/// What a person calls a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reference {
+    /// `latest`: the newest complete and intact checkpoint of the job, or nothing if there never was one.
+    Latest,
+    /// `none`: no snapshot, even if there are some.
+    Nothing,
+    /// `7`: that checkpoint of the job.
+    Checkpoint(Epoch),
+    /// A savepoint of the job, by name.
+    Savepoint(String),
+    /// A savepoint's folder, a job's folder (its newest checkpoint), or a `Completed` entry of its log: a URL or a path.
+    Location(String),
+}
+
+impl FromStr for Reference {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "latest" => Ok(Self::Latest),
+            "none" => Ok(Self::Nothing),
+            _ if text.contains('/') => Ok(Self::Location(text.trim_end_matches('/').to_owned())),
+            _ if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
+                let epoch = text.parse().map_err(|_| Error::abort(format!("{text} is too great for a checkpoint")))?;
+                Ok(Self::Checkpoint(Epoch(epoch)))
+            }
+            _ => savepoint::check_name(text).map(|()| Self::Savepoint(text.to_owned())).map_err(|_| {
+                Error::abort(format!(
+                    "'{text}' names no snapshot: write latest, none, the number of a checkpoint, the name of a savepoint, or \
+                     a location (with at least one '/')"
+                ))
+            }),
+        }
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Latest => f.write_str("latest"),
+            Self::Nothing => f.write_str("none"),
+            Self::Checkpoint(epoch) => epoch.fmt(f),
+            Self::Savepoint(name) => f.write_str(name),
+            Self::Location(location) => f.write_str(location),
+        }
+    }
+}
+
+/// A snapshot that was found under a name.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// It.
+    pub snapshot: Snapshot,
+    /// Whether it is a checkpoint of the job's own log.
+    pub own: bool,
+    /// Output staged up to here is visible already, by the log that the snapshot comes from.
+    pub committed: Epoch,
+}
+
+impl Found {
+    /// The manifest under which a job takes the snapshot over that is not its own: with an epoch of the job's, and without
+    /// the output that is visible already. What is left is staged anew under that epoch, so that the job's own markers decide
+    /// whether it must still be written.
+    #[must_use]
+    pub fn adopted_as(&self, epoch: Epoch) -> Manifest {
+        let mut manifest = (*self.snapshot.manifest).clone();
+        manifest.epoch = epoch;
+        for operator in manifest.operators.values_mut() {
+            let visible = |e: Option<Epoch>| e.unwrap_or(self.snapshot.manifest.epoch) <= self.committed;
+            operator.shards.retain(|s| s.kind != ShardKind::Staged || !visible(s.epoch));
+            for shard in operator.shards.iter_mut().filter(|s| s.kind == ShardKind::Staged) {
+                shard.epoch = Some(epoch);
+            }
+        }
+        manifest
+    }
+}
+
+/// The job that a name is looked up for.
+#[derive(Clone, Copy)]
+pub struct Scope<'a> {
+    /// Its storage.
+    pub storage: &'a Arc<dyn Storage>,
+    /// The job.
+    pub job: &'a JobId,
+    /// Its log.
+    pub state: &'a LogState,
+}
+
+/// Finds what a name stands for; reads no shard.
+///
+/// # Errors
+/// When there is no such snapshot, saying what there is; when its manifest or log is damaged.
+pub async fn find(reference: &Reference, scope: Scope<'_>) -> Result<Found> {
+    let Scope { storage, job, state } = scope;
+    let folder = JobFolder::of(job);
+    let own = |retained: &Retained| own_checkpoint(storage, &folder, retained, state.committed);
+    match reference {
+        Reference::Nothing => Err(Error::abort("'none' names no snapshot")),
+        Reference::Latest => match state.retained.last() {
+            Some(newest) => own(newest),
+            None => Err(Error::abort(format!("job {job} has no checkpoint in {}", storage.describe()))),
+        },
+        Reference::Checkpoint(epoch) => {
+            let all = state.retained.iter().chain(&state.abandoned);
+            match all.clone().find(|r| r.manifest.epoch == *epoch) {
+                Some(found) => own(found),
+                None => {
+                    let known: Vec<String> = all.map(|r| r.manifest.epoch.to_string()).collect();
+                    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                    Err(Error::abort(format!("job {job} has no checkpoint {epoch}; there is: {known}")))
+                }
+            }
+        }
+        Reference::Savepoint(name) => {
+            let root = savepoint::folder(&folder, name);
+            match savepoint::read(&**storage, &root).await? {
+                Some(savepoint) => Ok(exported(storage.clone(), root, savepoint.manifest)),
+                None => {
+                    let known = savepoint::list(&**storage, &folder).await?;
+                    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                    Err(Error::abort(format!("job {job} has no savepoint '{name}'; there is: {known}")))
+                }
+            }
+        }
+        Reference::Location(location) => {
+            let found = at(location).await?;
+            let same = |r: &&Retained| r.from.is_none() && r.manifest == *found.snapshot.manifest;
+            match state.retained.iter().chain(&state.abandoned).find(same) {
+                Some(own_checkpoint) => own(own_checkpoint),
+                None => Ok(found),
+            }
+        }
+    }
+}
+
+/// Finds the snapshot at a location, whoever's it is.
+///
+/// # Errors
+/// When there is none, or it is damaged.
+pub async fn at(location: &str) -> Result<Found> {
+    if let Some((folder, entry)) = location.rsplit_once("/log/").filter(|(_, entry)| entry.ends_with(".json")) {
+        let storage = storage::open_existing(folder)?;
+        let path = format!("log/{entry}");
+        let bytes = storage.get(&path).await?.ok_or_else(|| Error::abort(format!("there is no {location}")))?;
+        let entry = log::decode(&bytes).map_err(|e| e.context(location))?;
+        let manifest = match entry.event {
+            Event::Completed { manifest } => *manifest,
+            _ => return Err(Error::abort(format!("{location} is an entry of a log, but no completed checkpoint"))),
+        };
+        let state = log::read_folder(&*storage, "").await?;
+        return Ok(Found {
+            snapshot: Snapshot::new(Arc::new(manifest), storage, ""),
+            own: false,
+            committed: state.committed,
+        });
+    }
+    let storage = storage::open_existing(location)?;
+    if let Some(savepoint) = savepoint::read(&*storage, "").await? {
+        return Ok(exported(storage, String::new(), savepoint.manifest));
+    }
+    let state = log::read_folder(&*storage, "").await?;
+    match state.retained.last() {
+        Some(Retained { from: Some(from), .. }) => Err(Error::abort(format!(
+            "the job at {location} has not completed a checkpoint of its own since it started from {from}; name that instead"
+        ))),
+        Some(newest) => Ok(Found {
+            snapshot: Snapshot::new(Arc::new(newest.manifest.clone()), storage, ""),
+            own: false,
+            committed: state.committed,
+        }),
+        None => Err(Error::abort(format!(
+            "there is no snapshot at {location}: name the folder of a savepoint (with {}), the folder of a job (with log/), \
+             or an entry of its log",
+            savepoint::MANIFEST_FILE
+        ))),
+    }
+}
+
+/// A savepoint: whatever its job staged is visible, and not in it.
+fn exported(storage: Arc<dyn Storage>, root: String, manifest: Manifest) -> Found {
+    let committed = manifest.epoch;
+    Found { snapshot: Snapshot::new(Arc::new(manifest), storage, root), own: false, committed }
+}
+
+/// A checkpoint that a job's log holds: the job's own, or one that it has adopted.
+pub(super) fn own_checkpoint(
+    storage: &Arc<dyn Storage>,
+    folder: &JobFolder,
+    retained: &Retained,
+    committed: Epoch,
+) -> Result<Found> {
+    let manifest = Arc::new(retained.manifest.clone());
+    let snapshot = match &retained.from {
+        Some(from) => Snapshot::new(manifest, storage::open_existing(from)?, ""),
+        None => Snapshot::new(manifest, storage.clone(), folder.root()),
+    };
+    Ok(Found { snapshot, own: true, committed })
+}

@@ -1,0 +1,402 @@
+//! Carries out what the coordination machine decides: triggers, uploads, the log, retention, savepoints.
+//!
+//! Invariant: nothing is announced, committed or deleted before the log entry that allows it is durable.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use floodmark_dataflow::task::{Command, OperatorPart, TaskEvent};
+use floodmark_snapshot::{
+    Env, Epoch, Error, OperatorSnapshot, OperatorUid, Result, Shard, Step,
+    coordination::{
+        self, Coordinator, Decision, End, Participants, SavepointId, Schedule, StartingPoint, Subtask, Time,
+    },
+    log::{CheckpointLog, Event as LogEvent, LogState},
+    manifest::ShardStatus,
+    restore::Snapshot,
+    retention, savepoint,
+};
+use tokio::sync::oneshot;
+
+use crate::{
+    CheckpointStatus, Controls, JobPhase, Outcome, SavepointMade, SavepointRequest,
+    committers::{CommitterId, CommitterReport, Staged},
+    coordinator::{Event, Running, stopped},
+    tasks::{SubtaskId, TaskReport},
+    upload::{Turn, Uploader},
+};
+
+/// Settled checkpoints from one look for orphaned files to the next.
+const SWEEP_EVERY: u64 = 16;
+
+/// The I/O around the coordination machine.
+pub(crate) struct Shell {
+    machine: Coordinator,
+    log: CheckpointLog,
+    state: LogState,
+    uploader: Arc<Uploader>,
+    numbers: HashMap<CommitterId, usize>,
+    /// Says when the records of a subtask's last barrier are kept.
+    turns: HashMap<SubtaskId, Option<oneshot::Receiver<()>>>,
+    /// Who waits for a savepoint.
+    asked: HashMap<SavepointId, SavepointRequest>,
+    next_asked: u64,
+    settled: u64,
+}
+
+impl Shell {
+    /// `restored` is the checkpoint that the tasks have started from.
+    pub(crate) fn new(running: &Running, log: CheckpointLog, state: LogState, restored: Option<Epoch>) -> Self {
+        let spec = &running.spec;
+        let numbers: HashMap<_, _> = running.committers.keys().cloned().zip(0..).collect();
+        let who = Participants {
+            subtasks: running.tasks.keys().map(|id| subtask(*id)).collect(),
+            sources: running.tasks.iter().filter(|(_, t)| t.source).map(|(id, _)| subtask(*id)).collect(),
+            committers: numbers.values().copied().collect::<BTreeSet<usize>>(),
+            job: spec.job.clone(),
+            generation: log.generation(),
+            attempt: log.attempt(),
+            max_parallelism: spec.max_parallelism,
+            plan: spec.graph.fingerprint.clone(),
+            origin: state.asked.clone(),
+        };
+        let settings = &spec.checkpoints;
+        let schedule = Schedule {
+            interval: settings.interval,
+            timeout: settings.timeout,
+            min_pause: settings.min_pause,
+            tolerable_failures: settings.tolerable_failures,
+            max_concurrent: settings.max_concurrent,
+            unaligned_after: settings.unaligned_after,
+        };
+        let start = StartingPoint { restored, last_epoch: state.last_epoch };
+        let uploader = Arc::new(Uploader {
+            storage: spec.storage.clone(),
+            env: running.env.clone(),
+            folder: log.folder().clone(),
+            attempt: log.attempt(),
+        });
+        let machine = Coordinator::new(schedule, who, start, now(&running.env));
+        Self {
+            machine,
+            log,
+            state,
+            uploader,
+            numbers,
+            turns: HashMap::new(),
+            asked: HashMap::new(),
+            next_asked: 0,
+            settled: 0,
+        }
+    }
+
+    /// Runs the job to its end. Answers how it ended, and with its newest checkpoint.
+    ///
+    /// # Errors
+    /// Whatever fails the job.
+    pub(crate) async fn run(
+        mut self,
+        running: &mut Running,
+        mut controls: Controls,
+    ) -> Result<(Outcome, Option<Epoch>)> {
+        self.sweep_orphans(running);
+        let mut stopping = false;
+        let mut pending = vec![coordination::Event::Tick];
+        loop {
+            while let Some(event) = pending.pop() {
+                let decisions = self.machine.step(event, now(&running.env));
+                for decision in decisions {
+                    match self.carry_out(decision, running).await? {
+                        After::GoOn => {}
+                        After::Tell(event) => pending.push(event),
+                        After::End(outcome) => return Ok((outcome, Some(self.state.last_epoch))),
+                    }
+                }
+            }
+            let deadline = self.machine.deadline().map(|d| d.saturating_sub(running.env.clock.monotonic()));
+            // Rare things first: a stream of events holds up neither a deadline nor a request.
+            tokio::select! {
+                biased;
+                () = pause(deadline, &running.env) => pending.push(coordination::Event::Tick),
+                () = stopped(&mut controls.stop), if !stopping => {
+                    stopping = true;
+                    tracing::info!("stopping with a last checkpoint");
+                    pending.push(coordination::Event::StopRequested);
+                }
+                Some(request) = controls.savepoints.recv() => pending.extend(self.ask(request)),
+                event = running.events.recv() => pending.extend(self.event(event, running)?),
+            }
+        }
+    }
+
+    /// Takes a request for a savepoint in.
+    fn ask(&mut self, request: SavepointRequest) -> Option<coordination::Event> {
+        if let Err(error) = savepoint::check_name(&request.name) {
+            let _ = request.reply.send(Err(error.to_string()));
+            return None;
+        }
+        let id = SavepointId(self.next_asked);
+        self.next_asked += 1;
+        tracing::info!(savepoint = %request.name, "savepoint asked for");
+        let then = request.then;
+        self.asked.insert(id, request);
+        Some(coordination::Event::SavepointRequested { id, then })
+    }
+
+    /// What an event of the job means to the machine.
+    fn event(&mut self, event: Option<Event>, running: &mut Running) -> Result<Option<coordination::Event>> {
+        match event {
+            Some(Event::Task(TaskReport::Event(id, TaskEvent::Snapshot { barrier, parts }))) => {
+                self.upload(id, barrier.epoch, parts, running);
+                Ok(None)
+            }
+            Some(Event::Task(TaskReport::Event(id, TaskEvent::Declined { epoch, reason }))) => {
+                Ok(Some(coordination::Event::Declined { epoch, subtask: subtask(id), reason }))
+            }
+            Some(Event::Task(TaskReport::Event(id, TaskEvent::Exhausted))) => {
+                Ok(Some(coordination::Event::Exhausted(subtask(id))))
+            }
+            Some(Event::Uploaded { epoch, subtask: id, outcome }) => {
+                Ok(Some(self.uploaded(epoch, id, outcome, running)))
+            }
+            Some(Event::Committer(CommitterReport::Committed(id, epoch))) => {
+                Ok(self.numbers.get(&id).map(|n| coordination::Event::Committed { committer: *n, epoch }))
+            }
+            Some(Event::Exported(epoch)) => Ok(Some(coordination::Event::Exported(epoch))),
+            other => running.plain_event(other).map(|()| None),
+        }
+    }
+
+    fn upload(&mut self, id: SubtaskId, epoch: Epoch, mut parts: Vec<OperatorPart>, running: &Running) {
+        let mut staged: HashMap<OperatorUid, Staged> = HashMap::new();
+        for sink in running.tasks.get(&id).map_or(&[][..], |t| &t.sinks) {
+            let committer = CommitterId { uid: sink.uid.clone(), index: id.index };
+            let Some(handle) = running.committers.get(&committer) else { continue };
+            staged.insert(sink.uid.clone(), handle.staged().clone());
+            // A sink without new records may still hold older ones.
+            if parts.iter().all(|p| p.uid != sink.uid) {
+                parts.push(OperatorPart {
+                    uid: sink.uid.clone(),
+                    kind: sink.kind.clone(),
+                    schema: Default::default(),
+                    parallelism: sink.parallelism,
+                    splits: Vec::new(),
+                    reused: Vec::new(),
+                    shards: Vec::new(),
+                });
+            }
+        }
+        let turn = Turn::after(self.turns.entry(id).or_default());
+        let (uploader, events) = (self.uploader.clone(), running.sender.clone());
+        let wanted = self.machine.in_flight().any(|e| e == epoch);
+        running.env.runtime.spawn(Box::pin(async move {
+            let event = if wanted {
+                let outcome = uploader.upload(epoch, id.index, parts, &staged, turn).await;
+                Event::Uploaded { epoch, subtask: id, outcome }
+            } else {
+                Event::KeptStaged(uploader.keep_staged(epoch, parts, &staged, turn).await)
+            };
+            // Nobody listens any more once the job has ended.
+            let _ = events.send(event);
+        }));
+    }
+
+    fn uploaded(
+        &self,
+        epoch: Epoch,
+        id: SubtaskId,
+        outcome: Result<Vec<(OperatorUid, OperatorSnapshot)>>,
+        running: &Running,
+    ) -> coordination::Event {
+        let subtask = subtask(id);
+        for sink in running.tasks.get(&id).map_or(&[][..], |t| &t.sinks) {
+            let committer = CommitterId { uid: sink.uid.clone(), index: id.index };
+            if let Some(handle) = running.committers.get(&committer) {
+                handle.staged().up_to(epoch).iter().for_each(|(staged, _)| handle.staged_at(*staged));
+            }
+        }
+        let declined = |reason: String| coordination::Event::Declined { epoch, subtask, reason };
+        match outcome {
+            Ok(parts) => match self.gone(epoch, &parts) {
+                Some(path) => declined(format!("it names {path}, which an earlier checkpoint has given up")),
+                None => coordination::Event::Acknowledged { epoch, subtask, parts },
+            },
+            Err(error) => declined(error.to_string()),
+        }
+    }
+
+    /// A file that a checkpoint names again, and that is not sure to be there when it completes.
+    fn gone<'a>(&self, epoch: Epoch, parts: &'a [(OperatorUid, OperatorSnapshot)]) -> Option<&'a str> {
+        let again = |s: &&Shard| s.status == ShardStatus::Reused;
+        let mut named = parts.iter().flat_map(|(_, part)| &part.shards).filter(again).peekable();
+        named.peek()?;
+        let base = self.machine.base(epoch);
+        let kept = self.state.retained.iter().filter(|r| r.from.is_none() && Some(r.manifest.epoch) >= base);
+        let standing: BTreeSet<&str> = kept.flat_map(|r| r.manifest.shards()).map(|s| s.path.as_str()).collect();
+        // Of a checkpoint that is not under way any more nothing will be named.
+        named.find(|s| base.is_none() || !standing.contains(s.path.as_str())).map(|s| s.path.as_str())
+    }
+
+    async fn carry_out(&mut self, decision: Decision, running: &mut Running) -> Result<After> {
+        tracing::debug!("{decision}");
+        match decision {
+            Decision::Trigger(barrier) => {
+                if barrier.stops() {
+                    running.progress.phase(JobPhase::Stopping);
+                }
+                running.tasks.values().filter(|t| t.source).for_each(|t| t.commands.send(Command::Trigger(barrier)));
+            }
+            Decision::Unalign(epoch) => running.tell_all(Command::Unalign(epoch)),
+            Decision::Append(event) => {
+                self.append(event, running).await?;
+                return Ok(After::Tell(coordination::Event::Appended));
+            }
+            Decision::Announce(epoch) => {
+                running.committers.values().for_each(|c| c.completed(epoch));
+                running.tell_all(Command::Completed(epoch));
+            }
+            Decision::Abort { epoch, reason, orphans } => {
+                tracing::warn!(checkpoint = %epoch, %reason, "checkpoint aborted");
+                running.progress.failed();
+                running.tell_all(Command::Abort(epoch));
+                self.delete(orphans, running);
+            }
+            Decision::Discard(orphans) => self.delete(orphans, running),
+            Decision::Settled(_) => self.settled(running).await?,
+            Decision::Export { epoch, savepoints } => self.export(epoch, savepoints, running),
+            Decision::Refuse { savepoints, reason } => {
+                for request in savepoints.iter().filter_map(|id| self.asked.remove(id)) {
+                    tracing::warn!(savepoint = %request.name, %reason, "no savepoint");
+                    let _ = request.reply.send(Err(reason.clone()));
+                }
+            }
+            Decision::Fail(cause) => return Err(Error::abort(cause)),
+            Decision::Done(End::Finished) => return Ok(After::End(Outcome::Finished)),
+            Decision::Done(End::Stopped) => return Ok(After::End(Outcome::Stopped)),
+        }
+        Ok(After::GoOn)
+    }
+
+    async fn append(&mut self, event: LogEvent, running: &Running) -> Result<()> {
+        let probe = &running.env.probe;
+        if let LogEvent::Completed { manifest } = &event {
+            probe.reached(Step::BeforeLogEntry, manifest.epoch);
+        }
+        let seq = self.log.append(event.clone()).await?;
+        match &event {
+            LogEvent::Completed { manifest } => {
+                probe.reached(Step::AfterLogEntry, manifest.epoch);
+                let status = CheckpointStatus {
+                    epoch: manifest.epoch,
+                    triggered_at_ms: manifest.triggered_at_ms,
+                    duration_ms: manifest.duration_ms,
+                    size: manifest.size(),
+                };
+                tracing::debug!(checkpoint = %status.epoch, ms = status.duration_ms, bytes = status.size, "checkpoint completed");
+                running.progress.completed(status);
+            }
+            LogEvent::Committed { epoch } => probe.reached(Step::AfterCommittedEntry, *epoch),
+            LogEvent::Opened
+            | LogEvent::Restored { .. }
+            | LogEvent::Adopted { .. }
+            | LogEvent::Released { .. }
+            | LogEvent::Finished { .. }
+            | LogEvent::Stopped { .. } => {}
+        }
+        self.state.take(seq, event);
+        Ok(())
+    }
+
+    /// Gives up checkpoints past the newest few, and deletes what nothing names any more, off this loop.
+    async fn settled(&mut self, running: &Running) -> Result<()> {
+        self.settled += 1;
+        if self.settled.is_multiple_of(SWEEP_EVERY) {
+            self.sweep_orphans(running);
+        }
+        let retain = running.spec.checkpoints.retain;
+        let Some(release) = retention::release(&self.state, retain, self.machine.pinned()) else { return Ok(()) };
+        self.append(release.event(), running).await?;
+        let (storage, folder) = (running.spec.storage.clone(), self.log.folder().clone());
+        running.env.runtime.spawn(Box::pin(async move {
+            retention::delete(&*storage, &folder, release.blobs).await;
+            if let Err(error) = retention::trim(&*storage, &folder, release.oldest_seq).await {
+                tracing::warn!(%error, "could not trim the checkpoint log; left for the next release");
+            }
+        }));
+        Ok(())
+    }
+
+    fn delete(&self, paths: Vec<String>, running: &Running) {
+        let (storage, folder) = (running.spec.storage.clone(), self.log.folder().clone());
+        running.env.runtime.spawn(Box::pin(async move { retention::delete(&*storage, &folder, paths).await }));
+    }
+
+    /// Deletes what was uploaded and no checkpoint names or can name any more.
+    fn sweep_orphans(&self, running: &Running) {
+        let (storage, folder) = (running.spec.storage.clone(), self.log.folder().clone());
+        let (state, attempt, oldest_open) = (self.state.clone(), self.log.attempt(), self.machine.oldest_open());
+        running.env.runtime.spawn(Box::pin(async move {
+            match storage.list(&folder.path("blobs"), None).await {
+                Ok(listed) => {
+                    let listed: Vec<_> =
+                        listed.iter().filter_map(|o| folder.relative(&o.path)).map(str::to_owned).collect();
+                    let orphans = retention::orphans(&listed, &state, attempt, oldest_open);
+                    retention::delete(&*storage, &folder, orphans).await;
+                }
+                Err(error) => tracing::warn!(%error, "could not look for orphaned files; left for the next look"),
+            }
+        }));
+    }
+
+    /// Copies a settled checkpoint to the savepoints that were asked for, off this loop.
+    fn export(&mut self, epoch: Epoch, savepoints: Vec<SavepointId>, running: &Running) {
+        let requests: Vec<SavepointRequest> = savepoints.iter().filter_map(|id| self.asked.remove(id)).collect();
+        let manifest = self.state.retained.iter().find(|r| r.manifest.epoch == epoch).map(|r| r.manifest.clone());
+        let (storage, folder, env) = (running.spec.storage.clone(), self.log.folder().clone(), running.env.clone());
+        let events = running.sender.clone();
+        running.env.runtime.spawn(Box::pin(async move {
+            for SavepointRequest { name, then: _, reply } in requests {
+                let made = match manifest.clone() {
+                    Some(manifest) => {
+                        let size = manifest.size();
+                        let snapshot = Snapshot::new(manifest.into(), storage.clone(), folder.root());
+                        let made = savepoint::export(&snapshot, &storage, &folder, &name, env.clock.wall_ms()).await;
+                        made.map(|location| SavepointMade { location, epoch, size })
+                    }
+                    None => Err(Error::abort("internal error: the checkpoint is not there any more")),
+                };
+                match &made {
+                    Ok(made) => tracing::info!(savepoint = %name, location = %made.location, "savepoint complete"),
+                    Err(error) => tracing::warn!(savepoint = %name, %error, "no savepoint"),
+                }
+                let _ = reply.send(made.map_err(|e| e.to_string()));
+            }
+            let _ = events.send(Event::Exported(epoch));
+        }));
+    }
+}
+
+/// What follows from a decision that was carried out.
+enum After {
+    GoOn,
+    Tell(coordination::Event),
+    End(Outcome),
+}
+
+fn subtask(id: SubtaskId) -> Subtask {
+    Subtask { task: id.task.0, index: id.index }
+}
+
+fn now(env: &Env) -> Time {
+    Time { monotonic: env.clock.monotonic(), wall_ms: env.clock.wall_ms() }
+}
+
+async fn pause(duration: Option<Duration>, env: &Env) {
+    match duration {
+        Some(duration) => env.runtime.sleep(duration).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,279 @@
+//! From a log to a job that is ready to run: picks the snapshot to start from, checks that it fits, reads it into new tasks,
+//! and passes over one that turns out to be damaged.
+//!
+//! Invariant: the log says where the job goes on from before anything of it runs.
+
+use std::{collections::HashMap, sync::Arc};
+
+use floodmark_dataflow::{JobGraph, Node, graph::NodeKind};
+use floodmark_snapshot::{
+    Disposition, Env, Epoch, Error, Manifest, OperatorUid, Result, SplitState,
+    log::{self, CheckpointLog, Event, JobFolder, LogState},
+    restore::{self, Candidate, Reference, Scope, StatePlan, Taker},
+    storage,
+};
+
+use crate::{
+    CheckpointMode, Progress, RunError, RunSpec,
+    deploy::{self, Committing, Deployed, Metrics, Restored},
+};
+
+/// A job that is ready to run.
+pub(crate) struct Ready {
+    pub(crate) tasks: Vec<Deployed>,
+    pub(crate) committers: Vec<Committing>,
+    /// `None` without snapshots.
+    pub(crate) log: Option<CheckpointLog>,
+    /// Where the job stands, this start included.
+    pub(crate) state: LogState,
+    /// The checkpoint that it starts from, as the job's own log numbers it.
+    pub(crate) restored: Option<Epoch>,
+}
+
+/// What a start comes to.
+pub(crate) enum Start {
+    Ready(Box<Ready>),
+    /// The job has finished before, at this checkpoint.
+    AlreadyFinished(Epoch),
+}
+
+/// Makes a job ready.
+pub(crate) async fn start(spec: &Arc<RunSpec>, env: &Env, progress: &Progress) -> Result<Start, RunError> {
+    let metrics = deploy::register(&spec.graph, spec.parallelism, progress);
+    if spec.checkpoints.mode == CheckpointMode::Disabled {
+        let splits = connect(spec, env, None).await.map_err(RunError::Connector)?;
+        let tasks = deploy::tasks(spec, env, &splits, None, &metrics).await.map_err(RunError::failed)?;
+        let (committers, state) = (Vec::new(), LogState::default());
+        return Ok(Start::Ready(Box::new(Ready { tasks, committers, log: None, state, restored: None })));
+    }
+    storage::check_writable(&*spec.storage, env).await.map_err(storage_error)?;
+    if spec.restore == Reference::Latest {
+        let state = log::read(&*spec.storage, &JobFolder::of(&spec.job)).await.map_err(storage_error)?;
+        if let Some(epoch) = state.finished {
+            return Ok(Start::AlreadyFinished(epoch));
+        }
+    }
+    let opened = CheckpointLog::open(spec.storage.clone(), env.clone(), &spec.job, &spec.holder).await;
+    let (log, state) = opened.map_err(storage_error)?;
+    let starter = Starter { spec, env, metrics: &metrics, log, state };
+    starter.start().await.map(|ready| Start::Ready(Box::new(ready)))
+}
+
+fn storage_error(error: Error) -> RunError {
+    match error.disposition() {
+        Disposition::Fenced => RunError::Fenced(error),
+        Disposition::Retry | Disposition::Abort | Disposition::Corrupt => RunError::Storage(error),
+    }
+}
+
+struct Starter<'a> {
+    spec: &'a Arc<RunSpec>,
+    env: &'a Env,
+    metrics: &'a Metrics,
+    log: CheckpointLog,
+    state: LogState,
+}
+
+/// What the job is started from.
+struct Choice {
+    /// In the order in which they are tried. Empty: from nothing.
+    candidates: Vec<Candidate>,
+    /// What the log must say of it, whichever candidate it is.
+    note: Option<Event>,
+    /// Whether older candidates stand in for a damaged one.
+    fall_back: bool,
+}
+
+/// Tasks and committers with their state.
+type Built = (Vec<Deployed>, Vec<Committing>);
+
+impl Starter<'_> {
+    async fn start(self) -> Result<Ready, RunError> {
+        for damaged in &self.state.damaged {
+            tracing::warn!(entry = damaged.seq, reason = %damaged.reason, "checkpoint log entry is damaged and counts for nothing");
+        }
+        let choice = self.choose().await.map_err(storage_error)?;
+        let Choice { candidates, note, fall_back } = choice;
+        if candidates.is_empty() {
+            if let Some(error) = fall_back.then(|| self.nothing_intact(&[])).flatten() {
+                return Err(storage_error(error));
+            }
+            let built = self.build(None).await.map_err(Failure::into_run_error)?;
+            return self.ready(built, None, note).await;
+        }
+        let mut other = None;
+        let build = async |candidate: &Candidate| {
+            self.build(Some(candidate)).await.map_err(|failure| {
+                let (error, run_error) = failure.split();
+                other = run_error;
+                error
+            })
+        };
+        let started = restore::first_intact(candidates, build).await;
+        let (started, rejected) = match started {
+            Ok(outcome) => outcome,
+            Err(error) => return Err(other.unwrap_or_else(|| storage_error(error))),
+        };
+        for rejected in &rejected {
+            tracing::error!(checkpoint = %rejected.epoch, reason = %rejected.reason, "checkpoint is damaged and passed over");
+        }
+        let Some((candidate, built)) = started else {
+            let nothing = self.nothing_intact(&rejected);
+            return Err(storage_error(nothing.unwrap_or_else(|| Error::corrupt("no checkpoint is intact"))));
+        };
+        let epoch = candidate.snapshot.manifest.epoch;
+        let note = note.or_else(|| self.note_fallback(epoch, !rejected.is_empty()));
+        self.ready(built, Some(epoch), note).await
+    }
+
+    async fn choose(&self) -> Result<Choice> {
+        let Self { spec, state, .. } = self;
+        let own = || restore::candidates(&spec.storage, &spec.job, state);
+        let wanted = match (&spec.restore, &spec.initial) {
+            (Reference::Latest, Some(initial)) if !state.has_history() => initial,
+            (wanted, _) => wanted,
+        };
+        let asked = wanted.to_string();
+        match wanted {
+            Reference::Latest => Ok(Choice { candidates: own()?, note: None, fall_back: true }),
+            Reference::Nothing => {
+                let note = state.has_history().then(|| {
+                    tracing::warn!("starting from nothing, as told to; earlier checkpoints are given up");
+                    Event::Restored { epoch: None, asked: Some(asked) }
+                });
+                Ok(Choice { candidates: Vec::new(), note, fall_back: false })
+            }
+            // Whoever restarts the process with the same words wants it to go on, not back again.
+            _ if state.asked.as_ref() == Some(&asked) && !state.retained.is_empty() => {
+                tracing::info!("the job was started from {asked} before, and goes on from where it is");
+                Ok(Choice { candidates: own()?, note: None, fall_back: true })
+            }
+            reference => {
+                let scope = Scope { storage: &spec.storage, job: &spec.job, state };
+                let found = restore::find(reference, scope).await?;
+                restore::check_format(&found.snapshot.manifest).map_err(|e| e.context(&asked))?;
+                if found.own {
+                    let epoch = found.snapshot.manifest.epoch;
+                    let owned = state
+                        .retained
+                        .iter()
+                        .chain(&state.abandoned)
+                        .any(|r| r.manifest.epoch == epoch && r.from.is_none());
+                    let note = Event::Restored { epoch: Some(epoch), asked: Some(asked) };
+                    let candidates = vec![Candidate { snapshot: found.snapshot, owned }];
+                    return Ok(Choice { candidates, note: Some(note), fall_back: false });
+                }
+                let manifest = found.adopted_as(state.last_epoch.next());
+                let snapshot = found.snapshot.with_manifest(manifest.clone());
+                let note = Event::Adopted { from: snapshot.location(), asked, manifest: Box::new(manifest) };
+                let candidates = vec![Candidate { snapshot, owned: false }];
+                Ok(Choice { candidates, note: Some(note), fall_back: false })
+            }
+        }
+    }
+
+    fn nothing_intact(&self, rejected: &[restore::Rejected]) -> Option<Error> {
+        restore::nothing_intact(&*self.spec.storage, &self.spec.job, &self.state, rejected)
+    }
+
+    fn note_fallback(&self, epoch: Epoch, rejected: bool) -> Option<Event> {
+        if !rejected && self.state.damaged.is_empty() {
+            tracing::info!(checkpoint = %epoch, "restored the newest checkpoint");
+            return None;
+        }
+        tracing::warn!(checkpoint = %epoch, "restored an older checkpoint, because a newer one is damaged");
+        Some(Event::Restored { epoch: Some(epoch), asked: None })
+    }
+
+    async fn build(&self, candidate: Option<&Candidate>) -> Result<Built, Failure> {
+        let Self { spec, env, metrics, log, state } = self;
+        let manifest = candidate.map(|c| c.snapshot.manifest.clone());
+        if let Some(manifest) = &manifest {
+            let plan = StatePlan::new(manifest, &takers(&spec.graph), spec.max_parallelism, state.committed);
+            plan.admit(spec.allow_dropped_state).map_err(Failure::Snapshot)?;
+        }
+        let restored =
+            candidate.map(|c| Restored { snapshot: &c.snapshot, owned: c.owned, committed: state.committed });
+        let splits = connect(spec, env, manifest).await.map_err(Failure::Connector)?;
+        let committers = deploy::committers(&spec.graph, spec.parallelism, log.history(), restored.as_ref());
+        let committers = committers.await.map_err(Failure::of_snapshot_or(Failure::Connector))?;
+        let tasks = deploy::tasks(spec, env, &splits, restored.as_ref(), metrics);
+        let tasks = tasks.await.map_err(Failure::of_snapshot_or(Failure::Task))?;
+        Ok((tasks, committers))
+    }
+
+    /// Says in the log where the job goes on from.
+    async fn ready(mut self, built: Built, epoch: Option<Epoch>, note: Option<Event>) -> Result<Ready, RunError> {
+        let committed = self.state.committed;
+        let adopted = matches!(note, Some(Event::Adopted { .. }));
+        if let Some(epoch) =
+            epoch.filter(|e| note.is_some() && !adopted && (committed > *e || !self.state.damaged.is_empty()))
+        {
+            tracing::warn!(
+                "output after checkpoint {epoch} may have been committed already, and will then be written a second time"
+            );
+        }
+        if let Some(event) = note {
+            let seq = self.log.append(event.clone()).await.map_err(storage_error)?;
+            self.state.take(seq, event);
+        }
+        let Self { log, state, .. } = self;
+        let (tasks, committers) = built;
+        Ok(Ready { tasks, committers, log: Some(log), state, restored: epoch })
+    }
+}
+
+/// Why a job could not be built.
+enum Failure {
+    /// The snapshot does not fit, can't be read, or is damaged.
+    Snapshot(Error),
+    Connector(Error),
+    Task(Error),
+}
+
+impl Failure {
+    /// Damage is the snapshot's, wherever it is met.
+    fn of_snapshot_or(otherwise: fn(Error) -> Self) -> impl Fn(Error) -> Self {
+        move |error| if error.disposition() == Disposition::Corrupt { Self::Snapshot(error) } else { otherwise(error) }
+    }
+
+    /// The error, and what the run fails with if it is not the snapshot's.
+    fn split(self) -> (Error, Option<RunError>) {
+        let copy = |e: &Error| Error::new(e.disposition(), e.to_string());
+        match self {
+            Self::Snapshot(error) => (error, None),
+            Self::Connector(error) => (copy(&error), Some(RunError::Connector(error))),
+            Self::Task(error) => (copy(&error), Some(RunError::failed(error))),
+        }
+    }
+
+    fn into_run_error(self) -> RunError {
+        match self {
+            Self::Snapshot(error) => storage_error(error),
+            Self::Connector(error) => RunError::Connector(error),
+            Self::Task(error) => RunError::failed(error),
+        }
+    }
+}
+
+async fn connect(
+    spec: &Arc<RunSpec>,
+    env: &Env,
+    manifest: Option<Arc<Manifest>>,
+) -> Result<HashMap<OperatorUid, Vec<SplitState>>> {
+    let spec = spec.clone();
+    env.blocking("a connector", move || deploy::connect(&spec.graph, manifest.as_deref())).await?
+}
+
+/// The operators of a job, as far as their state goes: for [`StatePlan`].
+#[must_use]
+pub fn takers(graph: &JobGraph) -> Vec<Taker> {
+    let taker = |node: &Node| {
+        let schema = match &node.node {
+            NodeKind::Source(_) => Some(node.state_schema.clone().unwrap_or_default()),
+            NodeKind::Operator(_) | NodeKind::Sink(_) => node.state_schema.clone(),
+        };
+        Taker { uid: node.uid.clone(), kind: node.kind.clone(), schema }
+    };
+    graph.nodes().map(|(_, node)| taker(node)).collect()
+}
