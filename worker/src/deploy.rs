@@ -85,7 +85,7 @@ impl Restored<'_> {
     }
 
     /// Reads these shards, in their order.
-    fn read<'s>(&self, shards: Vec<&'s Shard>) -> impl Stream<Item = Result<RestoredShard>> {
+    fn read(&self, shards: Vec<&Shard>) -> impl Stream<Item = Result<RestoredShard>> {
         let snapshot = self.snapshot;
         stream::iter(shards)
             .map(move |shard| async move { Ok(RestoredShard { shard: shard.clone(), bytes: snapshot.read(shard).await? }) })
