@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check bench generate fmt
+.PHONY: help build demo test check simulate bench generate fmt
 
 # Built files and fetched tools live outside the clone, so that several clones share them.
 export FLOODMARK_CACHE ?= $(HOME)/.cache/floodmark
@@ -35,6 +35,12 @@ test: build ## Run all tests: units, then the whole system against a real Kafka 
 check: ## Check formatting, lints, docs, generated files, dependencies and licences
 	@scripts/setup-check.sh
 	@scripts/check.sh
+
+# How many random lives of jobs to simulate.
+SEEDS ?= 10000
+simulate: ## Run SEEDS=10000 random lives of jobs with faults of every kind, on all cores, and sum up what was found
+	@scripts/setup-build.sh
+	cargo run --release --quiet --locked -p floodmark-simulation -- --seeds $(SEEDS)
 
 bench: build ## Measure CPU-seconds per million events against a real Kafka broker
 	@scripts/setup-test.sh

@@ -1,0 +1,295 @@
+//! A job's life from its first start to its last check: starts processes, carries out the plan's actions, starts anew what
+//! has failed, and judges in the end.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use floodmark_worker::{Outcome, Progress, RunError, Summary, run};
+use tokio::sync::watch;
+
+use crate::{
+    Options, Report,
+    executor::{Executor, Pid, Stopped},
+    jobs, oracle,
+    plan::{Action, Plan},
+    process::Process,
+    random::Random,
+    world::{Crash, World},
+};
+
+/// Once the faults have ceased, the job must finish within this (virtual) time.
+const FINISH_MAX: Duration = Duration::from_secs(600);
+/// Once the job is finished, whatever process is left must end within this time.
+const END_MAX: Duration = Duration::from_secs(300);
+/// Processes of one life before it counts as going round in circles.
+const STARTS_MAX: usize = 20_000;
+
+type Slot = Arc<Mutex<Option<Result<Summary, RunError>>>>;
+
+/// A process that was started and has not been heard to end.
+struct Running {
+    pid: Pid,
+    stop: watch::Sender<bool>,
+    ended: Slot,
+}
+
+/// See the header of this file.
+pub(crate) struct Life {
+    world: Arc<World>,
+    executor: Executor,
+    /// The newest last: it is who the job counts on.
+    running: Vec<Running>,
+    starts: usize,
+    next_start: Option<Duration>,
+    finished: bool,
+}
+
+impl Life {
+    pub(crate) fn new(plan: Plan, options: Options, crash: Option<Crash>) -> Self {
+        let (seed, task_pauses) = (plan.seed, plan.faults.task_pauses);
+        let world = World::new(plan, options.trace, options.mutation, crash);
+        let executor = Executor::new(world.core.clone(), Random::new(seed, 4), task_pauses);
+        Self { world, executor, running: Vec::new(), starts: 0, next_start: Some(Duration::ZERO), finished: false }
+    }
+
+    pub(crate) fn run(mut self) -> Report {
+        let plan = self.world.plan.clone();
+        self.world.trace.line(0, || format!("{plan}"));
+        let mut actions = plan.actions.iter().copied().filter(|(at, _)| *at < plan.faults_until).peekable();
+        let mut calm = false;
+        while !self.finished && self.fine() {
+            let now = self.world.core.now();
+            if !calm && now >= plan.faults_until {
+                calm = true;
+                self.calm();
+            }
+            if self.next_start.is_some_and(|at| at <= now) {
+                self.start();
+            }
+            while let Some((_, action)) = actions.next_if(|(at, _)| *at <= now) {
+                if let Some(newest) = self.running.last().map(|r| r.pid) {
+                    self.act(newest, action);
+                }
+            }
+            for (pid, action) in self.world.take_due() {
+                self.act(pid, action);
+            }
+            if calm && now >= plan.faults_until + FINISH_MAX {
+                self.world.violation(format!("not finished {FINISH_MAX:?} after the faults have ceased"));
+                break;
+            }
+            let end = if calm { plan.faults_until + FINISH_MAX } else { plan.faults_until };
+            let due = actions.peek().map(|(at, _)| *at).into_iter().chain(self.next_start).min();
+            self.go(due.unwrap_or(end).min(end));
+            self.listen();
+        }
+        if self.finished && self.fine() {
+            self.outlive();
+            self.judge();
+        }
+        self.report()
+    }
+
+    fn fine(&self) -> bool {
+        self.world.monitor().violations.is_empty()
+    }
+
+    fn go(&mut self, until: Duration) {
+        let stopped = self.executor.run(until);
+        for pid in std::mem::take(&mut self.executor.panics) {
+            self.world.violation(format!("process {pid}: a future panicked"));
+        }
+        if stopped == Stopped::Livelock {
+            self.world.violation("livelock: too many steps".to_owned());
+        }
+    }
+
+    /// Faults cease: everybody runs, everything is within reach.
+    fn calm(&mut self) {
+        self.world.trace.line(0, || "faults cease".to_owned());
+        self.executor.calm();
+        self.world.core.resume_all();
+        self.world.heal_all();
+    }
+
+    fn start(&mut self) {
+        self.next_start = None;
+        if self.starts >= STARTS_MAX {
+            return self.world.violation(format!("{STARTS_MAX} starts, and no end"));
+        }
+        let pid = self.starts as Pid + 1;
+        let process = Process::new(&self.world, pid);
+        let spec = jobs::spec(&process, self.starts);
+        self.starts += 1;
+        self.world.trace.line(pid, || format!("starts at parallelism {}", spec.parallelism));
+        self.world.monitor().count("starts");
+        let (stop, stopping) = watch::channel(false);
+        let ended = Slot::default();
+        let (slot, core, env) = (ended.clone(), self.world.core.clone(), process.env());
+        self.executor.add(
+            pid,
+            Box::pin(async move {
+                let outcome = run(spec, env, stopping, Arc::new(Progress::default())).await;
+                *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+                core.interrupt();
+            }),
+        );
+        self.running.push(Running { pid, stop, ended });
+    }
+
+    fn start_later(&mut self) {
+        let delay = self.world.plan.restart_delay;
+        self.next_start = Some(self.world.core.now() + delay);
+    }
+
+    fn act(&mut self, pid: Pid, action: Action) {
+        let now = self.world.core.now();
+        self.world.trace.line(pid, || action.to_string());
+        match action {
+            Action::Crash => self.world.kill(pid, "as planned"),
+            Action::Pause(d) => {
+                self.world.monitor().count("pauses");
+                self.world.core.pause(pid, now + d);
+            }
+            Action::CutOff(d) => {
+                self.world.monitor().count("partitions");
+                self.world.cut_off(pid, now + d);
+            }
+            Action::TakeOver => {
+                self.world.monitor().count("takeovers");
+                self.start();
+            }
+            Action::Zombie(d) => {
+                self.world.monitor().count("takeovers of a paused process");
+                self.world.core.pause(pid, now + d);
+                self.start();
+            }
+            Action::CutOffZombie(d) => {
+                self.world.monitor().count("takeovers of a process cut off");
+                self.world.cut_off(pid, now + d);
+                self.start();
+            }
+            Action::Stop => {
+                for process in self.running.iter().filter(|r| r.pid == pid) {
+                    // A receiver that is gone belongs to a process that is ending anyway.
+                    let _ = process.stop.send(true);
+                }
+            }
+        }
+    }
+
+    /// Takes note of processes that have ended or died.
+    fn listen(&mut self) {
+        let newest = self.running.last().map(|r| r.pid);
+        let mut left = Vec::new();
+        for process in std::mem::take(&mut self.running) {
+            let outcome = process.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let dead = self.world.core.is_dead(process.pid);
+            match outcome {
+                None if !dead => {
+                    left.push(process);
+                    continue;
+                }
+                None => {}
+                Some(outcome) => {
+                    self.ended(process.pid, &outcome);
+                    // Whatever it leaves running (deletes, mostly) is gone with the process.
+                    self.world.core.kill(process.pid);
+                }
+            }
+            if newest == Some(process.pid) && !self.finished && self.next_start.is_none() {
+                self.start_later();
+            }
+        }
+        self.running = left;
+    }
+
+    fn ended(&mut self, pid: Pid, outcome: &Result<Summary, RunError>) {
+        let words = match outcome {
+            Ok(summary) => format!("{:?}", summary.outcome),
+            Err(error) => format!("{error:?}"),
+        };
+        self.world.trace.line(pid, || format!("ends: {words}"));
+        let kind = match outcome {
+            Ok(Summary { outcome: Outcome::Finished | Outcome::AlreadyFinished, .. }) => {
+                if !self.world.monitor().is_finished() {
+                    self.world.violation(format!("process {pid} says finished, and the log does not"));
+                }
+                self.finished = true;
+                "runs that finished"
+            }
+            Ok(Summary { outcome: Outcome::Stopped, .. }) => "runs that stopped",
+            Err(RunError::Fenced(_)) => "runs that were fenced",
+            Err(RunError::Connector(_) | RunError::Storage(_) | RunError::Failed(_)) => "runs that failed",
+        };
+        self.world.monitor().count(kind);
+        // With the faults gone, nothing but a newer process is a reason to fail.
+        if let (Err(error), false) = (outcome, self.world.rough()) {
+            self.world.trace.line(pid, || format!("failed after the faults have ceased: {error}"));
+        }
+    }
+
+    /// The job is finished. Whoever is left wakes up and ends, and has done no harm.
+    fn outlive(&mut self) {
+        self.calm();
+        let end = self.world.core.now() + END_MAX;
+        while !self.running.is_empty() && self.world.core.now() < end && self.fine() {
+            self.go(end);
+            self.listen();
+        }
+        if let Some(left) = self.running.first() {
+            return self.world.violation(format!("process {} did not end {END_MAX:?} after the job", left.pid));
+        }
+        // Requests that are still on their way arrive.
+        self.go(self.world.core.now() + Duration::from_secs(30));
+        self.finished = false;
+        self.start();
+        let end = self.world.core.now() + END_MAX;
+        while !self.running.is_empty() && self.world.core.now() < end && self.fine() {
+            self.go(end);
+            self.listen();
+        }
+        if !self.finished {
+            self.world
+                .violation("started once more after its end, the job does not say that it is finished".to_owned());
+        }
+    }
+
+    fn judge(&self) {
+        let output = self.world.broker().committed();
+        let faults = oracle::faults(self.world.plan.topology, &self.world.inputs, &output);
+        faults.into_iter().for_each(|fault| self.world.violation(format!("output: {fault}")));
+        let named = self.world.monitor().named();
+        let objects = self.world.objects();
+        let missing: Vec<&String> = named.iter().filter(|path| !objects.contains_key(*path)).collect();
+        if !missing.is_empty() {
+            self.world.violation(format!("files of kept checkpoints are gone: {missing:?}"));
+        }
+    }
+
+    fn report(self) -> Report {
+        let broker = self.world.broker();
+        let mut monitor = self.world.monitor();
+        let orphans = {
+            let named = monitor.named();
+            let objects = self.world.objects();
+            objects.keys().filter(|p| p.contains("/blobs/") && !named.contains(*p)).count()
+        };
+        *monitor.counts.entry("orphans left at the end").or_default() += orphans as u64;
+        *monitor.counts.entry("records never visible").or_default() += broker.hidden() as u64;
+        *monitor.counts.entry("broker requests fenced").or_default() += broker.fenced;
+        Report {
+            seed: self.world.plan.seed,
+            plan: self.world.plan.to_string(),
+            violations: monitor.violations.clone(),
+            counts: monitor.counts.clone(),
+            polls: self.executor.polls,
+            lasted: self.world.core.now(),
+            digest: self.executor.digest,
+            effects: self.world.effects_of(1),
+            output: broker.committed(),
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! What must hold at every step, kept apart from the code under test: it sees only what reaches the storage and the broker.
+//!
+//! An entry of the log *counts* if nothing lay behind it when it was created; the model here is built of those alone, and
+//! knows which checkpoints exist, which are committed and which files each needs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use floodmark_snapshot::{
+    Attempt, Epoch, Generation, Manifest, OperatorUid, ShardKind,
+    log::{self, Event},
+    manifest::hash_hex,
+};
+
+use crate::{broker::Broker, executor::Pid, jobs::FOLDER};
+
+/// Violations that are worth reading.
+const VIOLATIONS_MAX: usize = 8;
+
+/// How often what happened.
+pub(crate) type Counts = BTreeMap<&'static str, u64>;
+
+/// See the header of this file.
+#[derive(Default)]
+pub(crate) struct Monitor {
+    /// What is wrong, in the order in which it was found.
+    pub(crate) violations: Vec<String>,
+    pub(crate) counts: Counts,
+    generation: Generation,
+    attempt: Attempt,
+    last_epoch: Epoch,
+    pub(crate) committed: Epoch,
+    oldest_seq: u64,
+    next_seq: u64,
+    /// Whether it was ever said that the job is finished.
+    finished: bool,
+    /// Checkpoints that exist: completed, and not released.
+    live: BTreeMap<Epoch, Manifest>,
+    /// Every epoch that was ever completed.
+    completed: BTreeSet<Epoch>,
+}
+
+impl Monitor {
+    pub(crate) fn violation(&mut self, what: String) {
+        if self.violations.len() < VIOLATIONS_MAX {
+            self.violations.push(what);
+        }
+    }
+
+    pub(crate) fn count(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
+    /// Paths from the storage's root that a checkpoint needs.
+    pub(crate) fn named(&self) -> BTreeSet<String> {
+        self.live.values().flat_map(Manifest::shards).map(|s| format!("{FOLDER}/{}", s.path)).collect()
+    }
+
+    pub(crate) fn was_completed(&self, epoch: Epoch) -> bool {
+        self.completed.contains(&epoch)
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    /// An object was created that was not there before.
+    pub(crate) fn created(&mut self, path: &str, bytes: &Bytes, objects: &BTreeMap<String, Bytes>, broker: &Broker) {
+        let Some(name) = path.strip_prefix(FOLDER).and_then(|p| p.strip_prefix("/log/")) else { return };
+        let Ok(seq) = name.trim_end_matches(".json").parse::<u64>() else {
+            return self.violation(format!("a file in the log's folder that is no entry: {path}"));
+        };
+        if seq < self.next_seq {
+            // Its writer slept past a trim. Whether it notices is seen in what it does next.
+            return self.count("stray log entries");
+        }
+        let entry = match log::decode(bytes) {
+            Ok(entry) => entry,
+            Err(error) => return self.violation(format!("log entry {seq} can't be read: {error}")),
+        };
+        if seq != self.next_seq || entry.seq != seq {
+            self.violation(format!("log entry {} at {seq}, where {} was next", entry.seq, self.next_seq));
+        }
+        self.next_seq = seq + 1;
+        let opens = entry.event == Event::Opened;
+        let grows = entry.generation > self.generation && entry.attempt > self.attempt;
+        let same = entry.generation == self.generation && entry.attempt == self.attempt;
+        if if opens { !grows } else { !same } {
+            self.violation(format!(
+                "entry {seq} ({:?}) of generation {} and attempt {} came when generation {} and attempt {} reigned",
+                entry.event, entry.generation, entry.attempt, self.generation, self.attempt
+            ));
+        }
+        (self.generation, self.attempt) = (entry.generation, entry.attempt);
+        self.event(seq, entry.event, objects, broker);
+    }
+
+    fn event(&mut self, seq: u64, event: Event, objects: &BTreeMap<String, Bytes>, broker: &Broker) {
+        match event {
+            Event::Opened => {}
+            Event::Restored { .. } => self.count("restores from an older checkpoint"),
+            Event::Completed { manifest } => {
+                self.count("checkpoints completed");
+                if manifest.epoch <= self.last_epoch {
+                    self.violation(format!("checkpoint {} completed after {}", manifest.epoch, self.last_epoch));
+                }
+                self.last_epoch = manifest.epoch;
+                for shard in manifest.shards() {
+                    match objects.get(&format!("{FOLDER}/{}", shard.path)) {
+                        Some(bytes) if hash_hex(bytes) == shard.hash && bytes.len() as u64 == shard.size => {}
+                        Some(_) => self.violation(format!(
+                            "checkpoint {} names {}, whose bytes are others",
+                            manifest.epoch, shard.path
+                        )),
+                        None => self.violation(format!(
+                            "checkpoint {} names {}, which is not there",
+                            manifest.epoch, shard.path
+                        )),
+                    }
+                }
+                self.completed.insert(manifest.epoch);
+                self.live.insert(manifest.epoch, *manifest);
+            }
+            Event::Committed { epoch } => self.committed_entry(epoch, broker),
+            Event::Released { epochs, oldest_seq } => {
+                self.count("releases");
+                self.live.retain(|e, _| !epochs.contains(e));
+                if self.live.is_empty() {
+                    self.violation(format!("entry {seq} releases the last checkpoint"));
+                }
+                if oldest_seq < self.oldest_seq {
+                    self.violation(format!("entry {seq} takes the log's start back to {oldest_seq}"));
+                }
+                self.oldest_seq = oldest_seq;
+            }
+            Event::Finished { epoch } => {
+                self.finished = true;
+                if self.committed < epoch && broker.stages() {
+                    self.violation(format!("finished at checkpoint {epoch}, committed to {}", self.committed));
+                }
+            }
+            Event::Stopped { .. } => self.count("stops with a last checkpoint"),
+            #[allow(unreachable_patterns, reason = "entries that this model has no opinion on yet")]
+            _ => {}
+        }
+    }
+
+    fn committed_entry(&mut self, epoch: Epoch, broker: &Broker) {
+        if epoch < self.committed || !self.completed.contains(&epoch) {
+            self.violation(format!("committed {epoch} is said after {}", self.committed));
+        }
+        self.committed = epoch;
+        let Some(manifest) = self.live.get(&epoch) else { return };
+        let staged = |uid: &OperatorUid| uid.clone();
+        let missing: Vec<String> = manifest
+            .operators
+            .iter()
+            .flat_map(|(uid, o)| o.shards.iter().map(move |s| (staged(uid), s)))
+            .filter(|(_, s)| s.kind == ShardKind::Staged && s.rows > 0)
+            .filter(|(uid, s)| broker.marker(&uid.0, s.subtask) < Some(epoch))
+            .map(|(uid, s)| format!("committed {epoch} is said, but {uid}[{}] has not written it", s.subtask))
+            .collect();
+        missing.into_iter().for_each(|m| self.violation(m));
+    }
+
+    /// An object is about to be deleted.
+    pub(crate) fn deleting(&mut self, path: &str, by: Pid) {
+        let Some(relative) = path.strip_prefix(FOLDER).and_then(|p| p.strip_prefix('/')) else { return };
+        if let Some(name) = relative.strip_prefix("log/") {
+            let seq: u64 = name.trim_end_matches(".json").parse().unwrap_or(u64::MAX);
+            if seq >= self.oldest_seq {
+                self.violation(format!(
+                    "process {by} deletes log entry {seq}, and the oldest kept is {}",
+                    self.oldest_seq
+                ));
+            }
+            return;
+        }
+        let owner = self.live.values().find(|m| m.shards().any(|s| s.path == relative));
+        if let Some(epoch) = owner.map(|m| m.epoch) {
+            self.violation(format!("process {by} deletes {relative}, which checkpoint {epoch} needs"));
+        }
+    }
+
+    /// An object that is there already is written again.
+    pub(crate) fn overwriting(&mut self, path: &str, same: bool, by: Pid) {
+        if !same {
+            self.violation(format!("process {by} overwrites {path} with other bytes"));
+        }
+    }
+}

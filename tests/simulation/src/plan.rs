@@ -1,0 +1,253 @@
+//! What a seed means: the job, its settings, its inputs, and which faults strike how often (swarm testing: most seeds have
+//! only some kinds of faults, so that one kind does not hide what another would show).
+
+use std::{fmt, time::Duration};
+
+use floodmark_snapshot::Step;
+
+use crate::{jobs::Topology, random::Random};
+
+/// Faults cease at the latest by then, in virtual time.
+const FAULTS_UNTIL_MAX: Duration = Duration::from_secs(60);
+
+/// How often each kind of fault strikes: probabilities per request, poll or step.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Faults {
+    /// A storage request is refused before it does anything (503).
+    pub(crate) storage_refused: f64,
+    /// A storage request does what it should, and its reply is lost.
+    pub(crate) storage_reply_lost: f64,
+    /// A storage request is lost before it does anything; the client waits for nothing.
+    pub(crate) storage_lost: f64,
+    /// A storage request takes long: it may take effect after its client has given up, or died.
+    pub(crate) storage_slow: f64,
+    /// A broker request fails before it does anything.
+    pub(crate) broker_refused: f64,
+    /// A commit is done, and its reply lost.
+    pub(crate) broker_reply_lost: f64,
+    /// Records are written, and the transaction stays open.
+    pub(crate) transaction_left_open: f64,
+    /// The request to commit arrives late, when others may have taken over.
+    pub(crate) commit_late: f64,
+    /// A source's poll fails.
+    pub(crate) source_fails: f64,
+    /// A task that is ready is left aside for up to half a second.
+    pub(crate) task_pauses: f64,
+    /// The wall clock jumps, at a reading.
+    pub(crate) clock_jumps: f64,
+}
+
+impl Faults {
+    fn draw(random: &mut Random) -> Self {
+        let mut some = |most: f64| {
+            if random.chance(0.5) {
+                return 0.0;
+            }
+            // From a hundredth of the most to the most, each order of magnitude alike.
+            most * 10_f64.powf(-2.0 * random.below(1000) as f64 / 1000.0)
+        };
+        Self {
+            storage_refused: some(0.25),
+            storage_reply_lost: some(0.2),
+            storage_lost: some(0.1),
+            storage_slow: some(0.2),
+            broker_refused: some(0.5),
+            broker_reply_lost: some(0.5),
+            transaction_left_open: some(0.5),
+            commit_late: some(0.4),
+            source_fails: some(0.003),
+            task_pauses: some(0.02),
+            clock_jumps: some(0.1),
+        }
+    }
+}
+
+/// What happens to the job from outside.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Action {
+    /// The newest process dies.
+    Crash,
+    /// It stops running for a while, then goes on as if nothing had been.
+    Pause(Duration),
+    /// It reaches neither storage nor broker for a while.
+    CutOff(Duration),
+    /// A new process takes over while the old one still runs.
+    TakeOver,
+    /// The old process is paused, a new one takes over, the old one wakes up.
+    Zombie(Duration),
+    /// The old process is cut off, a new one takes over, the old one's requests get through again.
+    CutOffZombie(Duration),
+    /// It is asked to stop with a last checkpoint.
+    Stop,
+}
+
+impl Action {
+    fn draw(random: &mut Random) -> Self {
+        let long = random.spread(Duration::from_millis(20), Duration::from_secs(30));
+        match random.below(9) {
+            0..=2 => Self::Crash,
+            3 => Self::Pause(long),
+            4 => Self::CutOff(long),
+            5 => Self::TakeOver,
+            6 => Self::Zombie(long),
+            7 => Self::CutOffZombie(long),
+            _ => Self::Stop,
+        }
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Crash => f.write_str("the process dies"),
+            Self::Pause(d) => write!(f, "the process stands still for {d:?}"),
+            Self::CutOff(d) => write!(f, "the process is cut off for {d:?}"),
+            Self::TakeOver => f.write_str("a new process takes over"),
+            Self::Zombie(d) => write!(f, "the process stands still for {d:?}, and a new one takes over"),
+            Self::CutOffZombie(d) => write!(f, "the process is cut off for {d:?}, and a new one takes over"),
+            Self::Stop => f.write_str("the process is asked to stop"),
+        }
+    }
+}
+
+/// Checkpoint settings of the whole run.
+#[derive(Clone, Debug)]
+pub(crate) struct Checkpoints {
+    pub(crate) interval: Duration,
+    pub(crate) timeout: Duration,
+    pub(crate) min_pause: Duration,
+    pub(crate) tolerable_failures: u32,
+    pub(crate) retain: usize,
+}
+
+/// See the header of this file.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    pub(crate) topology: Topology,
+    pub(crate) partitions: usize,
+    /// Records per partition.
+    pub(crate) records: usize,
+    pub(crate) keys: i64,
+    /// From the first record's arrival to the last's.
+    pub(crate) arrival: Duration,
+    pub(crate) max_parallelism: u16,
+    /// Of the first process, the second, …; the last one's holds from then on.
+    pub(crate) parallelism: Vec<u32>,
+    pub(crate) checkpoints: Checkpoints,
+    pub(crate) faults: Faults,
+    pub(crate) faults_until: Duration,
+    /// In order.
+    pub(crate) actions: Vec<(Duration, Action)>,
+    /// What happens when the protocol comes to a step for the nth time (counted from 0, over all processes).
+    pub(crate) at_steps: Vec<(Step, u64, Action)>,
+    /// From a failure to the next start.
+    pub(crate) restart_delay: Duration,
+    /// How long the broker lets a transaction stand open.
+    pub(crate) transaction_timeout: Duration,
+}
+
+impl Plan {
+    /// What this seed means.
+    pub(crate) fn draw(seed: u64) -> Self {
+        let random = &mut Random::new(seed, 1);
+        let ms = Duration::from_millis;
+        let arrival = random.spread(ms(50), ms(6000));
+        let faults = Faults::draw(random);
+        let mut actions = Vec::new();
+        let span = (arrival * 2).max(ms(1500));
+        // An eighth of all seeds have no actions, and so an undisturbed life but for faults.
+        for _ in 0..random.below(8) {
+            actions.push((Duration::from_nanos(random.below(span.as_nanos() as u64)), Action::draw(random)));
+        }
+        // Moments that chance would rarely meet.
+        let at_steps =
+            (0..random.below(4)).map(|_| (*random.pick(&Step::ALL), random.below(12), Action::draw(random))).collect();
+        actions.sort_by_key(|(at, _)| *at);
+        let max_parallelism = *random.pick(&[4_u16, 5, 16, 128]);
+        let change = random.chance(0.6);
+        let first = random.between(1, 4) as u32;
+        let parallelism = (0..8).map(|i| if i > 0 && change { random.between(1, 4) as u32 } else { first }).collect();
+        let checkpoints = Checkpoints {
+            interval: random.spread(ms(10), ms(1000)),
+            timeout: random.spread(ms(200), ms(20_000)),
+            min_pause: if random.chance(0.5) { Duration::ZERO } else { random.spread(ms(1), ms(300)) },
+            tolerable_failures: *random.pick(&[0, 1, 3, 1000]),
+            retain: random.between(1, 4) as usize,
+        };
+        Self {
+            seed,
+            topology: *random.pick(&Topology::ALL),
+            partitions: random.between(1, 5) as usize,
+            records: random.between(1, 150) as usize,
+            keys: random.between(1, 12) as i64,
+            arrival,
+            max_parallelism,
+            parallelism,
+            checkpoints,
+            faults,
+            faults_until: (span + random.spread(ms(100), ms(20_000))).min(FAULTS_UNTIL_MAX),
+            actions,
+            at_steps,
+            restart_delay: random.spread(ms(5), ms(3000)),
+            transaction_timeout: random.spread(ms(1000), ms(60_000)),
+        }
+    }
+
+    /// The same job with neither faults nor actions.
+    pub(crate) fn calm(mut self) -> Self {
+        self.faults = Faults::default();
+        self.actions.clear();
+        self.at_steps.clear();
+        self.faults_until = Duration::ZERO;
+        self
+    }
+
+    /// A run of this topology without a single fault, with some ten checkpoints: what crash sweeps go through.
+    pub(crate) fn for_sweep(topology: Topology, seed: u64) -> Self {
+        let ms = Duration::from_millis;
+        let mut plan = Self::draw(seed).calm();
+        plan.topology = topology;
+        plan.partitions = 3;
+        plan.records = 60;
+        plan.keys = 5;
+        plan.arrival = ms(400);
+        plan.max_parallelism = 16;
+        plan.parallelism = vec![2; 8];
+        plan.checkpoints =
+            Checkpoints { interval: ms(50), timeout: ms(10_000), min_pause: ms(0), tolerable_failures: 0, retain: 2 };
+        plan.restart_delay = ms(10);
+        plan
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let c = &self.checkpoints;
+        writeln!(
+            f,
+            "seed {}: {:?}, {} partitions of {} records over {:?}, {} keys, {} key groups, parallelism {:?}",
+            self.seed,
+            self.topology,
+            self.partitions,
+            self.records,
+            self.arrival,
+            self.keys,
+            self.max_parallelism,
+            self.parallelism
+        )?;
+        writeln!(
+            f,
+            "checkpoints every {:?} (timeout {:?}, pause {:?}, {} failures tolerated, {} kept)",
+            c.interval, c.timeout, c.min_pause, c.tolerable_failures, c.retain
+        )?;
+        writeln!(f, "until {:?}: {:?}", self.faults_until, self.faults)?;
+        for (at, action) in &self.actions {
+            writeln!(f, "at {at:?}: {action}")?;
+        }
+        for (step, nth, action) in &self.at_steps {
+            writeln!(f, "at {step}, number {nth}: {action}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,85 @@
+//! Random lives of jobs: five hundred seeds, each with faults of its own. `make simulate SEEDS=100000` runs more.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use floodmark_simulation::{Options, Report, simulate};
+
+const SEEDS: u64 = 500;
+const THREADS: usize = 2;
+
+/// Runs seeds on a few threads, and gives each report to `look`.
+fn run(seeds: u64, look: impl Fn(Report) + Sync) {
+    let next = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                while let Some(seed) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|s| *s < seeds) {
+                    look(simulate(seed, Options::default()));
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn no_seed_loses_repeats_or_reorders_a_record_or_breaks_an_invariant() {
+    run(SEEDS, |report| {
+        assert!(
+            report.violations.is_empty(),
+            "{}{:#?}\nto see how: cargo run -p floodmark-simulation -- --seed {} --trace",
+            report.plan,
+            report.violations,
+            report.seed
+        );
+    });
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run_event_for_event() {
+    run(40, |report| {
+        let again = simulate(report.seed, Options::default());
+        assert_eq!((report.digest, report.polls, report.lasted), (again.digest, again.polls, again.lasted));
+        assert_eq!(report.output, again.output);
+        assert_eq!(report.counts, again.counts);
+    });
+}
+
+#[test]
+fn together_the_seeds_meet_every_kind_of_fault() {
+    let seen = std::sync::Mutex::new(std::collections::BTreeMap::new());
+    run(SEEDS, |report| {
+        for (what, count) in report.counts {
+            *seen.lock().unwrap().entry(what).or_insert(0) += count;
+        }
+    });
+    let seen = seen.into_inner().unwrap();
+    for what in [
+        "broker replies lost",
+        "broker requests fenced",
+        "broker requests refused",
+        "clock jumps",
+        "commits late",
+        "crashes",
+        "log races",
+        "look-ups failed",
+        "partitions",
+        "pauses",
+        "releases",
+        "runs that failed",
+        "runs that were fenced",
+        "runs that stopped",
+        "source polls failed",
+        "storage replies lost",
+        "storage requests lost",
+        "storage requests refused",
+        "storage requests slow",
+        "takeovers",
+        "takeovers of a paused process",
+        "takeovers of a process cut off",
+        "transactions left open",
+    ] {
+        assert!(seen.get(what).is_some_and(|n| *n > 0), "no {what} in {SEEDS} seeds: {seen:#?}");
+    }
+}
