@@ -20,6 +20,10 @@ const VERSION: u8 = 1;
 const TRAILER_MARK: u32 = u32::MAX;
 /// Longest payload of one block, bytes. A reader refuses more before it believes a damaged length.
 pub const BLOCK_LEN_MAX: usize = 1 << 30;
+/// Bytes of a block besides its payload.
+pub const BLOCK_OVERHEAD: usize = 8;
+/// Bytes of the trailer.
+pub const TRAILER_LEN: usize = 12;
 
 /// Writes a file of blocks.
 #[derive(Debug)]
@@ -27,6 +31,7 @@ pub struct BlockWriter {
     kind: Vec<u8>,
     out: BytesMut,
     blocks: u32,
+    last_crc: u32,
 }
 
 impl BlockWriter {
@@ -39,7 +44,7 @@ impl BlockWriter {
         out.put_u8(VERSION);
         out.put_u8(kind.len() as u8);
         out.put_slice(&kind);
-        Self { kind, out, blocks: 0 }
+        Self { kind, out, blocks: 0, last_crc: 0 }
     }
 
     /// Appends a block.
@@ -56,7 +61,8 @@ impl BlockWriter {
         let len = payload.len() as u32;
         self.out.reserve(payload.len() + 8);
         self.out.put_u32_le(len);
-        self.out.put_u32_le(block_crc(self.blocks, len, payload));
+        self.last_crc = block_crc(self.blocks, len, payload);
+        self.out.put_u32_le(self.last_crc);
         self.out.put_slice(payload);
         self.blocks += 1;
         Ok(())
@@ -66,6 +72,12 @@ impl BlockWriter {
     #[must_use]
     pub fn len(&self) -> usize {
         self.out.len()
+    }
+
+    /// The checksum of the last block, for an index of blocks.
+    #[must_use]
+    pub fn last_crc(&self) -> u32 {
+        self.last_crc
     }
 
     /// Whether no block has been written.
@@ -116,6 +128,37 @@ pub fn read_blocks(kind: &str, file: &Bytes) -> Result<Vec<Bytes>> {
         }
         blocks.push(payload);
         at = end;
+    }
+}
+
+/// Verifies one block that was read by itself: `frame` is block `number` of its file, from its length to its payload's end.
+/// Answers with the payload.
+///
+/// # Errors
+/// `Corrupt` if it is not.
+pub fn read_block(number: u32, frame: &Bytes) -> Result<Bytes> {
+    let head = u32_at(frame, 0).zip(u32_at(frame, 4));
+    let (len, crc) = head.ok_or_else(|| Error::corrupt(format!("block {number} is cut")))?;
+    let payload = frame.slice(BLOCK_OVERHEAD..);
+    if payload.len() != len as usize || block_crc(number, len, &payload) != crc {
+        return Err(Error::corrupt(format!("checksum mismatch in block {number}")));
+    }
+    Ok(payload)
+}
+
+/// Verifies the trailer, the last [`TRAILER_LEN`] bytes of a file of this kind. Answers with the number of blocks.
+///
+/// # Errors
+/// `Corrupt` if it is not one.
+pub fn read_trailer(kind: &str, trailer: &Bytes) -> Result<u32> {
+    let fields = u32_at(trailer, 0).zip(u32_at(trailer, 4)).zip(u32_at(trailer, 8));
+    match fields {
+        Some(((TRAILER_MARK, blocks), crc))
+            if crc == trailer_crc(kind.as_bytes(), blocks) && trailer.len() == TRAILER_LEN =>
+        {
+            Ok(blocks)
+        }
+        _ => Err(Error::corrupt(format!("not the end of a file of kind '{kind}'"))),
     }
 }
 
