@@ -45,6 +45,8 @@ struct Taken {
     /// The rows in flight, channel by channel.
     rows: Vec<Vec<Batch>>,
     bytes: usize,
+    /// Until the barrier has come on all channels, or the epoch is given up.
+    collects: bool,
 }
 
 /// A barrier that is received ahead of the rows before it.
@@ -112,7 +114,8 @@ impl ChannelHead {
     pub(super) fn taken(&mut self, barrier: Barrier, parts: Vec<OperatorPart>) {
         let replay: Vec<InFlight> = self.replay.iter().cloned().collect();
         let bytes = replay.iter().map(|r| r.batch.weight()).sum();
-        self.taken.push_back(Taken { barrier, parts, replay, rows: vec![Vec::new(); self.inbox.channels()], bytes });
+        let rows = vec![Vec::new(); self.inbox.channels()];
+        self.taken.push_back(Taken { barrier, parts, replay, rows, bytes, collects: true });
     }
 
     /// Rows of `channel` are about to be processed: the snapshots that collect them keep them.
@@ -137,11 +140,22 @@ impl ChannelHead {
     }
 
     /// Ends the collecting of a snapshot: complete, or else without the rows in flight.
-    pub(super) fn finish(&mut self, epoch: Epoch, complete: bool) -> Option<Report> {
-        let at = self.taken.iter().position(|t| t.barrier.epoch == epoch)?;
-        let Taken { barrier, parts, replay, rows, .. } = self.taken.remove(at)?;
-        let in_flight = if complete { self.in_flight(replay, rows) } else { Vec::new() };
-        Some(Report { barrier, parts, in_flight })
+    pub(super) fn finish(&mut self, epoch: Epoch, complete: bool) {
+        if let Some(taken) = self.taken.iter_mut().find(|t| t.barrier.epoch == epoch) {
+            taken.collects = false;
+            if !complete {
+                taken.replay.clear();
+                taken.rows.clear();
+                taken.bytes = 0;
+            }
+        }
+    }
+
+    /// The oldest snapshot, if it collects no more: they are handed over in their order, also those that are given up,
+    /// because what sinks have staged counts from barrier to barrier.
+    pub(super) fn report(&mut self) -> Option<Report> {
+        let Taken { barrier, parts, replay, rows, .. } = self.taken.pop_front_if(|t| !t.collects)?;
+        Some(Report { barrier, parts, in_flight: self.in_flight(replay, rows) })
     }
 
     /// One shard for each input that had rows in flight; within it, what was left of a replay comes first.

@@ -412,26 +412,29 @@ impl Task {
         Ok(())
     }
 
-    /// Hands over the snapshot of `epoch`, if it was taken: with the rows in flight, if it is complete.
+    /// Ends the snapshot of `epoch`, if it was taken, and hands over what can be: with the rows in flight, if it is complete.
     fn report(&mut self, epoch: Epoch, complete: bool, events: &mut Vec<TaskEvent>) -> Result<()> {
         let Input::Channels(head) = &mut self.input else { return Ok(()) };
-        let Some(Report { barrier, mut parts, in_flight }) = head.finish(epoch, complete) else { return Ok(()) };
-        if !in_flight.is_empty() {
-            let first = self.chain.first().ok_or_else(|| Error::abort("internal error: a task without operators"))?;
-            match parts.iter_mut().find(|p| p.uid == first.uid) {
-                Some(part) => part.shards.extend(in_flight),
-                None => parts.push(OperatorPart {
-                    uid: first.uid.clone(),
-                    kind: first.kind.clone(),
-                    schema: first.state_schema.clone().unwrap_or_default(),
-                    parallelism: self.parallelism,
-                    splits: Vec::new(),
-                    reused: Vec::new(),
-                    shards: in_flight,
-                }),
+        head.finish(epoch, complete);
+        while let Some(Report { barrier, mut parts, in_flight }) = head.report() {
+            if !in_flight.is_empty() {
+                let first = self.chain.first();
+                let first = first.ok_or_else(|| Error::abort("internal error: a task without operators"))?;
+                match parts.iter_mut().find(|p| p.uid == first.uid) {
+                    Some(part) => part.shards.extend(in_flight),
+                    None => parts.push(OperatorPart {
+                        uid: first.uid.clone(),
+                        kind: first.kind.clone(),
+                        schema: first.state_schema.clone().unwrap_or_default(),
+                        parallelism: self.parallelism,
+                        splits: Vec::new(),
+                        reused: Vec::new(),
+                        shards: in_flight,
+                    }),
+                }
             }
+            events.push(TaskEvent::Snapshot { barrier, parts });
         }
-        events.push(TaskEvent::Snapshot { barrier, parts });
         Ok(())
     }
 
