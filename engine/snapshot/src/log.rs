@@ -12,17 +12,21 @@
 //! Every byte of an entry is covered (see [`sealed`]). An entry that is damaged keeps its number. Because it may have been an `Opened` or a `Completed`, the numbers derived from the log (generation, attempt,
 //! epoch) skip what it may have used: they never go back.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Attempt, Context, Env, Epoch, Error, Generation, JobId, Manifest, Result, sealed,
+    Attempt, Context, Disposition, Env, Epoch, Error, Generation, JobId, Manifest, Result, sealed,
     storage::{PutNew, Storage},
 };
 
+/// Attempts of an append after the first: minutes of an unreachable storage, during which the job goes on.
+const APPEND_RETRIES_MAX: u32 = 100;
+const APPEND_BACKOFF_FIRST: Duration = Duration::from_millis(100);
+const APPEND_BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// Coordinators that may race for the same number before an open gives up.
 const OPEN_RACES_MAX: usize = 64;
 /// Entries read at the same time.
@@ -385,7 +389,8 @@ impl CheckpointLog {
                 attempt: state.attempt.next(),
                 next_seq: state.next_seq,
             };
-            if log.create(Event::Opened).await?.is_some() {
+            let (path, bytes) = log.encode_next(Event::Opened)?;
+            if log.create(&path, bytes).await?.is_some() {
                 return Ok((log, state));
             }
         }
@@ -394,10 +399,26 @@ impl CheckpointLog {
 
     /// Appends an entry; answers with its number. When this returns, the entry is durable and this reign was the newest.
     ///
+    /// A storage that fails for now is tried again with the very same bytes: the entry of an attempt whose reply was lost is
+    /// recognised as this coordinator's own.
+    ///
     /// # Errors
-    /// `Fenced`, naming the newer coordinator, if there is one; otherwise when the storage can't be written.
+    /// `Fenced`, naming the newer coordinator, if there is one; otherwise when the storage can't be written for long.
     pub async fn append(&mut self, event: Event) -> Result<u64> {
-        match self.create(event).await? {
+        let (path, bytes) = self.encode_next(event)?;
+        let mut failures = 0;
+        let created = loop {
+            match self.create(&path, bytes.clone()).await {
+                Err(error) if error.disposition() == Disposition::Retry && failures < APPEND_RETRIES_MAX => {
+                    tracing::warn!(%error, "the checkpoint log can't be written; trying again");
+                    let doubled = APPEND_BACKOFF_FIRST * 2_u32.pow(failures.min(10));
+                    self.env.runtime.sleep(doubled.min(APPEND_BACKOFF_MAX)).await;
+                    failures += 1;
+                }
+                other => break other?,
+            }
+        };
+        match created {
             Some(seq) => Ok(seq),
             None => Err(self.fenced().await),
         }
@@ -427,11 +448,10 @@ impl CheckpointLog {
         &self.folder
     }
 
-    /// Creates the next entry. `None` if somebody else has appended.
-    async fn create(&mut self, event: Event) -> Result<Option<u64>> {
-        let seq = self.next_seq;
+    /// The path and the bytes of the next entry.
+    fn encode_next(&self, event: Event) -> Result<(String, Bytes)> {
         let entry = Entry {
-            seq,
+            seq: self.next_seq,
             history: self.history.clone(),
             generation: self.generation,
             attempt: self.attempt,
@@ -440,16 +460,21 @@ impl CheckpointLog {
             holder: self.holder.clone(),
             event,
         };
-        let path = self.folder.entry(seq);
-        let created = self.storage.put_new(&path, encode(&entry)?).await.context_with(|| "append to checkpoint log")?;
+        Ok((self.folder.entry(self.next_seq), encode(&entry)?))
+    }
+
+    /// Creates the next entry. `None` if somebody else has appended.
+    async fn create(&mut self, path: &str, bytes: Bytes) -> Result<Option<u64>> {
+        let created = self.storage.put_new(path, bytes).await.context_with(|| "append to checkpoint log")?;
         if created == PutNew::Exists {
             return Ok(None);
         }
         let behind =
-            self.storage.list(&self.folder.path("log"), Some(&path)).await.context_with(|| "check the log's end")?;
+            self.storage.list(&self.folder.path("log"), Some(path)).await.context_with(|| "check the log's end")?;
         if !behind.is_empty() {
             return Ok(None);
         }
+        let seq = self.next_seq;
         self.next_seq += 1;
         Ok(Some(seq))
     }
@@ -477,11 +502,80 @@ impl CheckpointLog {
 mod tests {
     use std::collections::BTreeMap;
 
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
-    use crate::{Disposition, storage};
+    use crate::storage::{self, ObjectInfo};
 
     fn job() -> JobId {
         JobId { namespace: "default".into(), name: "j".into(), uid: "local".into() }
+    }
+
+    /// Loses replies: of every four calls that write or list, two fail, one of them after its effect.
+    struct Flaky {
+        storage: Arc<dyn Storage>,
+        calls: AtomicUsize,
+    }
+
+    impl Flaky {
+        async fn call<T>(&self, effect: impl Future<Output = Result<T>>) -> Result<T> {
+            let lost = || Error::retry("connection lost");
+            match self.calls.fetch_add(1, Ordering::SeqCst) % 4 {
+                0 => Err(lost()),
+                1 => effect.await.and(Err(lost())),
+                _ => effect.await,
+            }
+        }
+    }
+
+    #[async_trait::async_trait]
+    impl Storage for Flaky {
+        async fn put_new(&self, path: &str, bytes: Bytes) -> Result<PutNew> {
+            self.call(self.storage.put_new(path, bytes)).await
+        }
+
+        async fn put(&self, path: &str, bytes: Bytes) -> Result<()> {
+            self.storage.put(path, bytes).await
+        }
+
+        async fn get(&self, path: &str) -> Result<Option<Bytes>> {
+            self.storage.get(path).await
+        }
+
+        async fn get_range(&self, path: &str, from: u64, to: u64) -> Result<Option<Bytes>> {
+            self.storage.get_range(path, from, to).await
+        }
+
+        async fn size(&self, path: &str) -> Result<Option<u64>> {
+            self.storage.size(path).await
+        }
+
+        async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>> {
+            self.call(self.storage.list(prefix, start_after)).await
+        }
+
+        async fn delete(&self, path: &str) -> Result<()> {
+            self.storage.delete(path).await
+        }
+
+        fn describe(&self) -> String {
+            "flaky".to_owned()
+        }
+    }
+
+    #[tokio::test]
+    async fn an_append_whose_reply_is_lost_is_made_once_and_fences_nobody() {
+        let storage = storage::open("memory://").unwrap();
+        let (mut log, _) = CheckpointLog::open(storage.clone(), Env::system(), &job(), "a:1").await.unwrap();
+        log.storage = Arc::new(Flaky { storage: storage.clone(), calls: AtomicUsize::new(0) });
+        for epoch in 1..=5 {
+            assert_eq!(log.append(Event::Completed { manifest: manifest(epoch) }).await.unwrap(), epoch);
+        }
+        let state = read(&*storage, log.folder()).await.unwrap();
+        assert_eq!(state.retained.iter().map(|r| r.manifest.epoch.0).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+        let newer = CheckpointLog::open(storage, Env::system(), &job(), "b:2").await.unwrap();
+        let fenced = log.append(Event::Committed { epoch: Epoch(5) }).await.unwrap_err();
+        assert_eq!((fenced.disposition(), newer.0.generation()), (Disposition::Fenced, Generation(2)));
     }
 
     fn manifest(epoch: u64) -> Box<Manifest> {
