@@ -1,0 +1,171 @@
+//! One subtask's database: read on the task's thread, written on its own.
+
+use std::{path::PathBuf, sync::Arc};
+
+use floodmark_snapshot::Result;
+use rocksdb::{
+    ColumnFamilyDescriptor, DB, DBPinnableSlice, DEFAULT_COLUMN_FAMILY_NAME, ReadOptions, WriteBatch,
+    checkpoint::Checkpoint,
+};
+
+use crate::{
+    failure::failed,
+    folder::Folder,
+    options::{self, Shared},
+    writer::{Job, Writer},
+};
+
+/// The place of the database in its folder.
+pub(crate) const PLACE: &str = "database";
+
+/// A data file as the database knows it.
+#[derive(Clone, Debug)]
+pub(crate) struct LiveFile {
+    /// `000042.sst`
+    pub(crate) name: String,
+    /// Rows, removed and outdated ones too.
+    pub(crate) entries: u64,
+}
+
+/// Keys of a batch, one behind the other.
+#[derive(Default)]
+pub(crate) struct KeyList {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+impl KeyList {
+    pub(crate) fn clear(&mut self) {
+        self.bytes.clear();
+        self.ends.clear();
+    }
+
+    /// Appends a key, which `write` appends to what it is given.
+    pub(crate) fn push(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        write(&mut self.bytes);
+        self.ends.push(self.bytes.len());
+    }
+
+    pub(crate) fn get(&self, at: usize) -> &[u8] {
+        let start = if at == 0 { 0 } else { self.ends[at - 1] };
+        &self.bytes[start..self.ends[at]]
+    }
+}
+
+/// See the header of this file. Dropping it ends its thread and removes its folder.
+pub(crate) struct Database {
+    // Dropped in this order: nobody writes any more, it is closed, its files go.
+    pub(crate) writer: Writer,
+    db: Arc<DB>,
+    folder: Arc<Folder>,
+    checkpoints: u64,
+}
+
+impl Database {
+    /// Opens the database at [`PLACE`] in the folder, or makes an empty one there.
+    pub(crate) fn open(shared: &Shared, name: &str, folder: Folder) -> Result<Self> {
+        let db = Arc::new(open(shared, &folder.path().join(PLACE))?);
+        let writer = Writer::start(format!("rocksdb {name}"), db.clone())?;
+        Ok(Self { writer, db, folder: Arc::new(folder), checkpoints: 0 })
+    }
+
+    /// Looks up the keys at these places of a list, which must be in the order of the keys.
+    pub(crate) fn get<'a>(
+        &'a self,
+        keys: &KeyList,
+        sorted: &[u32],
+    ) -> impl Iterator<Item = Result<Option<DBPinnableSlice<'a>>>> {
+        let keys = sorted.iter().map(|at| keys.get(*at as usize));
+        let found = match self.db.cf_handle(DEFAULT_COLUMN_FAMILY_NAME) {
+            Some(rows) => self.db.batched_multi_get_cf(rows, keys, true),
+            // Every database has its default column family.
+            None => Vec::new(),
+        };
+        found.into_iter().map(|found| found.map_err(|e| failed("read state", &e)))
+    }
+
+    /// Calls `take` for the rows from `start` on, as long as they are below `end` and it wants more.
+    pub(crate) fn scan(
+        &self,
+        start: &[u8],
+        end: Vec<u8>,
+        take: impl FnMut(&[u8], &[u8]) -> Result<bool>,
+    ) -> Result<()> {
+        scan(&self.db, start, end, take)
+    }
+
+    /// A new place for a checkpoint, in which nothing is yet.
+    pub(crate) fn checkpoint_place(&mut self) -> PathBuf {
+        self.checkpoints += 1;
+        self.folder.path().join(format!("checkpoint-{}", self.checkpoints))
+    }
+
+    /// A place for files that are being made.
+    pub(crate) fn folder(&self) -> &Arc<Folder> {
+        &self.folder
+    }
+
+    /// Bytes in data files.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.db.property_int_value(rocksdb::properties::TOTAL_SST_FILES_SIZE).ok().flatten().unwrap_or(0)
+    }
+}
+
+/// Opens a database.
+pub(crate) fn open(shared: &Shared, place: &std::path::Path) -> Result<DB> {
+    let options = shared.database();
+    let rows = ColumnFamilyDescriptor::new(DEFAULT_COLUMN_FAMILY_NAME, options.clone());
+    DB::open_cf_descriptors(&options, place, [rows]).map_err(|e| failed("open database", &e))
+}
+
+/// A job that writes a batch.
+pub(crate) fn write_job(batch: WriteBatch) -> Job {
+    Box::new(move |db| write(db, batch))
+}
+
+/// Writes a batch.
+pub(crate) fn write(db: &DB, batch: WriteBatch) -> Result<()> {
+    if batch.is_empty() {
+        return Ok(());
+    }
+    db.write_opt(batch, &options::writes()).map_err(|e| failed("write state", &e))
+}
+
+/// Makes a checkpoint: all data files, hard-linked, and a manifest of its own. Rows in memory are written out first.
+pub(crate) fn checkpoint(db: &DB, place: PathBuf) -> Result<(Folder, Vec<LiveFile>)> {
+    // What a compaction takes away meanwhile is in the first list, what it brings in the second.
+    let mut files = live_files(db)?;
+    Checkpoint::new(db)
+        .and_then(|c| c.create_checkpoint(&place))
+        .map_err(|e| failed("take a checkpoint of the database", &e))?;
+    files.extend(live_files(db)?);
+    Ok((Folder::adopt(place), files))
+}
+
+fn live_files(db: &DB) -> Result<Vec<LiveFile>> {
+    let files = db.live_files().map_err(|e| failed("list data files", &e))?;
+    Ok(files
+        .into_iter()
+        .map(|f| LiveFile { name: f.name.trim_start_matches('/').to_owned(), entries: f.num_entries })
+        .collect())
+}
+
+/// See [`Database::scan`].
+pub(crate) fn scan(
+    db: &DB,
+    start: &[u8],
+    end: Vec<u8>,
+    mut take: impl FnMut(&[u8], &[u8]) -> Result<bool>,
+) -> Result<()> {
+    let mut options: ReadOptions = options::scan();
+    options.set_iterate_upper_bound(end);
+    let mut rows = db.raw_iterator_opt(options);
+    rows.seek(start);
+    while let Some((key, value)) = rows.item() {
+        if !take(key, value)? {
+            return Ok(());
+        }
+        rows.next();
+    }
+    rows.status().map_err(|e| failed("read state", &e))
+}

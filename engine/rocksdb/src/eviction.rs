@@ -1,0 +1,235 @@
+//! Makes room in memory: which rows leave it, and when they may. Also removes rows whose time is over.
+//!
+//! A clock's hand goes over all cached rows. One that was wanted since it last came by is spared once; a clean one leaves at
+//! once; a dirty one is handed over to be written, and leaves when that is done, unless it was wanted again meanwhile. The task
+//! waits for its writer only when a quarter more than its share is in memory. So hot rows stay, however many cold ones pass by.
+
+use std::{collections::VecDeque, ops::Bound};
+
+use floodmark_snapshot::Result;
+
+use crate::{key, state::State};
+
+/// Slots that the hand looks at before the bytes are counted anew.
+const STRIDE: u32 = 256;
+/// Times that the hand comes round at once: the first may be a part of a round, the second finds what was spared.
+const ROUNDS_MAX: u32 = 3;
+/// Once over this share of its bytes (as a fraction of 8), room is made down to it.
+const GOAL_EIGHTHS: usize = 7;
+/// Cached rows that are looked at for their time in each call.
+const SWEPT_ROWS: u32 = 64;
+/// Calls from one look at the database for rows whose time is over to the next.
+const CALLS_PER_DATABASE_SWEEP: u32 = 64;
+/// Rows that such a look takes in.
+const SWEPT_STORED_ROWS: u32 = 1024;
+
+/// Where the hands stand.
+#[derive(Default)]
+pub(crate) struct Clock {
+    hand: Place,
+    /// Rows that are being written in order to leave.
+    leaving: VecDeque<Leaving>,
+    /// About how many bytes those take.
+    leaving_bytes: usize,
+    sweep: Place,
+    calls: u32,
+    /// The key behind which the next look at the database begins.
+    stored: Vec<u8>,
+}
+
+/// A slot of a namespace.
+#[derive(Clone, Copy)]
+struct Place {
+    namespace: i64,
+    slot: u32,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self { namespace: i64::MIN, slot: 0 }
+    }
+}
+
+struct Leaving {
+    job: u64,
+    place: Place,
+    bytes: usize,
+}
+
+impl State {
+    /// Makes room if more than this state's share is in memory.
+    pub(crate) fn make_room(&mut self) -> Result<()> {
+        let share = self.share.bytes();
+        if self.cached_bytes <= share {
+            return Ok(());
+        }
+        let goal = share / 8 * GOAL_EIGHTHS;
+        loop {
+            self.let_go();
+            self.turn_hand(goal)?;
+            if self.cached_bytes <= share + share / 4 {
+                return Ok(());
+            }
+            // The oldest that is under way; the newest of all if what keeps the room are rows of a checkpoint.
+            let job = self.clock.leaving.front().map_or(self.frozen, |l| l.job);
+            if job <= self.outgoing.done() {
+                // Nothing is on its way out: what is left is in use.
+                return Ok(());
+            }
+            self.outgoing.wait(&self.database, job)?;
+        }
+    }
+
+    /// Lets go of the rows that have been written by now.
+    fn let_go(&mut self) {
+        let done = self.outgoing.done();
+        let mut last = None;
+        while let Some(Leaving { place, bytes, .. }) = self.clock.leaving.pop_front_if(|l| l.job <= done) {
+            self.clock.leaving_bytes -= bytes;
+            if last.is_some_and(|l| l != place.namespace) {
+                last.into_iter().for_each(|l| self.account(l));
+            }
+            last = Some(place.namespace);
+            let Some(space) = self.spaces.get_mut(&place.namespace) else { continue };
+            let Some(cache) = space.cache.as_mut() else { continue };
+            // The slot may be somebody else's by now: any row that is clean and unwanted may leave.
+            if cache.has(place.slot) && cache.is_clean(place.slot, done) && !cache.is_wanted(place.slot) {
+                cache.remove(place.slot);
+            }
+        }
+        last.into_iter().for_each(|l| self.account(l));
+    }
+
+    /// Turns the hand until enough rows have left or are on their way.
+    fn turn_hand(&mut self, goal: usize) -> Result<()> {
+        let mut rounds = 0;
+        while rounds < ROUNDS_MAX && self.cached_bytes.saturating_sub(self.clock.leaving_bytes) > goal {
+            let Place { namespace, slot } = self.clock.hand;
+            let slots = self.spaces.get(&namespace).and_then(|s| s.cache.as_ref()).map_or(0, |c| c.slots());
+            if slot < slots {
+                let end = slots.min(slot + STRIDE);
+                self.pass(namespace, slot, end)?;
+                self.clock.hand.slot = end;
+                self.account(namespace);
+                continue;
+            }
+            let next = self.spaces.range((Bound::Excluded(namespace), Bound::Unbounded)).next();
+            match next.or_else(|| self.spaces.first_key_value()).map(|(n, _)| *n) {
+                Some(next) => {
+                    rounds += u32::from(next <= namespace);
+                    self.clock.hand = Place { namespace: next, slot: 0 };
+                }
+                None => return Ok(()),
+            }
+        }
+        self.outgoing.send(&self.database)
+    }
+
+    /// The hand passes over slots of a namespace.
+    fn pass(&mut self, namespace: i64, from: u32, to: u32) -> Result<()> {
+        let (now, done) = (self.now(), self.outgoing.done());
+        let (mut key, mut value) = (Vec::new(), Vec::new());
+        for slot in from..to {
+            let Some(space) = self.spaces.get_mut(&namespace) else { return Ok(()) };
+            let Some(cache) = space.cache.as_mut() else { return Ok(()) };
+            if !cache.has(slot) {
+                continue;
+            }
+            let written = cache.written(slot);
+            if self.spec.ttl.is_some_and(|ttl| now.saturating_sub(written) > ttl.as_millis() as i64) {
+                self.remove_row(namespace, slot);
+            } else if cache.spare(slot) {
+                // Next time, then.
+            } else if cache.is_dirty(slot) {
+                let job = self.outgoing.next();
+                space.stored += u64::from(cache.handed_over(slot, job));
+                let (chunk, row) = cache.table.rows().read(slot as usize);
+                key.clear();
+                value.clear();
+                let group = floodmark_snapshot::KeyGroup::of(chunk.hash(row), self.spec.max_parallelism);
+                key::write(&mut key, group, namespace, chunk.key(row));
+                self.form.write(chunk, row, written, &mut value);
+                self.outgoing.put(&key, &value);
+                let bytes = cache.row_bytes();
+                self.clock.leaving_bytes += bytes;
+                self.clock.leaving.push_back(Leaving { job, place: Place { namespace, slot }, bytes });
+            } else if cache.is_clean(slot, done) {
+                cache.remove(slot);
+            }
+        }
+        self.outgoing.send_full(&self.database)
+    }
+
+    /// Looks at a few rows for whether their time is over, and removes them then.
+    pub(crate) fn sweep(&mut self) -> Result<()> {
+        if !self.form.timed || self.spaces.is_empty() {
+            return Ok(());
+        }
+        self.sweep_cached();
+        self.clock.calls += 1;
+        if self.clock.calls >= CALLS_PER_DATABASE_SWEEP {
+            self.clock.calls = 0;
+            self.sweep_stored()?;
+        }
+        self.outgoing.send_full(&self.database)
+    }
+
+    fn sweep_cached(&mut self) {
+        let Place { namespace, slot } = self.clock.sweep;
+        let now = self.now();
+        let cache = self.spaces.get(&namespace).and_then(|s| s.cache.as_ref());
+        let (slots, over): (u32, Vec<u32>) = cache.map_or((0, Vec::new()), |c| {
+            let end = c.slots().min(slot + SWEPT_ROWS);
+            (c.slots(), (slot..end).filter(|s| c.has(*s) && self.expired(c.written(*s), now)).collect())
+        });
+        for slot in &over {
+            self.remove_row(namespace, *slot);
+        }
+        if !over.is_empty() {
+            self.account(namespace);
+        }
+        self.clock.sweep.slot = slot + SWEPT_ROWS;
+        if self.clock.sweep.slot >= slots {
+            let next = self.spaces.range((Bound::Excluded(namespace), Bound::Unbounded)).next();
+            let next = next.or_else(|| self.spaces.first_key_value()).map_or(i64::MIN, |(n, _)| *n);
+            self.clock.sweep = Place { namespace: next, slot: 0 };
+        }
+    }
+
+    fn sweep_stored(&mut self) -> Result<()> {
+        if self.spaces.values().take(1).all(|s| s.complete()) && self.spaces.len() == 1 {
+            return Ok(());
+        }
+        let (now, mut left, mut over) = (self.now(), SWEPT_STORED_ROWS, Vec::new());
+        let mut last = Vec::new();
+        let start = std::mem::take(&mut self.clock.stored);
+        let end = key::group_end(self.spec.key_groups.last);
+        self.database.scan(&start, end, |key, value| {
+            if left == 0 {
+                last = key.to_vec();
+                return Ok(false);
+            }
+            left -= 1;
+            let head = self.form.head(value)?;
+            if let Some((_, namespace, row_key)) = key::parse(key)
+                && self.expired(head.written, now)
+                && !self.outgoing.is_gone(key)
+                && self.outgoing.dropping(namespace).is_none()
+                // One that is in memory is judged by what is there.
+                && self.spaces.get(&namespace).is_some_and(|s| !s.cache.as_ref().is_some_and(|c| c.holds(head.hash, row_key)))
+            {
+                over.push((namespace, key.to_vec()));
+            }
+            Ok(true)
+        })?;
+        self.clock.stored = last;
+        for (namespace, key) in over {
+            self.outgoing.delete(&key);
+            if let Some(space) = self.spaces.get_mut(&namespace) {
+                space.stored = space.stored.saturating_sub(1);
+            }
+            self.account(namespace);
+        }
+        Ok(())
+    }
+}
