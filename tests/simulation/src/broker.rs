@@ -106,6 +106,13 @@ impl Broker {
         }
     }
 
+    /// Records outside of any transaction.
+    pub(crate) fn append(&mut self, records: Vec<String>) {
+        let number = self.transactions.len();
+        self.transactions.push(Fate::Committed);
+        self.log.extend(records.into_iter().map(|r| (number, r)));
+    }
+
     /// The marker of a producer, if it is of this history.
     pub(crate) fn marker_of(&self, id: &ProducerId, history: &str) -> Option<Epoch> {
         self.producers.get(id)?.marker.as_ref().filter(|(of, _)| of == history).map(|(_, epoch)| *epoch)

@@ -46,6 +46,11 @@ impl Topology {
     /// All of them.
     pub const ALL: [Self; 5] = [Self::Pipe, Self::Windows, Self::TwoSpeeds, Self::Rebalanced, Self::Funnel];
 
+    /// Whether results depend on event time.
+    pub(crate) fn has_windows(self) -> bool {
+        matches!(self, Self::Windows | Self::Funnel)
+    }
+
     fn graph(self, process: &Arc<Process>) -> JobGraph {
         let node = |uid: &str, state: Option<&str>, node: NodeKind| Node {
             uid: uid.into(),
@@ -96,7 +101,7 @@ impl Topology {
 }
 
 /// What process number `start` is told to run.
-pub(crate) fn spec(process: &Arc<Process>, start: usize) -> RunSpec {
+pub(crate) fn spec(process: &Arc<Process>, start: usize, restore: Reference) -> RunSpec {
     let plan = &process.world.plan;
     let settings = &plan.checkpoints;
     let parallelism = plan.parallelism[start.min(plan.parallelism.len() - 1)];
@@ -106,16 +111,17 @@ pub(crate) fn spec(process: &Arc<Process>, start: usize) -> RunSpec {
         parallelism: parallelism.min(u32::from(plan.max_parallelism)),
         max_parallelism: plan.max_parallelism,
         checkpoints: CheckpointSettings {
-            mode: CheckpointMode::ExactlyOnce,
+            mode: if settings.exactly_once { CheckpointMode::ExactlyOnce } else { CheckpointMode::AtLeastOnce },
             interval: settings.interval,
             timeout: settings.timeout,
             min_pause: settings.min_pause,
             tolerable_failures: settings.tolerable_failures,
             retain: settings.retain,
-            ..CheckpointSettings::default()
+            max_concurrent: settings.max_concurrent,
+            unaligned_after: settings.unaligned_after,
         },
         storage: Arc::new(Client { world: process.world.clone(), pid: process.pid }),
-        restore: Reference::Latest,
+        restore,
         initial: None,
         allow_dropped_state: false,
         holder: format!("process:{}", process.pid),
@@ -133,32 +139,74 @@ impl SinkFactory for Sink {
         self.0.look_up()
     }
 
-    fn create(&self, _: &SubtaskContext) -> Result<Box<dyn Operator>> {
-        Ok(Box::new(Stage(String::new())))
+    fn create(&self, context: &SubtaskContext) -> Result<Box<dyn Operator>> {
+        if !self.0.world.plan.checkpoints.exactly_once {
+            return Ok(Box::new(Write { process: self.0.clone(), lines: String::new() }));
+        }
+        Ok(Box::new(Stage { process: self.0.clone(), index: context.index, lines: String::new() }))
     }
 
     fn committer(&self, index: u32, history: &str) -> Result<Option<Box<dyn Committer>>> {
+        if !self.0.world.plan.checkpoints.exactly_once {
+            return Ok(None);
+        }
         let id = ("sink".to_owned(), index);
         Ok(Some(Box::new(Producer { process: self.0.clone(), id, history: history.to_owned(), epoch: 0 })))
     }
 }
 
-/// Stages a line per row: its columns.
-struct Stage(String);
+/// A line per row: its columns.
+fn add_lines(to: &mut String, batch: &Batch) {
+    let columns: Vec<_> = batch.rows.columns().iter().map(|c| c.as_primitive::<Int64Type>()).collect();
+    for row in 0..batch.len() {
+        let fields: Vec<String> = columns.iter().map(|c| c.value(row).to_string()).collect();
+        *to += &fields.join(" ");
+        to.push('\n');
+    }
+}
 
-impl Operator for Stage {
+/// Writes what comes, at the latest when a barrier passes: at least once.
+struct Write {
+    process: Arc<Process>,
+    lines: String,
+}
+
+impl Operator for Write {
     fn process(&mut self, _: Port, batch: Batch, _: &mut Output) -> Result<()> {
-        let columns: Vec<_> = batch.rows.columns().iter().map(|c| c.as_primitive::<Int64Type>()).collect();
-        for row in 0..batch.len() {
-            let fields: Vec<String> = columns.iter().map(|c| c.value(row).to_string()).collect();
-            self.0 += &fields.join(" ");
-            self.0.push('\n');
-        }
+        add_lines(&mut self.lines, &batch);
         Ok(())
     }
 
-    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
-        let staged = Bytes::from(std::mem::take(&mut self.0));
+    fn flush(&mut self, _: &mut Output) -> Result<()> {
+        if self.lines.is_empty() {
+            return Ok(());
+        }
+        self.process.look_up()?;
+        let lines = std::mem::take(&mut self.lines);
+        self.process.world.broker().append(lines.lines().map(str::to_owned).collect());
+        Ok(())
+    }
+}
+
+/// Stages what comes.
+struct Stage {
+    process: Arc<Process>,
+    index: u32,
+    lines: String,
+}
+
+impl Operator for Stage {
+    fn process(&mut self, _: Port, batch: Batch, _: &mut Output) -> Result<()> {
+        add_lines(&mut self.lines, &batch);
+        Ok(())
+    }
+
+    fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
+        let staged = Bytes::from(std::mem::take(&mut self.lines));
+        let world = &self.process.world;
+        world
+            .trace
+            .line(self.process.pid, || format!("sink[{}] stages at {barrier}: {:?}", self.index, lines(&staged)));
         let rows = staged.iter().filter(|b| **b == b'\n').count() as u64;
         Ok(StateSnapshot::of(vec![PendingShard::new(ShardKind::Staged, None, rows, Box::new(|| Ok(staged)))]))
     }
@@ -217,7 +265,8 @@ impl Committer for Producer {
         if world.mutation == Some(Mutation::FencingOff) {
             self.epoch = world.broker().init(&self.id);
         }
-        let records = staged.iter().flat_map(lines).collect();
+        let records: Vec<String> = staged.iter().flat_map(lines).collect();
+        world.trace.line(self.process.pid, || format!("{:?} writes for {epoch}: {records:?}", self.id));
         let written = world.broker().write(&self.id, self.epoch, records);
         let transaction = written.map_err(|r| self.refused(r))?;
         let (at, id) = (world.clone(), self.id.clone());

@@ -6,8 +6,9 @@ use std::{
     time::Duration,
 };
 
-use floodmark_worker::{Outcome, Progress, RunError, Summary, run};
-use tokio::sync::watch;
+use floodmark_snapshot::{coordination::BarrierKind, restore::Reference};
+use floodmark_worker::{Controls, Outcome, Progress, RunError, SavepointRequest, Summary, run};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     Options, Report,
@@ -32,8 +33,12 @@ type Slot = Arc<Mutex<Option<Result<Summary, RunError>>>>;
 struct Running {
     pid: Pid,
     stop: watch::Sender<bool>,
+    savepoints: mpsc::Sender<SavepointRequest>,
     ended: Slot,
 }
+
+/// Stopping savepoints that were made: by which process, and their names.
+type Made = Arc<Mutex<Vec<(Pid, String)>>>;
 
 /// See the header of this file.
 pub(crate) struct Life {
@@ -44,6 +49,9 @@ pub(crate) struct Life {
     starts: usize,
     next_start: Option<Duration>,
     finished: bool,
+    made: Made,
+    /// What the next process is told to start from.
+    restore: Reference,
 }
 
 impl Life {
@@ -51,7 +59,16 @@ impl Life {
         let (seed, task_pauses) = (plan.seed, plan.faults.task_pauses);
         let world = World::new(plan, options.trace, options.mutation, crash);
         let executor = Executor::new(world.core.clone(), Random::new(seed, 4), task_pauses);
-        Self { world, executor, running: Vec::new(), starts: 0, next_start: Some(Duration::ZERO), finished: false }
+        Self {
+            world,
+            executor,
+            running: Vec::new(),
+            starts: 0,
+            next_start: Some(Duration::ZERO),
+            finished: false,
+            made: Made::default(),
+            restore: Reference::Latest,
+        }
     }
 
     pub(crate) fn run(mut self) -> Report {
@@ -121,22 +138,23 @@ impl Life {
         }
         let pid = self.starts as Pid + 1;
         let process = Process::new(&self.world, pid);
-        let spec = jobs::spec(&process, self.starts);
+        let spec = jobs::spec(&process, self.starts, self.restore.clone());
         self.starts += 1;
-        self.world.trace.line(pid, || format!("starts at parallelism {}", spec.parallelism));
+        self.world.trace.line(pid, || format!("starts from {} at parallelism {}", spec.restore, spec.parallelism));
         self.world.monitor().count("starts");
         let (stop, stopping) = watch::channel(false);
+        let (controls, savepoints) = Controls::new(stopping);
         let ended = Slot::default();
         let (slot, core, env) = (ended.clone(), self.world.core.clone(), process.env());
         self.executor.add(
             pid,
             Box::pin(async move {
-                let outcome = run(spec, env, stopping, Arc::new(Progress::default())).await;
+                let outcome = run(spec, env, controls, Arc::new(Progress::default())).await;
                 *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
                 core.interrupt();
             }),
         );
-        self.running.push(Running { pid, stop, ended });
+        self.running.push(Running { pid, stop, savepoints, ended });
     }
 
     fn start_later(&mut self) {
@@ -172,11 +190,51 @@ impl Life {
                 self.start();
             }
             Action::Stop => {
+                self.world.monitor().count("stops asked for");
                 for process in self.running.iter().filter(|r| r.pid == pid) {
                     // A receiver that is gone belongs to a process that is ending anyway.
                     let _ = process.stop.send(true);
                 }
             }
+            Action::Savepoint(number, then) => self.savepoint(pid, number, then),
+        }
+    }
+
+    /// Asks a process for a savepoint, and holds it to its answer.
+    fn savepoint(&mut self, pid: Pid, number: u64, then: BarrierKind) {
+        let Some(process) = self.running.iter().find(|r| r.pid == pid) else { return };
+        let name = format!("sp-{number}");
+        let (reply, answer) = oneshot::channel();
+        if process.savepoints.try_send(SavepointRequest { name: name.clone(), then, reply }).is_err() {
+            return self.world.monitor().count("savepoints not heard");
+        }
+        let (world, made) = (self.world.clone(), self.made.clone());
+        let listen = async move {
+            match answer.await {
+                Ok(Ok(savepoint)) => {
+                    world.trace.line(pid, || format!("made {name}: {savepoint:?}"));
+                    let objects = world.objects();
+                    world.monitor().savepoint(&name, &objects);
+                    if then != BarrierKind::Checkpoint {
+                        made.lock().unwrap_or_else(PoisonError::into_inner).push((pid, name));
+                    }
+                }
+                Ok(Err(why)) => {
+                    world.trace.line(pid, || format!("made no {name}: {why}"));
+                    world.monitor().count("savepoints refused");
+                }
+                Err(_) => world.monitor().count("savepoints without an answer"),
+            }
+        };
+        self.executor.add(0, Box::pin(listen));
+    }
+
+    /// A process has stopped and nobody else runs: half of the time its savepoint is what the next one starts from.
+    fn go_on_from(&mut self, pid: Pid) {
+        let made = std::mem::take(&mut *self.made.lock().unwrap_or_else(PoisonError::into_inner));
+        let own = made.into_iter().rev().find(|(by, _)| *by == pid).map(|(_, name)| name);
+        if let Some(name) = own.filter(|_| self.world.random(|r| r.chance(0.7))) {
+            self.restore = Reference::Savepoint(name);
         }
     }
 
@@ -187,6 +245,7 @@ impl Life {
         for process in std::mem::take(&mut self.running) {
             let outcome = process.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
             let dead = self.world.core.is_dead(process.pid);
+            let stopped = matches!(&outcome, Some(Ok(Summary { outcome: Outcome::Stopped, .. })));
             match outcome {
                 None if !dead => {
                     left.push(process);
@@ -198,6 +257,9 @@ impl Life {
                     // Whatever it leaves running (deletes, mostly) is gone with the process.
                     self.world.core.kill(process.pid);
                 }
+            }
+            if stopped && left.is_empty() && newest == Some(process.pid) {
+                self.go_on_from(process.pid);
             }
             if newest == Some(process.pid) && !self.finished && self.next_start.is_none() {
                 self.start_later();
@@ -259,13 +321,22 @@ impl Life {
 
     fn judge(&self) {
         let output = self.world.broker().committed();
-        let faults = oracle::faults(self.world.plan.topology, &self.world.inputs, &output);
+        let topology = self.world.plan.topology;
+        let faults = if self.world.plan.checkpoints.exactly_once {
+            oracle::faults(topology, &self.world.inputs, &output)
+        } else {
+            oracle::lost(topology, &self.world.inputs, &output)
+        };
         faults.into_iter().for_each(|fault| self.world.violation(format!("output: {fault}")));
         let named = self.world.monitor().named();
         let objects = self.world.objects();
         let missing: Vec<&String> = named.iter().filter(|path| !objects.contains_key(*path)).collect();
         if !missing.is_empty() {
             self.world.violation(format!("files of kept checkpoints are gone: {missing:?}"));
+        }
+        let lost = self.world.monitor().lost_savepoints(&objects);
+        if !lost.is_empty() {
+            self.world.violation(format!("files of savepoints are gone: {lost:?}"));
         }
     }
 

@@ -58,7 +58,7 @@ fn main() -> ExitCode {
 fn one(seed: u64, trace: bool) -> ExitCode {
     if trace {
         let subscriber = tracing_subscriber::fmt()
-            .with_max_level(tracing::Level::DEBUG)
+            .with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG)
             .without_time()
             .with_ansi(false)
             .with_writer(std::io::stdout);

@@ -36,6 +36,10 @@ pub(crate) struct Monitor {
     finished: bool,
     /// Checkpoints that exist: completed, and not released.
     live: BTreeMap<Epoch, Manifest>,
+    /// Snapshots from elsewhere that the job went on from, and still counts on.
+    adopted: BTreeSet<Epoch>,
+    /// Files of savepoints that somebody was told of.
+    savepoints: BTreeSet<String>,
     /// Every epoch that was ever completed.
     completed: BTreeSet<Epoch>,
 }
@@ -125,7 +129,8 @@ impl Monitor {
             Event::Released { epochs, oldest_seq } => {
                 self.count("releases");
                 self.live.retain(|e, _| !epochs.contains(e));
-                if self.live.is_empty() {
+                self.adopted.retain(|e| !epochs.contains(e));
+                if self.live.is_empty() && self.adopted.is_empty() {
                     self.violation(format!("entry {seq} releases the last checkpoint"));
                 }
                 if oldest_seq < self.oldest_seq {
@@ -140,8 +145,15 @@ impl Monitor {
                 }
             }
             Event::Stopped { .. } => self.count("stops with a last checkpoint"),
-            #[allow(unreachable_patterns, reason = "entries that this model has no opinion on yet")]
-            _ => {}
+            Event::Adopted { manifest, .. } => {
+                self.count("starts from a savepoint");
+                if manifest.epoch <= self.last_epoch {
+                    self.violation(format!("savepoint adopted as {} after {}", manifest.epoch, self.last_epoch));
+                }
+                self.last_epoch = manifest.epoch;
+                self.completed.insert(manifest.epoch);
+                self.adopted.insert(manifest.epoch);
+            }
         }
     }
 
@@ -157,14 +169,34 @@ impl Monitor {
             .iter()
             .flat_map(|(uid, o)| o.shards.iter().map(move |s| (staged(uid), s)))
             .filter(|(_, s)| s.kind == ShardKind::Staged && s.rows > 0)
-            .filter(|(uid, s)| broker.marker(&uid.0, s.subtask) < Some(epoch))
+            // Records of an earlier barrier may have been written with an earlier marker.
+            .filter(|(uid, s)| broker.marker(&uid.0, s.subtask) < Some(s.epoch.unwrap_or(epoch)))
             .map(|(uid, s)| format!("committed {epoch} is said, but {uid}[{}] has not written it", s.subtask))
             .collect();
         missing.into_iter().for_each(|m| self.violation(m));
     }
 
+    /// Somebody was told that this savepoint is complete and durable.
+    pub(crate) fn savepoint(&mut self, name: &str, objects: &BTreeMap<String, Bytes>) {
+        self.count("savepoints made");
+        let folder = format!("{FOLDER}/savepoints/{name}/");
+        let files: Vec<String> = objects.keys().filter(|p| p.starts_with(&folder)).cloned().collect();
+        if !files.iter().any(|f| f.ends_with("_manifest.json")) {
+            self.violation(format!("savepoint {name} was said to be there, and has no manifest: {files:?}"));
+        }
+        self.savepoints.extend(files);
+    }
+
+    /// Files of savepoints that are no longer there.
+    pub(crate) fn lost_savepoints(&self, objects: &BTreeMap<String, Bytes>) -> Vec<String> {
+        self.savepoints.iter().filter(|f| !objects.contains_key(*f)).cloned().collect()
+    }
+
     /// An object is about to be deleted.
     pub(crate) fn deleting(&mut self, path: &str, by: Pid) {
+        if self.savepoints.contains(path) {
+            return self.violation(format!("process {by} deletes {path}, which belongs to a savepoint"));
+        }
         let Some(relative) = path.strip_prefix(FOLDER).and_then(|p| p.strip_prefix('/')) else { return };
         if let Some(name) = relative.strip_prefix("log/") {
             let seq: u64 = name.trim_end_matches(".json").parse().unwrap_or(u64::MAX);

@@ -31,6 +31,19 @@ pub(crate) fn faults(topology: Topology, inputs: &Inputs, output: &[String]) -> 
     faults
 }
 
+/// What is missing from the output of a job that runs at least once.
+pub(crate) fn lost(topology: Topology, inputs: &Inputs, output: &[String]) -> Vec<String> {
+    let rows: Vec<Vec<i64>> =
+        output.iter().map(|line| line.split(' ').filter_map(|f| f.parse().ok()).collect()).collect();
+    let seen: BTreeSet<i64> = rows.iter().filter_map(|r| r.last().copied()).collect();
+    let due: BTreeSet<i64> = match topology {
+        Topology::Windows | Topology::Funnel => sums(inputs).into_keys().map(|(k, w)| k * 1_000_000_000 + w).collect(),
+        Topology::TwoSpeeds => ids(inputs, &[0, 1]).into_keys().collect(),
+        Topology::Pipe | Topology::Rebalanced => ids(inputs, &[0]).into_keys().collect(),
+    };
+    due.difference(&seen).take(FAULTS_MAX).map(|id| format!("{id} is lost")).collect()
+}
+
 fn records<'a>(inputs: &'a Inputs, topics: &'a [usize]) -> impl Iterator<Item = &'a Record> {
     topics.iter().flat_map(|t| inputs.topic(*t)).flatten()
 }

@@ -3,7 +3,7 @@
 
 use std::{fmt, time::Duration};
 
-use floodmark_snapshot::Step;
+use floodmark_snapshot::{Step, coordination::BarrierKind};
 
 use crate::{jobs::Topology, random::Random};
 
@@ -79,19 +79,32 @@ pub(crate) enum Action {
     CutOffZombie(Duration),
     /// It is asked to stop with a last checkpoint.
     Stop,
+    /// It is asked for a savepoint of this number, and to go on, stop, or drain.
+    Savepoint(u64, BarrierKind),
 }
 
 impl Action {
-    fn draw(random: &mut Random) -> Self {
+    fn draw(random: &mut Random, topology: Topology) -> Self {
         let long = random.spread(Duration::from_millis(20), Duration::from_secs(30));
-        match random.below(9) {
+        match random.below(12) {
             0..=2 => Self::Crash,
             3 => Self::Pause(long),
             4 => Self::CutOff(long),
             5 => Self::TakeOver,
             6 => Self::Zombie(long),
             7 => Self::CutOffZombie(long),
-            _ => Self::Stop,
+            8 => Self::Stop,
+            _ => {
+                // Few names, so that some are asked for twice.
+                let number = random.below(3);
+                let then = match random.below(4) {
+                    0 | 1 => BarrierKind::Checkpoint,
+                    // What is drained has fired its windows early: the oracle of windows would not know.
+                    2 if !topology.has_windows() => BarrierKind::Drain,
+                    _ => BarrierKind::Stop,
+                };
+                Self::Savepoint(number, then)
+            }
         }
     }
 }
@@ -106,6 +119,7 @@ impl fmt::Display for Action {
             Self::Zombie(d) => write!(f, "the process stands still for {d:?}, and a new one takes over"),
             Self::CutOffZombie(d) => write!(f, "the process is cut off for {d:?}, and a new one takes over"),
             Self::Stop => f.write_str("the process is asked to stop"),
+            Self::Savepoint(number, then) => write!(f, "the process is asked for savepoint {number}, then {then:?}"),
         }
     }
 }
@@ -118,6 +132,9 @@ pub(crate) struct Checkpoints {
     pub(crate) min_pause: Duration,
     pub(crate) tolerable_failures: u32,
     pub(crate) retain: usize,
+    pub(crate) max_concurrent: usize,
+    pub(crate) unaligned_after: Option<Duration>,
+    pub(crate) exactly_once: bool,
 }
 
 /// See the header of this file.
@@ -152,17 +169,19 @@ impl Plan {
     pub(crate) fn draw(seed: u64) -> Self {
         let random = &mut Random::new(seed, 1);
         let ms = Duration::from_millis;
+        let topology = *random.pick(&Topology::ALL);
         let arrival = random.spread(ms(50), ms(6000));
         let faults = Faults::draw(random);
         let mut actions = Vec::new();
         let span = (arrival * 2).max(ms(1500));
         // An eighth of all seeds have no actions, and so an undisturbed life but for faults.
         for _ in 0..random.below(8) {
-            actions.push((Duration::from_nanos(random.below(span.as_nanos() as u64)), Action::draw(random)));
+            actions.push((Duration::from_nanos(random.below(span.as_nanos() as u64)), Action::draw(random, topology)));
         }
         // Moments that chance would rarely meet.
-        let at_steps =
-            (0..random.below(4)).map(|_| (*random.pick(&Step::ALL), random.below(12), Action::draw(random))).collect();
+        let at_steps = (0..random.below(4))
+            .map(|_| (*random.pick(&Step::ALL), random.below(12), Action::draw(random, topology)))
+            .collect();
         actions.sort_by_key(|(at, _)| *at);
         let max_parallelism = *random.pick(&[4_u16, 5, 16, 128]);
         let change = random.chance(0.6);
@@ -174,10 +193,13 @@ impl Plan {
             min_pause: if random.chance(0.5) { Duration::ZERO } else { random.spread(ms(1), ms(300)) },
             tolerable_failures: *random.pick(&[0, 1, 3, 1000]),
             retain: random.between(1, 4) as usize,
+            max_concurrent: if random.chance(0.5) { 1 } else { random.between(2, 4) as usize },
+            unaligned_after: random.chance(0.5).then(|| random.spread(ms(1), ms(500))),
+            exactly_once: random.chance(0.9),
         };
         Self {
             seed,
-            topology: *random.pick(&Topology::ALL),
+            topology,
             partitions: random.between(1, 5) as usize,
             records: random.between(1, 150) as usize,
             keys: random.between(1, 12) as i64,
@@ -214,8 +236,16 @@ impl Plan {
         plan.arrival = ms(400);
         plan.max_parallelism = 16;
         plan.parallelism = vec![2; 8];
-        plan.checkpoints =
-            Checkpoints { interval: ms(50), timeout: ms(10_000), min_pause: ms(0), tolerable_failures: 0, retain: 2 };
+        plan.checkpoints = Checkpoints {
+            interval: ms(50),
+            timeout: ms(10_000),
+            min_pause: ms(0),
+            tolerable_failures: 0,
+            retain: 2,
+            max_concurrent: 1,
+            unaligned_after: None,
+            exactly_once: true,
+        };
         plan.restart_delay = ms(10);
         plan
     }
@@ -238,8 +268,15 @@ impl fmt::Display for Plan {
         )?;
         writeln!(
             f,
-            "checkpoints every {:?} (timeout {:?}, pause {:?}, {} failures tolerated, {} kept)",
-            c.interval, c.timeout, c.min_pause, c.tolerable_failures, c.retain
+            "checkpoints every {:?} (timeout {:?}, pause {:?}, {} failures tolerated, {} kept, {} at a time, unaligned after {:?}{})",
+            c.interval,
+            c.timeout,
+            c.min_pause,
+            c.tolerable_failures,
+            c.retain,
+            c.max_concurrent,
+            c.unaligned_after,
+            if c.exactly_once { "" } else { ", at least once" }
         )?;
         writeln!(f, "until {:?}: {:?}", self.faults_until, self.faults)?;
         for (at, action) in &self.actions {

@@ -90,6 +90,8 @@ pub struct Coordinator {
     exporting: BTreeSet<Epoch>,
     /// Who has not acknowledged an aborted checkpoint, and may still do so.
     aborted: BTreeMap<Epoch, BTreeSet<Subtask>>,
+    /// The checkpoint that the attempt started from.
+    restored: Option<Epoch>,
     last_epoch: Epoch,
     newest_completed: Option<Epoch>,
     last_trigger: Duration,
@@ -118,6 +120,7 @@ impl Coordinator {
             exporting: BTreeSet::new(),
             aborted: BTreeMap::new(),
             last_epoch: start.last_epoch.max(start.restored.unwrap_or_default()),
+            restored,
             newest_completed: start.restored,
             last_trigger: now.monotonic,
             last_end: now.monotonic,
@@ -232,7 +235,9 @@ impl Coordinator {
     /// When the next barrier goes out, if nothing else must happen first.
     fn triggers_at(&self) -> Option<Duration> {
         let open = self.flights.len() + self.uncommitted.len();
-        if self.life != Life::Running || self.writing.is_some() {
+        // What the restored checkpoint staged may be a subtask's that is no more: no later checkpoint would hold it.
+        let restoring = self.uncommitted.iter().any(|c| Some(c.epoch) == self.restored);
+        if self.life != Life::Running || self.writing.is_some() || restoring {
             return None;
         }
         if self.urgent() {

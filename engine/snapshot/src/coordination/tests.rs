@@ -148,6 +148,18 @@ fn what_a_restored_checkpoint_staged_is_committed_before_anything_is_triggered()
             @52 tick -> trigger 10
         "#]],
     );
+    check(
+        scheduled(PIPELINED, &[7, 8], start),
+        &["@50 tick", "committed 7 5", "@51 tick", "committed 8 5", "appended", "@61 tick"],
+        expect![[r#"
+            @50 tick -> 
+            committed 7 5 -> 
+            @51 tick -> 
+            committed 8 5 -> append committed 5
+            appended -> settled 5; trigger 10
+            @61 tick -> trigger 11
+        "#]],
+    );
 }
 
 #[test]

@@ -196,6 +196,11 @@ fn exported(storage: Arc<dyn Storage>, root: String, manifest: Manifest) -> Foun
     Found { snapshot: Snapshot::new(Arc::new(manifest), storage, root), own: false, committed }
 }
 
+/// The folder of the storage that a location names, if it is in that storage.
+fn inside<'a>(storage: &Arc<dyn Storage>, location: &'a str) -> Option<&'a str> {
+    location.strip_prefix(&storage.describe())?.strip_prefix('/')
+}
+
 /// A checkpoint that a job's log holds: the job's own, or one that it has adopted.
 pub(super) fn own_checkpoint(
     storage: &Arc<dyn Storage>,
@@ -205,7 +210,10 @@ pub(super) fn own_checkpoint(
 ) -> Result<Found> {
     let manifest = Arc::new(retained.manifest.clone());
     let snapshot = match &retained.from {
-        Some(from) => Snapshot::new(manifest, storage::open_existing(from)?, ""),
+        Some(from) => match inside(storage, from) {
+            Some(root) => Snapshot::new(manifest, storage.clone(), root),
+            None => Snapshot::new(manifest, storage::open_existing(from)?, ""),
+        },
         None => Snapshot::new(manifest, storage.clone(), folder.root()),
     };
     Ok(Found { snapshot, own: true, committed })
