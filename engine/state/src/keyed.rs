@@ -20,6 +20,7 @@ use floodmark_snapshot::{
 };
 
 use crate::{
+    heap::Heap,
     snapshot::{RestoredShard, StateSnapshot},
     table::{ColumnType, Rows, Table},
 };
@@ -263,6 +264,12 @@ pub struct StateSettings {
     pub ttl: Option<Duration>,
     /// See [`StateSpec::reuse_restored`].
     pub reuse_restored: bool,
+}
+
+impl Default for StateSettings {
+    fn default() -> Self {
+        Self { backend: Arc::new(Heap), ttl: None, reuse_restored: false }
+    }
 }
 
 impl fmt::Debug for StateSettings {

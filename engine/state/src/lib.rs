@@ -6,11 +6,15 @@
 //!
 //! Invariant: a snapshot never changes once taken, whatever is written afterwards.
 
+pub mod conformance;
+pub mod heap;
 pub mod keyed;
+pub mod neutral;
 pub mod shard;
 pub mod snapshot;
 pub mod table;
 
+pub use heap::Heap;
 pub use keyed::{KeyedState, Layout, NO_SLOT, RowKeys, Slots, StateBackend, StateSettings, StateSpec};
 pub use snapshot::{Encode, Expand, PendingShard, RestoredShard, StateSnapshot, Uploaded};
 pub use table::{Chunk, Column, ColumnType, Rows, Table};

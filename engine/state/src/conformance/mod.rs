@@ -1,0 +1,761 @@
+//! The suite that every state back end passes: random work against a map, and what the contract promises, case by case.
+//!
+//! `keyed_state_suite!(|| Arc::new(MyBackend::new()))` in a test module makes a test of each. A failing random run says its
+//! seed, which [`random_work`] takes.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc, reason = "these are tests")]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use floodmark_snapshot::{
+    Clock, Disposition, Env, Epoch, KeyGroupRange, Shard, ShardKind, TimestampMs,
+    coordination::{Barrier, BarrierKind},
+    manifest::ShardStatus,
+};
+
+pub use self::layout::SuiteLayout;
+use self::layout::{Value, hash, key, read, write};
+use crate::{KeyedState, NO_SLOT, PendingShard, RestoredShard, StateBackend, StateSnapshot, StateSpec};
+
+mod layout;
+
+/// Key groups of the suite's jobs.
+const MAX_PARALLELISM: u16 = 16;
+
+/// Makes the back end under test.
+pub type Make<'a> = &'a dyn Fn() -> Arc<dyn StateBackend>;
+
+/// What a state should hold: values by namespace and key.
+pub type Model = BTreeMap<(i64, i64), Value>;
+
+/// Makes tests of the suite for a back end: `keyed_state_suite!(make)` with `make: fn() -> Arc<dyn StateBackend>`.
+#[macro_export]
+macro_rules! keyed_state_suite {
+    ($make:expr) => {
+        $crate::keyed_state_suite!(@tests $make,
+            rows_are_found_removed_and_made_again
+            namespaces_are_in_order_and_go_as_a_whole
+            a_page_shows_every_row_once
+            a_snapshot_holds_the_rows_at_its_barrier
+            restoring_any_completed_checkpoint_gives_its_rows
+            an_aborted_checkpoint_is_never_named_again
+            checkpoints_end_in_any_order
+            removed_rows_and_dropped_namespaces_stay_away
+            a_small_change_makes_a_small_checkpoint
+            a_whole_snapshot_changes_no_lineage
+            keys_move_when_the_parallelism_changes
+            a_restored_job_goes_on_from_its_own_shards
+            the_least_watermark_comes_back
+            rows_go_out_of_sight_when_they_are_old
+            old_rows_stay_old_through_a_restore
+            columns_come_and_go
+            states_of_one_operator_keep_apart
+            damage_is_told
+            whole_snapshots_go_to_the_heap_and_back
+        );
+        #[test]
+        fn random_work() {
+            for seed in 0..12 {
+                $crate::conformance::random_work(&$make, seed);
+            }
+        }
+    };
+    (@tests $make:expr, $($name:ident)*) => {
+        $(#[test]
+        fn $name() {
+            $crate::conformance::$name(&$make);
+        })*
+    };
+}
+
+/// A clock that stands still until told.
+#[derive(Debug, Default)]
+pub struct SetClock(AtomicI64);
+
+impl Clock for SetClock {
+    fn wall_ms(&self) -> i64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn monotonic(&self) -> Duration {
+        Duration::from_millis(self.wall_ms().unsigned_abs())
+    }
+}
+
+/// A small, seeded generator.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % n
+    }
+}
+
+/// A job with one operator: its subtasks' states, and the storage of their shards.
+struct Job {
+    backend: Arc<dyn StateBackend>,
+    clock: Arc<SetClock>,
+    layout: SuiteLayout,
+    ttl: Option<Duration>,
+    name: String,
+    states: Vec<Box<dyn KeyedState>>,
+    files: BTreeMap<String, RestoredShard>,
+    epoch: u64,
+    watermark: Option<TimestampMs>,
+}
+
+/// A checkpoint of all subtasks.
+struct Taken {
+    epoch: Epoch,
+    snapshots: Vec<StateSnapshot>,
+    model: Model,
+}
+
+/// A checkpoint whose files are written.
+#[derive(Clone, Debug)]
+struct Stored {
+    epoch: Epoch,
+    shards: Vec<Shard>,
+    uploaded: Vec<String>,
+    model: Model,
+}
+
+impl Stored {
+    fn fresh_bytes(&self) -> u64 {
+        self.shards.iter().filter(|s| self.uploaded.contains(&s.path)).map(|s| s.size).sum()
+    }
+}
+
+impl Job {
+    fn new(make: Make<'_>) -> Self {
+        let mut job = Self {
+            backend: make(),
+            clock: Arc::default(),
+            layout: SuiteLayout::new(&["n", "t"]),
+            ttl: None,
+            name: String::new(),
+            states: Vec::new(),
+            files: BTreeMap::new(),
+            epoch: 0,
+            watermark: None,
+        };
+        job.begin(1);
+        job
+    }
+
+    fn spec(&self, index: u32, parallelism: u32, reuse_restored: bool) -> StateSpec {
+        let clock = self.clock.clone();
+        StateSpec {
+            name: self.name.clone(),
+            layout: Arc::new(self.layout.clone()),
+            subtask: index,
+            key_groups: KeyGroupRange::of_subtask(index, parallelism, MAX_PARALLELISM),
+            max_parallelism: MAX_PARALLELISM,
+            ttl: self.ttl,
+            reuse_restored,
+            env: Env { clock, ..Env::system() },
+        }
+    }
+
+    /// Empty states.
+    fn begin(&mut self, parallelism: u32) {
+        self.states.clear();
+        for index in 0..parallelism {
+            let state = self.backend.keyed(self.spec(index, parallelism, true)).unwrap();
+            self.states.push(state);
+        }
+    }
+
+    fn owner(&mut self, k: i64) -> &mut dyn KeyedState {
+        let parallelism = self.states.len() as u32;
+        let group = floodmark_snapshot::KeyGroup::of(hash(k), MAX_PARALLELISM);
+        &mut *self.states[group.subtask(parallelism, MAX_PARALLELISM) as usize]
+    }
+
+    /// Writes values; answers which keys were new.
+    fn write(&mut self, namespace: i64, values: &[(i64, Value)]) -> BTreeSet<i64> {
+        let mut new = BTreeSet::new();
+        let parallelism = self.states.len() as u32;
+        for index in 0..parallelism {
+            let range = KeyGroupRange::of_subtask(index, parallelism, MAX_PARALLELISM);
+            let mine = |k: i64| range.contains(floodmark_snapshot::KeyGroup::of(hash(k), MAX_PARALLELISM));
+            let values: Vec<(i64, Value)> = values.iter().filter(|(k, _)| mine(*k)).cloned().collect();
+            if !values.is_empty() {
+                new.extend(write(&mut *self.states[index as usize], &self.layout, namespace, &values));
+            }
+        }
+        new
+    }
+
+    /// Removes keys; answers which there were.
+    fn remove(&mut self, namespace: i64, keys: &[i64]) -> BTreeSet<i64> {
+        let mut removed = BTreeSet::new();
+        for k in keys {
+            let state = self.owner(*k);
+            let found = state.find(namespace, &[hash(*k)], &[&key(*k)]).unwrap();
+            if found[0] != NO_SLOT {
+                state.remove(namespace, &found).unwrap();
+                removed.insert(*k);
+            }
+        }
+        removed
+    }
+
+    fn drop_namespace(&mut self, namespace: i64) {
+        self.states.iter_mut().for_each(|s| s.drop_namespace(namespace).unwrap());
+    }
+
+    fn contents(&mut self) -> Model {
+        let mut all = Model::new();
+        for state in &mut self.states {
+            for (at, value) in read(&mut **state, &self.layout) {
+                assert!(all.insert(at, value).is_none(), "key {at:?} is there twice");
+            }
+        }
+        all
+    }
+
+    fn take(&mut self, whole: bool) -> Taken {
+        self.epoch += 1;
+        let model = self.contents();
+        let barrier = Barrier { epoch: Epoch(self.epoch), kind: BarrierKind::Checkpoint, whole };
+        let watermark = self.watermark;
+        let snapshots = self.states.iter_mut().map(|s| s.snapshot(&barrier, watermark).unwrap()).collect();
+        Taken { epoch: Epoch(self.epoch), snapshots, model }
+    }
+
+    /// Writes the files of a checkpoint.
+    fn store(&mut self, taken: Taken) -> Stored {
+        let Taken { epoch, snapshots, model } = taken;
+        let mut stored = Stored { epoch, shards: Vec::new(), uploaded: Vec::new(), model };
+        for (subtask, snapshot) in snapshots.into_iter().enumerate() {
+            let StateSnapshot { reused, pending } = snapshot.expanded().unwrap();
+            for shard in reused {
+                assert!(self.files.contains_key(&shard.path), "{} is named again, and is not there", shard.path);
+                assert_eq!(shard.status, ShardStatus::Reused, "{shard:?}");
+                stored.shards.push(shard);
+            }
+            for (at, pending) in pending.into_iter().enumerate() {
+                let PendingShard { kind, key_groups, rows, layer, name, encode, uploaded, .. } = pending;
+                let path = format!("{epoch}-{subtask}-{at}");
+                let bytes = encode().unwrap();
+                let size = bytes.len() as u64;
+                let subtask = subtask as u32;
+                let shard = Shard { size, subtask, key_groups, rows, layer, name, ..Shard::new(&*path, kind) };
+                uploaded.into_iter().for_each(|uploaded| uploaded(&shard));
+                self.files.insert(path.clone(), RestoredShard { shard: shard.clone(), bytes });
+                stored.uploaded.push(path);
+                stored.shards.push(shard);
+            }
+        }
+        stored
+    }
+
+    fn complete(&mut self, stored: &Stored) {
+        self.states.iter_mut().for_each(|s| s.completed(stored.epoch).unwrap());
+    }
+
+    fn abort(&mut self, stored: &Stored) {
+        self.states.iter_mut().for_each(|s| s.aborted(stored.epoch).unwrap());
+        stored.uploaded.iter().for_each(|path| drop(self.files.remove(path)));
+    }
+
+    /// A completed checkpoint of what there is.
+    fn checkpoint(&mut self) -> Stored {
+        let taken = self.take(false);
+        let stored = self.store(taken);
+        self.complete(&stored);
+        stored
+    }
+
+    fn savepoint(&mut self) -> Stored {
+        let taken = self.take(true);
+        let stored = self.store(taken);
+        assert!(stored.shards.iter().all(|s| s.kind == ShardKind::Keyed && s.layer == 0), "{:?}", stored.shards);
+        assert_eq!(stored.shards.len(), stored.uploaded.len(), "a whole snapshot names nothing again");
+        stored
+    }
+
+    /// Starts anew from a checkpoint.
+    fn restore(&mut self, stored: &Stored, parallelism: u32, reuse: bool) -> Vec<Option<TimestampMs>> {
+        self.states.clear();
+        let mut watermarks = Vec::new();
+        for index in 0..parallelism {
+            let spec = self.spec(index, parallelism, reuse);
+            let mut state = self.backend.keyed(spec.clone()).unwrap();
+            let concerns = |s: &&Shard| spec.holds(s) && s.key_groups.is_none_or(|g| g.overlaps(&spec.key_groups));
+            let mut shards: Vec<&Shard> = stored.shards.iter().filter(concerns).collect();
+            shards.sort_by_key(|s| (s.subtask, s.layer));
+            for shard in shards {
+                let file = RestoredShard { shard: shard.clone(), bytes: self.files[&shard.path].bytes.clone() };
+                state.restore(&file).unwrap();
+            }
+            watermarks.push(state.restored().unwrap());
+            self.states.push(state);
+        }
+        watermarks
+    }
+
+    /// What a fresh job would start from the checkpoint with.
+    fn restored(&mut self, stored: &Stored, parallelism: u32) -> Model {
+        let mut other = Self {
+            backend: self.backend.clone(),
+            clock: self.clock.clone(),
+            layout: self.layout.clone(),
+            name: self.name.clone(),
+            files: self.files.clone(),
+            states: Vec::new(),
+            ..*self
+        };
+        other.restore(stored, parallelism, false);
+        other.contents()
+    }
+}
+
+fn value(n: i64) -> Value {
+    Value { n: Some(n), t: (n % 3 != 0).then(|| format!("text {n}")) }
+}
+
+fn values(range: std::ops::Range<i64>) -> Vec<(i64, Value)> {
+    range.map(|k| (k, value(k))).collect()
+}
+
+fn keys(set: &BTreeSet<i64>) -> Vec<i64> {
+    set.iter().copied().collect()
+}
+
+/// New keys are told; a removed key is not found, and new when it comes again.
+pub fn rows_are_found_removed_and_made_again(make: Make<'_>) {
+    let mut job = Job::new(make);
+    assert_eq!(keys(&job.write(0, &values(0..10))), (0..10).collect::<Vec<_>>());
+    assert_eq!(keys(&job.write(0, &values(5..12))), [10, 11]);
+    assert_eq!(keys(&job.remove(0, &[3, 4, 99])), [3, 4]);
+    let found = job.owner(3).find(0, &[hash(3)], &[&key(3)]).unwrap();
+    assert_eq!(found, [NO_SLOT]);
+    assert!(job.contents().contains_key(&(0, 5)) && !job.contents().contains_key(&(0, 3)));
+    let twice = [(3, value(1)), (3, value(2))];
+    assert_eq!(keys(&job.write(0, &twice)), [3]);
+    assert_eq!(job.contents()[&(0, 3)], value(2));
+    assert_eq!(job.states[0].size().0, 11);
+}
+
+/// The least first, ranges in order, empty ones not there.
+pub fn namespaces_are_in_order_and_go_as_a_whole(make: Make<'_>) {
+    let mut job = Job::new(make);
+    for namespace in [30, -5, 10, i64::MAX] {
+        job.write(namespace, &values(0..3));
+    }
+    assert_eq!(job.states[0].first_namespace(), Some(-5));
+    assert_eq!(job.states[0].namespaces(-5..=29), [-5, 10]);
+    assert_eq!(job.states[0].namespaces(11..=29), [0_i64; 0]);
+    job.drop_namespace(-5);
+    job.remove(10, &[0, 1, 2]);
+    assert_eq!(job.states[0].namespaces(i64::MIN..=i64::MAX), [30, i64::MAX]);
+    assert_eq!(job.states[0].first_namespace(), Some(30));
+    job.write(-5, &values(7..8));
+    assert_eq!(job.contents().keys().filter(|(n, _)| *n == -5).count(), 1, "nothing of the earlier one");
+}
+
+/// Pages of a large namespace have each row once.
+pub fn a_page_shows_every_row_once(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.write(0, &values(0..30_000));
+    job.remove(0, &(0..30_000).step_by(3).collect::<Vec<_>>());
+    let (mut pages, mut rows) = (0, 0);
+    job.states[0]
+        .scan(0, &mut |_, slots| {
+            pages += 1;
+            rows += slots.len();
+            assert!(slots.len() <= 1 << 16, "a page has a bound");
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!((rows, job.contents().len()), (20_000, 20_000));
+    assert!(pages > 0);
+}
+
+/// Whatever is written between the barrier and the upload.
+pub fn a_snapshot_holds_the_rows_at_its_barrier(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.write(0, &values(0..5000));
+    job.write(7, &values(0..100));
+    let taken = job.take(false);
+    job.write(0, &(0..5000).map(|k| (k, value(-k))).collect::<Vec<_>>());
+    job.remove(0, &(0..1000).collect::<Vec<_>>());
+    job.drop_namespace(7);
+    let stored = job.store(taken);
+    job.complete(&stored);
+    assert_eq!(stored.model.len(), 5100);
+    assert_eq!(job.restored(&stored, 1), stored.model);
+}
+
+/// Also of those that are not the newest.
+pub fn restoring_any_completed_checkpoint_gives_its_rows(make: Make<'_>) {
+    let mut job = Job::new(make);
+    let mut all = Vec::new();
+    for round in 0..40_i64 {
+        job.write(round % 3, &(0..50).map(|k| (k * 7 % 90 + round, value(round * 1000 + k))).collect::<Vec<_>>());
+        job.remove(round % 3, &[round, round + 1]);
+        if round % 11 == 10 {
+            job.drop_namespace(1);
+        }
+        all.push(job.checkpoint());
+    }
+    for stored in &all {
+        assert_eq!(job.restored(stored, 1), stored.model, "epoch {}", stored.epoch);
+    }
+}
+
+/// Its changes are in the next one all the same.
+pub fn an_aborted_checkpoint_is_never_named_again(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.write(0, &values(0..3000));
+    job.checkpoint();
+    for round in 0..5 {
+        job.write(0, &[(round, value(round + 100)), (5000 + round, value(1))]);
+        job.remove(0, &[2000 + round]);
+        let taken = job.take(false);
+        let stored = job.store(taken);
+        job.abort(&stored);
+    }
+    let stored = job.checkpoint();
+    assert_eq!(job.restored(&stored, 1), stored.model);
+}
+
+/// Several are under way at once.
+pub fn checkpoints_end_in_any_order(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.write(0, &values(0..2000));
+    job.checkpoint();
+    let mut under_way = Vec::new();
+    for round in 0..4 {
+        job.write(0, &[(round, value(round + 100)), (5000 + round, value(1))]);
+        job.remove(0, &[1000 + round]);
+        under_way.push(job.take(false));
+    }
+    let mut stored: Vec<Stored> = [2, 0, 1, 0].map(|at| under_way.remove(at)).map(|taken| job.store(taken)).into();
+    let aborted = stored.remove(1);
+    job.abort(&aborted);
+    for one in &stored {
+        job.complete(one);
+    }
+    for one in stored.iter().chain([&job.checkpoint()]) {
+        assert_eq!(job.restored(one, 1), one.model, "epoch {}", one.epoch);
+    }
+}
+
+/// Not even after many checkpoints, and also if the namespace comes again.
+pub fn removed_rows_and_dropped_namespaces_stay_away(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.write(0, &values(0..4000));
+    job.write(1, &values(0..4000));
+    job.checkpoint();
+    job.remove(0, &(0..100).collect::<Vec<_>>());
+    job.drop_namespace(1);
+    job.write(1, &values(10..20));
+    job.checkpoint();
+    for round in 0..40 {
+        job.write(0, &[(200 + round, value(round))]);
+        let stored = job.checkpoint();
+        let restored = job.restored(&stored, 1);
+        assert_eq!(restored.len(), 3910, "epoch {}", stored.epoch);
+        assert_eq!(restored, stored.model);
+    }
+}
+
+/// What is written is in proportion to what has changed.
+pub fn a_small_change_makes_a_small_checkpoint(make: Make<'_>) {
+    let mut job = Job::new(make);
+    let text = "sixty-four bytes of text that does not change much, over and ove";
+    let row = |k: i64| (k, Value { n: Some(k), t: Some(format!("{text}{k}")) });
+    job.write(0, &(0..50_000).map(row).collect::<Vec<_>>());
+    let whole = job.checkpoint().fresh_bytes();
+    job.write(0, &(0..500).map(|k| row(k * 97 % 50_000)).collect::<Vec<_>>());
+    let small = job.checkpoint();
+    assert!(small.fresh_bytes() < whole / 10, "{} bytes for 1 % of {whole}", small.fresh_bytes());
+    assert_eq!(job.restored(&small, 1), small.model);
+}
+
+/// Checkpoints after it build on those before it.
+pub fn a_whole_snapshot_changes_no_lineage(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.write(0, &values(0..5000));
+    job.checkpoint();
+    job.write(0, &[(1, value(11)), (6000, value(1))]);
+    job.remove(0, &[7]);
+    let savepoint = job.savepoint();
+    assert_eq!(job.restored(&savepoint, 1), savepoint.model);
+    // Its files may be moved away.
+    savepoint.uploaded.iter().for_each(|path| drop(job.files.remove(path)));
+    job.write(0, &[(2, value(12))]);
+    let stored = job.checkpoint();
+    assert_eq!(job.restored(&stored, 1), stored.model);
+    job.complete(&savepoint);
+    let stored = job.checkpoint();
+    assert_eq!(job.restored(&stored, 1), stored.model);
+}
+
+/// 1 -> 3 -> 2, from checkpoints of several layers, and from savepoints.
+pub fn keys_move_when_the_parallelism_changes(make: Make<'_>) {
+    for whole in [false, true] {
+        let mut job = Job::new(make);
+        job.write(0, &values(0..2000));
+        job.write(5, &values(100..200));
+        for parallelism in [3, 2, 1, 4] {
+            job.checkpoint();
+            job.write(0, &[(i64::from(parallelism), value(-1)), (3000 + i64::from(parallelism), value(1))]);
+            job.remove(0, &[500 + i64::from(parallelism)]);
+            let stored = if whole { job.savepoint() } else { job.checkpoint() };
+            job.restore(&stored, parallelism, true);
+            assert_eq!(job.contents(), stored.model, "at {parallelism}");
+        }
+    }
+}
+
+/// Its first checkpoint is small already, and nothing comes back.
+pub fn a_restored_job_goes_on_from_its_own_shards(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.write(0, &values(0..20_000));
+    let whole = job.checkpoint().fresh_bytes();
+    job.remove(0, &[1, 2, 3]);
+    job.write(9, &values(0..10));
+    job.checkpoint();
+    job.drop_namespace(9);
+    let stored = job.checkpoint();
+    job.restore(&stored, 1, true);
+    job.write(0, &[(5, value(55))]);
+    let first = job.checkpoint();
+    assert!(first.fresh_bytes() < whole / 4, "{} of {whole} bytes", first.fresh_bytes());
+    for round in 0..40 {
+        job.write(0, &[(round + 10, value(1))]);
+        let stored = job.checkpoint();
+        assert_eq!(job.restored(&stored, 2), stored.model, "epoch {}", stored.epoch);
+    }
+    // Shards of somebody else are never named.
+    let stored = job.checkpoint();
+    job.restore(&stored, 1, false);
+    let stored = job.checkpoint();
+    assert_eq!(stored.shards.len(), stored.uploaded.len());
+    assert_eq!(job.restored(&stored, 1), stored.model);
+}
+
+/// Of the last layer of each subtask, whether or not rows changed.
+pub fn the_least_watermark_comes_back(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.begin(2);
+    job.write(0, &values(0..100));
+    for watermark in [None, Some(10), Some(20)] {
+        job.watermark = watermark;
+        let stored = job.checkpoint();
+        for parallelism in [1, 2, 3] {
+            let files = job.files.clone();
+            let mut other = Job::new(make);
+            other.files = files;
+            let watermarks = other.restore(&stored, parallelism, false);
+            assert_eq!(watermarks, vec![watermark; parallelism as usize]);
+        }
+    }
+}
+
+/// Not read, not scanned, new when written; and in the end removed.
+pub fn rows_go_out_of_sight_when_they_are_old(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.ttl = Some(Duration::from_millis(100));
+    job.begin(1);
+    job.write(0, &values(0..100));
+    job.clock.0.store(60, Ordering::Relaxed);
+    assert!(job.write(0, &values(0..50)).is_empty());
+    job.clock.0.store(130, Ordering::Relaxed);
+    assert_eq!(job.contents().len(), 50);
+    assert_eq!(job.owner(70).find(0, &[hash(70)], &[&key(70)]).unwrap(), [NO_SLOT]);
+    let row = [(70, Value { n: Some(1), t: None })];
+    assert_eq!(keys(&job.write(0, &row)), [70]);
+    assert_eq!(job.contents()[&(0, 70)], row[0].1);
+    job.clock.0.store(1000, Ordering::Relaxed);
+    assert_eq!(job.contents().len(), 0);
+    for round in 0..200 {
+        job.write(0, &[(10_000 + round % 3, value(1))]);
+    }
+    assert_eq!(job.contents().len(), 3);
+    assert!(job.states[0].size().0 < 20, "{} rows are kept for 3", job.states[0].size().0);
+}
+
+/// The time of the last write travels with the row.
+pub fn old_rows_stay_old_through_a_restore(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.ttl = Some(Duration::from_millis(100));
+    job.begin(1);
+    job.write(0, &values(0..100));
+    job.checkpoint();
+    job.clock.0.store(60, Ordering::Relaxed);
+    job.write(0, &values(0..50));
+    for whole in [false, true] {
+        let stored = if whole { job.savepoint() } else { job.checkpoint() };
+        for (now, rows, parallelism) in [(90, 100, 1), (130, 50, 3), (161, 0, 2)] {
+            job.clock.0.store(now, Ordering::Relaxed);
+            assert_eq!(job.restored(&stored, parallelism).len(), rows, "at {now}");
+        }
+        job.clock.0.store(60, Ordering::Relaxed);
+    }
+}
+
+/// A new column begins empty, one that is gone is passed over, and does not come back.
+pub fn columns_come_and_go(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.write(0, &values(0..100));
+    job.checkpoint();
+    job.write(0, &[(1, value(2))]);
+    // A checkpoint of one's own back end may be of its own form: it is the savepoint that must be neutral.
+    let stored = job.savepoint();
+    job.layout = SuiteLayout::new(&["t"]);
+    job.restore(&stored, 1, true);
+    let expected = |of: &Model| of.iter().map(|(k, v)| (*k, Value { n: None, t: v.t.clone() })).collect::<Model>();
+    assert_eq!(job.contents(), expected(&stored.model));
+    job.write(0, &[(1, Value { n: None, t: Some("new".into()) })]);
+    let stored = job.checkpoint();
+    let stored = if stored.shards.iter().all(|s| s.kind == ShardKind::Keyed) { stored } else { job.savepoint() };
+    job.layout = SuiteLayout::new(&["t", "n"]);
+    job.restore(&stored, 2, true);
+    assert_eq!(job.contents(), stored.model);
+}
+
+/// By their names.
+pub fn states_of_one_operator_keep_apart(make: Make<'_>) {
+    let mut job = Job::new(make);
+    let stored: Vec<Stored> = ["left", "right"]
+        .into_iter()
+        .map(|name| {
+            job.name = name.to_owned();
+            job.begin(1);
+            job.write(0, &values(0..name.len() as i64));
+            job.checkpoint()
+        })
+        .collect();
+    let shards = stored.iter().flat_map(|s| s.shards.clone()).collect();
+    for (name, one) in ["left", "right"].into_iter().zip(&stored) {
+        job.name = name.to_owned();
+        let both = Stored { shards: Vec::clone(&shards), ..one.clone() };
+        assert_eq!(job.restored(&both, 1), one.model);
+    }
+    let spec = job.spec(0, 1, false);
+    assert!(stored[0].shards.iter().all(|s| !spec.holds(s)) && stored[1].shards.iter().all(|s| spec.holds(s)));
+}
+
+/// A byte changed or cut off in any file of a whole snapshot: `Corrupt`, and no panic.
+pub fn damage_is_told(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.write(0, &values(0..60));
+    let stored = job.savepoint();
+    for shard in &stored.shards {
+        let good = job.files[&shard.path].bytes.clone();
+        // The first bytes say what kind of file it is; who opened it by its name needs them not.
+        for at in (11..good.len()).step_by(3) {
+            let mut flipped = good.to_vec();
+            flipped[at] ^= 0x20;
+            for bytes in [flipped.into(), good.slice(..at)] {
+                let mut state = job.backend.keyed(job.spec(0, 1, false)).unwrap();
+                let error = state.restore(&RestoredShard { shard: shard.clone(), bytes }).unwrap_err();
+                assert_eq!(error.disposition(), Disposition::Corrupt, "byte {at}: {error}");
+            }
+        }
+    }
+}
+
+/// Neutral means neutral.
+pub fn whole_snapshots_go_to_the_heap_and_back(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.begin(2);
+    job.write(0, &values(0..3000));
+    job.write(-7, &values(5..10));
+    let stored = job.savepoint();
+    let ours = job.backend.clone();
+    job.backend = Arc::new(crate::Heap);
+    job.restore(&stored, 3, true);
+    assert_eq!(job.contents(), stored.model);
+    job.write(0, &[(1, value(100))]);
+    let stored = job.savepoint();
+    job.backend = ours;
+    job.restore(&stored, 1, true);
+    assert_eq!(job.contents(), stored.model);
+    let stored = job.checkpoint();
+    assert_eq!(job.restored(&stored, 1), stored.model);
+}
+
+/// Random work, checkpoints that end in any order or not at all, crashes, rescales; against a map.
+pub fn random_work(make: Make<'_>, seed: u64) {
+    let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) + 1);
+    let mut job = Job::new(make);
+    let mut model = Model::new();
+    let mut taken: Vec<Taken> = Vec::new();
+    let mut stored: Vec<Stored> = Vec::new();
+    let mut completed: Vec<Stored> = Vec::new();
+    for step in 0..300 {
+        let said = format!("seed {seed}, step {step}");
+        let namespace = random.below(3) as i64 - 1;
+        match random.below(20) {
+            0..8 => {
+                let count = 1 + random.below(120);
+                let batch: Vec<(i64, Value)> =
+                    (0..count).map(|_| (random.below(700) as i64, value(random.below(1 << 20) as i64))).collect();
+                let new = job.write(namespace, &batch);
+                let there = |k: &i64| model.contains_key(&(namespace, *k));
+                let expected: BTreeSet<i64> = batch.iter().map(|(k, _)| *k).filter(|k| !there(k)).collect();
+                assert_eq!(new, expected, "{said}");
+                model.extend(batch.into_iter().map(|(k, v)| ((namespace, k), v)));
+            }
+            8 | 9 => {
+                let keys: BTreeSet<i64> = (0..random.below(60)).map(|_| random.below(700) as i64).collect();
+                let there = |k: &i64| model.contains_key(&(namespace, *k));
+                let expected: BTreeSet<i64> = keys.iter().copied().filter(there).collect();
+                assert_eq!(job.remove(namespace, &keys.into_iter().collect::<Vec<_>>()), expected, "{said}");
+                model.retain(|(n, k), _| *n != namespace || !expected.contains(k));
+            }
+            10 => {
+                job.drop_namespace(namespace);
+                model.retain(|(n, _), _| *n != namespace);
+            }
+            11..14 if taken.len() < 3 => taken.push(job.take(false)),
+            14 => {
+                let savepoint = job.savepoint();
+                let parallelism = 1 + random.below(3) as u32;
+                assert_eq!(job.restored(&savepoint, parallelism), savepoint.model, "{said}");
+            }
+            15 | 16 if !taken.is_empty() => {
+                let one = taken.swap_remove(random.below(taken.len() as u64) as usize);
+                stored.push(job.store(one));
+            }
+            17 if !stored.is_empty() => {
+                let one = stored.swap_remove(random.below(stored.len() as u64) as usize);
+                if random.below(3) == 0 {
+                    job.abort(&one);
+                } else {
+                    job.complete(&one);
+                    assert_eq!(job.restored(&one, 1 + random.below(2) as u32), one.model, "{said}");
+                    completed.push(one);
+                }
+            }
+            18 if random.below(3) == 0 && !completed.is_empty() => {
+                // A crash: back to the newest that is complete, at any parallelism.
+                let newest = completed.iter().max_by_key(|c| c.epoch).cloned().unwrap();
+                taken.clear();
+                for one in std::mem::take(&mut stored) {
+                    one.uploaded.iter().for_each(|path| drop(job.files.remove(path)));
+                }
+                let parallelism = 1 + random.below(3) as u32;
+                job.restore(&newest, parallelism, random.below(4) > 0);
+                model = newest.model.clone();
+                completed = vec![newest];
+            }
+            _ => assert_eq!(job.contents(), model, "{said}"),
+        }
+    }
+    assert_eq!(job.contents(), model, "seed {seed}");
+}
