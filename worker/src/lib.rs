@@ -2,10 +2,12 @@
 //!
 //! [`run`] is coordinator and worker in one process. `starting` picks the snapshot to start from, and `deploy` builds tasks
 //! with its state; `coordinator` keeps them, and `shell` carries out what [`floodmark_snapshot::coordination`] decides; `tasks`
-//! and `committers` are driven by the runtime; `upload` makes a subtask's state durable; `control` is how others ask for things.
+//! and `committers` are driven by the runtime; `upload` makes a subtask's state durable; `control` is how others ask for things,
+//! and [`api`] the same over HTTP.
 //!
 //! Invariant: a task never waits for storage; whatever it hands over at a barrier is encoded and uploaded elsewhere.
 
+pub mod api;
 mod committers;
 mod control;
 mod coordinator;

@@ -75,9 +75,9 @@ pub async fn export(
     check_name(name)?;
     let folder = folder(job, name);
     let manifest_path = format!("{folder}/{MANIFEST_FILE}");
-    let exists = || Error::abort(format!("there is a savepoint '{name}' already; choose another name"));
-    if storage.size(&manifest_path).await?.is_some() {
-        return Err(exists());
+    let taken = || Error::abort(format!("there is a savepoint '{name}' already; choose another name"));
+    if self::exists(&**storage, job, name).await? {
+        return Err(taken());
     }
     let mut manifest = (*snapshot.manifest).clone();
     for operator in manifest.operators.values_mut() {
@@ -105,8 +105,17 @@ pub async fn export(
     let savepoint = Savepoint { name: name.to_owned(), created_at_ms, manifest };
     match storage.put_new(&manifest_path, sealed::seal("savepoint", &savepoint)?).await? {
         PutNew::Created => Ok(format!("{}/{folder}", storage.describe())),
-        PutNew::Exists => Err(exists()),
+        PutNew::Exists => Err(taken()),
     }
+}
+
+/// Whether a job has a savepoint of this name, intact or not.
+///
+/// # Errors
+/// When the storage can't be read.
+pub async fn exists(storage: &dyn Storage, job: &JobFolder, name: &str) -> Result<bool> {
+    let path = format!("{}/{MANIFEST_FILE}", folder(job, name));
+    Ok(storage.size(&path).await.context_with(|| "look for savepoint")?.is_some())
 }
 
 fn file_name(path: &str) -> &str {
