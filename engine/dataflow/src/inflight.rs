@@ -341,6 +341,37 @@ mod tests {
         }
     }
 
+    /// What the golden file holds: two batches of one layout and one of another.
+    fn golden() -> RestoredShard {
+        let text: ArrayRef = Arc::new(StringArray::from(vec!["a", "flood"]));
+        let texts = Batch {
+            hashes: Some(hash_keys(std::slice::from_ref(&text), 2).unwrap().into()),
+            rows: RecordBatch::try_from_iter([("t", text)]).unwrap(),
+        };
+        let groups = KeyGroupRange::of_subtask(0, 1, 128);
+        shard(pending(&"up to 1".into(), 1, Some(groups), vec![hashed(0..5), hashed(5..7), texts]), 0)
+    }
+
+    #[test]
+    fn a_file_that_the_first_version_wrote_can_be_read() {
+        let file = Bytes::from_static(include_bytes!("../tests/golden/in-flight-1.rows"));
+        let groups = KeyGroupRange::of_subtask(0, 1, 128);
+        let read = |bytes| {
+            let shards = [RestoredShard { bytes, ..golden() }];
+            let replay = share(&shards, &[input("up to 1", Some(groups))], 0, 1, 128).unwrap();
+            replay.into_iter().map(|r| (r.batch.rows, r.batch.hashes.unwrap().to_vec())).collect::<Vec<_>>()
+        };
+        let rows = read(file);
+        assert_eq!((rows.len(), rows), (3, read(golden().bytes)));
+    }
+
+    #[test]
+    #[ignore = "writes the golden file of a new format"]
+    fn write_the_golden_file() {
+        let path = format!("{}/tests/golden/in-flight-{FORMAT}.rows", env!("CARGO_MANIFEST_DIR"));
+        std::fs::write(path, golden().bytes).unwrap();
+    }
+
     #[test]
     fn rows_of_an_input_that_is_no_more_are_refused() {
         let shards = [shard(pending(&"gone to 1".into(), 1, None, vec![Batch::new(hashed([1]).rows)]), 0)];

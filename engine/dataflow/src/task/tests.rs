@@ -133,6 +133,10 @@ fn check_cuts(seed: u64, mode: AlignmentMode, check: impl Fn(u64, i64, i64, i64)
             snapshots.insert(epoch, (0, 0, 0, 0));
             let barrier = Barrier { kind, ..Barrier::checkpoint(epoch) };
             commands[..2].iter().for_each(|c| c.send(Command::Trigger(barrier)));
+            if mode == AlignmentMode::AtLeastOnce {
+                // Has no effect: nothing overtakes where nothing is kept apart.
+                commands.iter().for_each(|c| c.send(Command::Unalign(epoch)));
+            }
             if kind == BarrierKind::Stop {
                 exhausted = 3;
             }
@@ -156,6 +160,7 @@ fn check_cuts(seed: u64, mode: AlignmentMode, check: impl Fn(u64, i64, i64, i64)
                             snapshot.0 += n * (n - 1) / 2;
                         }
                         for shard in part.shards {
+                            assert_eq!(shard.kind, ShardKind::Keyed, "rows in flight");
                             let text = (shard.encode)().unwrap();
                             let sum: i64 = std::str::from_utf8(&text).unwrap().parse().unwrap();
                             *if part.uid.0 == "last" { &mut snapshot.2 } else { &mut snapshot.1 } += sum;
@@ -191,4 +196,174 @@ fn without_alignment_a_snapshot_misses_nothing_but_may_hold_more() {
         });
     }
     assert!(more.get() > 0, "alignment makes a difference");
+}
+
+/// A task of one channel, `up to 0`, whose chain is a sum, and the sending end of the channel.
+fn one_input(replay: Vec<InFlight>, outputs: Vec<Router>) -> (Task, crate::channel::Sender) {
+    let signal = Arc::new(Signal::default());
+    let mut inbox = Inbox::new(signal.clone());
+    let sender = inbox.channel(signal.clone());
+    let spec = SubtaskSpec {
+        index: 0,
+        parallelism: 1,
+        input: TaskInput::Channels(inbox, vec![up()]),
+        replay,
+        chain: vec![sum("sum")],
+        outputs,
+        snapshots: Some(AlignmentMode::ExactlyOnce),
+        signal,
+    };
+    (Task::new(spec, Env::system()), sender)
+}
+
+fn up() -> InputChannel {
+    InputChannel { input: "up to 0".into(), ..InputChannel::to_port(0) }
+}
+
+fn number(n: i64) -> Batch {
+    Batch::new(RecordBatch::try_from_iter([("n", Arc::new(Int64Array::from(vec![n])) as _)]).unwrap())
+}
+
+/// Steps until the task waits, and answers with its events.
+fn settle(task: &mut Task) -> Vec<TaskEvent> {
+    let mut events = Vec::new();
+    while task.step(&mut events).unwrap() == Progress::Ready {}
+    events
+}
+
+/// The sum and the rows in flight of a snapshot.
+fn parts_of(event: TaskEvent) -> (Epoch, i64, Vec<i64>) {
+    let TaskEvent::Snapshot { barrier, parts } = event else { panic!("{event:?}") };
+    let (mut sum, mut in_flight) = (0, Vec::new());
+    for pending in parts.into_iter().flat_map(|p| p.shards) {
+        let PendingShard { kind, name, rows, encode, .. } = pending;
+        let bytes = encode().unwrap();
+        if kind == ShardKind::Keyed {
+            sum = std::str::from_utf8(&bytes).unwrap().parse().unwrap();
+        } else {
+            let shard = Shard { name, rows, ..Shard::new("", kind) };
+            let shards = [crate::RestoredShard { shard, bytes }];
+            let replay = crate::inflight::share(&shards, &[up()], 0, 1, 128).unwrap();
+            in_flight.extend(
+                replay.iter().flat_map(|r| r.batch.rows.column(0).as_primitive::<Int64Type>().values().to_vec()),
+            );
+        }
+    }
+    (barrier.epoch, sum, in_flight)
+}
+
+#[test]
+fn an_unaligned_barrier_during_a_replay_keeps_what_is_left_of_it_and_then_what_is_in_the_channel() {
+    let in_flight = |n| InFlight { input: "up to 0".into(), port: 0, batch: number(n) };
+    let (mut task, sender) = one_input((1..=3).map(in_flight).collect(), Vec::new());
+    let mut events = Vec::new();
+    task.step(&mut events).unwrap();
+    sender.try_send(Frame::Batch(number(10))).unwrap();
+    sender.try_send(Frame::Overtaking(Barrier::checkpoint(Epoch(1)))).unwrap();
+    sender.try_send(Frame::Batch(number(100))).unwrap();
+    task.step(&mut events).unwrap();
+    assert_eq!(parts_of(events.pop().unwrap()), (Epoch(1), 1, vec![2, 3, 10]));
+    assert!(settle(&mut task).is_empty());
+    sender.try_send(Frame::Barrier(Barrier::checkpoint(Epoch(2)))).unwrap();
+    assert_eq!(settle(&mut task).into_iter().map(parts_of).collect::<Vec<_>>(), [(Epoch(2), 116, vec![])]);
+}
+
+#[test]
+fn a_barrier_overtakes_though_the_task_waits_for_room() {
+    let signal = Arc::new(Signal::default());
+    let mut next = Inbox::bounded(signal.clone(), 1);
+    let router = Router::new(Exchange::Rebalance, 128, vec![next.channel(signal)]);
+    let (mut task, sender) = one_input(Vec::new(), vec![router]);
+    for n in 1..=3 {
+        sender.try_send(Frame::Batch(number(n))).unwrap();
+    }
+    assert!(settle(&mut task).is_empty());
+    sender.try_send(Frame::Barrier(Barrier::checkpoint(Epoch(1)))).unwrap();
+    assert!(settle(&mut task).is_empty(), "aligned, it waits behind row 3");
+    task.commands().send(Command::Unalign(Epoch(1)));
+    let snapshots: Vec<_> = settle(&mut task).into_iter().map(parts_of).collect();
+    assert_eq!(snapshots, [(Epoch(1), 3, vec![3])]);
+    assert_eq!(next.waiting_barriers()[0].overtaking, Epoch(1));
+    assert_eq!(next.take_barrier(0, Epoch(1)).len(), 2, "rows 1 and 2 are the next task's to keep");
+}
+
+/// A source of numbers behind one router, and the inbox that it leads to.
+fn one_source(completed: Arc<Mutex<Vec<(Epoch, serde_json::Value)>>>) -> (Task, Inbox) {
+    struct Watched(Numbers, Arc<Mutex<Vec<(Epoch, serde_json::Value)>>>);
+
+    impl Source for Watched {
+        fn poll(&mut self, wait: Duration) -> Result<Polled> {
+            self.0.poll(wait)
+        }
+
+        fn positions(&self) -> Result<Vec<SplitState>> {
+            self.0.positions()
+        }
+
+        fn on_completed(&mut self, epoch: Epoch, positions: &[SplitState]) -> Result<()> {
+            self.1.lock().unwrap().push((epoch, positions[0].position.clone()));
+            Ok(())
+        }
+    }
+
+    let signal = Arc::new(Signal::default());
+    let mut next = Inbox::new(signal.clone());
+    let source = SourceInput {
+        uid: "numbers".into(),
+        kind: "numbers".into(),
+        source: Box::new(Watched(Numbers { next: 0, end: 100 }, completed)),
+        compute: None,
+        watermark: None,
+        splits: vec![SplitState { split: "0".into(), position: json!(0), watermark: None, finished: false }],
+        metrics: Arc::default(),
+    };
+    let spec = SubtaskSpec {
+        index: 0,
+        parallelism: 1,
+        input: TaskInput::Source(source),
+        replay: Vec::new(),
+        chain: Vec::new(),
+        outputs: vec![Router::new(Exchange::Rebalance, 128, vec![next.channel(signal.clone())])],
+        snapshots: Some(AlignmentMode::ExactlyOnce),
+        signal,
+    };
+    (Task::new(spec, Env::system()), next)
+}
+
+#[test]
+fn a_source_remembers_the_positions_of_all_checkpoints_under_way() {
+    let completed = Arc::default();
+    let (mut task, _next) = one_source(Arc::clone(&completed));
+    let commands = task.commands();
+    let mut events = Vec::new();
+    for epoch in 1..=4 {
+        task.step(&mut events).unwrap();
+        commands.send(Command::Trigger(Barrier::checkpoint(Epoch(epoch))));
+        task.step(&mut events).unwrap();
+    }
+    for command in [
+        Command::Completed(Epoch(1)),
+        Command::Abort(Epoch(2)),
+        Command::Completed(Epoch(2)),
+        Command::Completed(Epoch(4)),
+        Command::Completed(Epoch(3)),
+    ] {
+        commands.send(command);
+        task.step(&mut events).unwrap();
+    }
+    assert_eq!(*completed.lock().unwrap(), [(Epoch(1), json!(3)), (Epoch(4), json!(12))]);
+}
+
+#[test]
+fn a_drain_brings_event_time_to_its_end_before_the_last_barrier() {
+    let (mut task, mut next) = one_source(Arc::default());
+    let barrier = Barrier { kind: BarrierKind::Drain, ..Barrier::checkpoint(Epoch(1)) };
+    task.commands().send(Command::Trigger(barrier));
+    let mut events = Vec::new();
+    while task.step(&mut events).unwrap() != Progress::Done {}
+    let frames: Vec<_> = std::iter::from_fn(|| next.try_recv(|_| false)).map(|(_, frame)| frame).collect();
+    let [Frame::Watermark(WATERMARK_MAX), Frame::Barrier(last), Frame::End] = &frames[..] else {
+        panic!("{frames:?}");
+    };
+    assert_eq!(*last, barrier);
 }
