@@ -223,6 +223,20 @@ impl Sender {
         Ok(())
     }
 
+    /// Whether there is room. If not, the sender's signal is notified when there is.
+    ///
+    /// # Errors
+    /// [`Refused::Closed`].
+    pub fn has_room(&self) -> Result<bool, Refused> {
+        let mut queues = lock(&self.shared.queues);
+        let Some(queue) = queues.get_mut(self.channel) else { return Err(Refused::Closed) };
+        let room = queue.bytes < self.shared.bound;
+        if !room {
+            queue.waiting = Some(self.signal.clone());
+        }
+        Ok(room)
+    }
+
     /// Puts a frame into the channel, whether there is room or not. Only for what an overtaking barrier takes along.
     ///
     /// # Errors

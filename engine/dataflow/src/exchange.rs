@@ -2,7 +2,8 @@
 //!
 //! A router never blocks: what a full channel refuses waits in the router, and the task takes no new input meanwhile. When a
 //! barrier overtakes, what waits before it goes past the channel's bound: that is what one input gave rise to, and what the
-//! chain held back until the barrier.
+//! chain held back until the barrier. The task then takes no new input before there is room again, however many barriers
+//! overtake: so a channel exceeds its bound by that much at most.
 //! Invariant: the frames of one target arrive in the order in which they were routed.
 
 use std::{collections::VecDeque, sync::Arc};
@@ -29,13 +30,15 @@ pub struct Router {
 struct Target {
     sender: Sender,
     waiting: VecDeque<Frame>,
+    /// Frames went past the channel's bound, and since then it has not been seen with room.
+    past_bound: bool,
 }
 
 impl Router {
     /// A router to these channels: of all subtasks of the next task, in order; for [`Exchange::Forward`] just the one.
     #[must_use]
     pub fn new(exchange: Exchange, max_parallelism: u16, senders: Vec<Sender>) -> Self {
-        let target = |sender| Target { sender, waiting: VecDeque::new() };
+        let target = |sender| Target { sender, waiting: VecDeque::new(), past_bound: false };
         Self { exchange, max_parallelism, targets: senders.into_iter().map(target).collect(), next: 0 }
     }
 
@@ -66,13 +69,15 @@ impl Router {
         }
     }
 
-    /// Sends what waits, as far as there is room. True if nothing waits any more.
+    /// Sends what waits, as far as there is room. True if nothing waits any more, and no channel is past its bound.
     ///
     /// # Errors
     /// When a receiver is gone: its task has failed.
     pub fn flush(&mut self) -> Result<bool> {
         let mut empty = true;
         for target in &mut self.targets {
+            target.past_bound = target.past_bound && !target.sender.has_room().map_err(|_| gone())?;
+            empty &= !target.past_bound;
             while let Some(frame) = target.waiting.pop_front() {
                 match target.sender.try_send(frame) {
                     Ok(()) => {}
@@ -109,6 +114,7 @@ impl Router {
                 };
                 target.sender.send_past_bound(frame).map_err(|_| gone())?;
             }
+            target.past_bound = true;
         }
         Ok(())
     }
@@ -225,6 +231,27 @@ mod tests {
         });
         assert_eq!(sizes.collect::<Vec<_>>(), [1, 2], "the rows are still to be processed");
         assert!(router.flush().unwrap());
+    }
+
+    #[test]
+    fn however_many_barriers_overtake_a_channel_exceeds_its_bound_once() {
+        let (reader, writer) = (Arc::new(Signal::default()), Arc::new(Signal::default()));
+        let mut inbox = Inbox::bounded(reader, 1);
+        let mut router = Router::new(Exchange::Rebalance, 128, vec![inbox.channel(writer)]);
+        let mut sent = 0;
+        for epoch in 1..=9 {
+            if router.flush().unwrap() {
+                router.batch(rows(1)).unwrap();
+                router.batch(rows(1)).unwrap();
+                sent += 2;
+            }
+            router.broadcast(&Frame::Barrier(Barrier::checkpoint(Epoch(epoch))));
+            router.overtake(Epoch(epoch)).unwrap();
+            inbox.take_barrier(0, Epoch(epoch));
+        }
+        assert_eq!(sent, 2);
+        while inbox.try_recv(|_| false).is_some() {}
+        assert!(router.flush().unwrap(), "there is room again");
     }
 
     #[test]

@@ -3,8 +3,9 @@
 //! A step does a bounded amount of work and never blocks, but for a source's poll of at most [`SOURCE_POLL_MAX`]. No input
 //! is taken while output waits for room, so a task holds at most what one frame of input gave rise to.
 //!
-//! Invariants: everything that a chain emits before it snapshots travels ahead of the barrier; nothing that came behind a
-//! barrier is processed before the snapshot (exactly-once mode; the [`Aligner`] sees to it).
+//! Invariants: everything that a chain emits before it snapshots travels ahead of the barrier, or is kept by the receiver as
+//! rows in flight when the barrier overtakes it; nothing that came behind a barrier is processed before the snapshot
+//! (exactly-once mode; [`floodmark_snapshot::alignment`] sees to it).
 //!
 //! No deadlock: the graph has no cycle, so the tasks furthest downstream can always go on; a channel blocked by alignment
 //! is freed by barriers that are ahead of everything that its full neighbours hold, because each channel has its own bound.
