@@ -18,6 +18,7 @@ use floodmark_snapshot::{
     Env, Epoch, Error, KeyGroupRange, Manifest, OperatorUid, Result, Shard, ShardKind, SplitState,
     alignment::AlignmentMode, restore::Snapshot,
 };
+use floodmark_state::StateSettings;
 use futures::{Stream, StreamExt, TryStreamExt, future::try_join_all, stream};
 
 use crate::{
@@ -73,7 +74,6 @@ pub(crate) fn register(graph: &JobGraph, parallelism: u32, progress: &Progress) 
 pub(crate) struct Restored<'a> {
     pub(crate) snapshot: &'a Snapshot,
     /// Whether its files are the job's own.
-    #[expect(dead_code, reason = "state back ends that name files again ask for it")]
     pub(crate) owned: bool,
     /// Everything staged up to here is visible, by the job's log.
     pub(crate) committed: Epoch,
@@ -358,6 +358,7 @@ impl Builder<'_> {
             max_parallelism: self.spec.max_parallelism,
             key_groups: KeyGroupRange::of_subtask(self.index, self.parallelism, self.spec.max_parallelism),
             metrics,
+            state: StateSettings { reuse_restored: self.restored.is_some_and(|r| r.owned), ..self.spec.state.clone() },
             env: self.env.clone(),
         }
     }

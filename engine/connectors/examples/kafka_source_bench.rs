@@ -122,6 +122,7 @@ fn source(kafka: &Kafka) -> u64 {
         max_parallelism: 1,
         key_groups: KeyGroupRange { first: KeyGroup(0), last: KeyGroup(0) },
         metrics: Arc::new(OperatorMetrics::default()),
+        state: floodmark_dataflow::StateSettings::default(),
         env: Env::system(),
     };
     let mut source = factory.open(factory.splits(&[]).unwrap(), &context).unwrap();

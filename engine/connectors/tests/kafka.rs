@@ -64,6 +64,7 @@ fn subtask() -> SubtaskContext {
         max_parallelism: 1,
         key_groups: KeyGroupRange { first: KeyGroup(0), last: KeyGroup(0) },
         metrics: Arc::new(OperatorMetrics::default()),
+        state: floodmark_dataflow::StateSettings::default(),
         env: Env::system(),
     }
 }

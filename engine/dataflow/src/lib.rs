@@ -25,5 +25,5 @@ pub use frame::{Barrier, BarrierKind, Batch, Frame, ROW_KIND, RowKind, WATERMARK
 pub use graph::{Edge, Exchange, JobGraph, Node, TaskId, Vertex};
 pub use metrics::OperatorMetrics;
 pub use operator::{
-    Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, StateSnapshot, SubtaskContext,
+    Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, StateSettings, StateSnapshot, SubtaskContext,
 };

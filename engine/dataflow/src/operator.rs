@@ -1,9 +1,10 @@
 //! The contract of an operator: synchronous, batch-wise, and unaware of threads, channels and the network.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use floodmark_snapshot::{Env, Epoch, KeyGroup, KeyGroupRange, Result, TimestampMs};
-pub use floodmark_state::{Encode, PendingShard, RestoredShard, StateSnapshot, Uploaded};
+pub use floodmark_state::{Encode, PendingShard, RestoredShard, StateSettings, StateSnapshot, Uploaded};
+use floodmark_state::{KeyedState, Layout, StateSpec};
 
 use crate::{Barrier, Batch, OperatorMetrics};
 
@@ -103,11 +104,31 @@ pub struct SubtaskContext {
     pub key_groups: KeyGroupRange,
     /// This operator's counters.
     pub metrics: Arc<OperatorMetrics>,
+    /// How keyed state is kept.
+    pub state: StateSettings,
     /// Time, names, probe.
     pub env: Env,
 }
 
 impl SubtaskContext {
+    /// Empty keyed state of this subtask: `name` tells the states of one operator apart, and is empty if there is one only. Rows
+    /// that nothing has been written to for `ttl` go.
+    ///
+    /// # Errors
+    /// When the back end can't be set up.
+    pub fn keyed(&self, name: &str, layout: Arc<dyn Layout>, ttl: Option<Duration>) -> Result<Box<dyn KeyedState>> {
+        self.state.backend.keyed(StateSpec {
+            name: name.to_owned(),
+            layout,
+            subtask: self.index,
+            key_groups: self.key_groups,
+            max_parallelism: self.max_parallelism,
+            ttl,
+            reuse_restored: self.state.reuse_restored,
+            env: self.env.clone(),
+        })
+    }
+
     /// Whether the key with this hash is this subtask's.
     #[must_use]
     pub fn owns(&self, hash: u64) -> bool {

@@ -76,18 +76,22 @@ impl StateSpec {
         (!self.name.is_empty()).then(|| self.name.clone())
     }
 
-    /// Whether a shard is of this state: its name is this state's, or for [`ShardKind::RocksDb`] begins with it and `/`. The
-    /// shards of a nameless state have no name, and its files names without `/`.
+    /// Whether a shard is of this state. See [`holds`].
     #[must_use]
     pub fn holds(&self, shard: &Shard) -> bool {
-        let name = shard.name.as_deref().unwrap_or_default();
-        match shard.kind {
-            ShardKind::Keyed => name == self.name,
-            ShardKind::RocksDb => name.rsplit_once('/').map_or("", |(state, _)| state) == self.name,
-            ShardKind::Split | ShardKind::Union | ShardKind::Broadcast | ShardKind::Channel | ShardKind::Staged => {
-                false
-            }
-        }
+        holds(&self.name, shard)
+    }
+}
+
+/// Whether a shard of an operator is of its keyed state of this name: the shard's name is the state's, or for
+/// [`ShardKind::RocksDb`] begins with it and `/`. The shards of a nameless state have no name, and its files names without `/`.
+#[must_use]
+pub fn holds(state: &str, shard: &Shard) -> bool {
+    let name = shard.name.as_deref().unwrap_or_default();
+    match shard.kind {
+        ShardKind::Keyed => name == state,
+        ShardKind::RocksDb => name.rsplit_once('/').map_or("", |(of, _)| of) == state,
+        ShardKind::Split | ShardKind::Union | ShardKind::Broadcast | ShardKind::Channel | ShardKind::Staged => false,
     }
 }
 

@@ -15,6 +15,6 @@ pub mod snapshot;
 pub mod table;
 
 pub use heap::Heap;
-pub use keyed::{KeyedState, Layout, NO_SLOT, RowKeys, Slots, StateBackend, StateSettings, StateSpec};
+pub use keyed::{KeyedState, Layout, NO_SLOT, RowKeys, Slots, StateBackend, StateSettings, StateSpec, holds};
 pub use snapshot::{Encode, Expand, PendingShard, RestoredShard, StateSnapshot, Uploaded};
 pub use table::{Chunk, Column, ColumnType, Rows, Table};

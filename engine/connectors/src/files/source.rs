@@ -338,6 +338,7 @@ mod tests {
             max_parallelism: 128,
             key_groups: KeyGroupRange::of_subtask(0, 1, 128),
             metrics: Arc::new(OperatorMetrics::default()),
+            state: floodmark_dataflow::StateSettings::default(),
             env: Env::system(),
         }
     }

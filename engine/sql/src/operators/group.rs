@@ -10,13 +10,13 @@ use arrow::{
 use floodmark_dataflow::{
     Barrier, Batch, Operator, OperatorFactory, Output, Port, RestoredShard, RowKind, StateSnapshot, SubtaskContext,
 };
-use floodmark_snapshot::Result;
-use floodmark_state::Table;
+use floodmark_snapshot::{Epoch, Result};
+use floodmark_state::{KeyedState, Rows};
 
 use super::{
     arrow_failed,
     key::KeyCodec,
-    partial::{Grouping, batch, keys_of_slots},
+    partial::{Grouping, GroupingLayout, batch, keys_of_slots},
 };
 
 /// What a group aggregate does.
@@ -34,8 +34,7 @@ impl OperatorFactory for GroupAggregate {
         Ok(Box::new(GroupOperator {
             codec: KeyCodec::new(&self.grouping.keys)?,
             results: KeyCodec::of_types(self.grouping.calls.iter().map(|c| c.field().data_type().clone()))?,
-            table: Table::new(self.grouping.column_types()),
-            context: context.clone(),
+            state: context.keyed("", GroupingLayout::new(&self.grouping)?, context.state.ttl)?,
             spec: self.clone(),
         }))
     }
@@ -46,22 +45,16 @@ struct GroupOperator {
     codec: KeyCodec,
     /// Compares results.
     results: KeyCodec,
-    table: Table,
-    context: SubtaskContext,
+    state: Box<dyn KeyedState>,
 }
 
 impl GroupOperator {
-    fn results(&self, slots: &[u32]) -> Result<Vec<ArrayRef>> {
-        let rows = self.table.rows();
-        self.spec.grouping.placed().map(|(at, call)| call.results(rows, at, slots)).collect()
-    }
-
     /// Emits `count` rows: the keys of `slots[key[i]]` with result `result[i]` of `old ++ new`.
-    fn emit(&self, slots: &[u32], results: &[ArrayRef], changes: &Changes, out: &mut Output) -> Result<()> {
+    fn emit(&mut self, slots: &[u32], results: &[ArrayRef], changes: &Changes, out: &mut Output) -> Result<()> {
         if changes.kinds.is_empty() {
             return Ok(());
         }
-        let keys = keys_of_slots(&self.codec, self.table.rows(), slots)?;
+        let keys = keys_of_slots(&self.codec, self.state.table(0).rows(), slots)?;
         let taken = |columns: &[ArrayRef], rows: &Vec<u32>| {
             let rows = UInt32Array::from(rows.clone());
             columns.iter().map(|c| take(c, &rows, None).map_err(arrow_failed)).collect::<Result<Vec<_>>>()
@@ -74,6 +67,10 @@ impl GroupOperator {
         out.emit(Batch::new(batch(&self.spec.schema, columns, changes.kinds.len())?));
         Ok(())
     }
+}
+
+fn results(spec: &GroupAggregate, rows: &Rows, slots: &[u32]) -> Result<Vec<ArrayRef>> {
+    spec.grouping.placed().map(|(at, call)| call.results(rows, at, slots)).collect()
 }
 
 #[derive(Default)]
@@ -96,21 +93,24 @@ impl Operator for GroupOperator {
         let rows = &batch.rows;
         let keys = self.spec.grouping.keys_of(&self.codec, rows)?;
         let hashes = self.spec.grouping.hashes_of(&batch)?;
-        let known = self.table.len() as u32;
-        let slots: Vec<u32> = hashes.iter().enumerate().map(|(row, h)| self.table.slot(*h, keys.get(row)).0).collect();
-        let mut touched = slots.clone();
+        let slots = self.state.slots(0, &hashes, &keys.all(rows.num_rows()))?;
+        // Those of known keys, then those of new ones.
+        let mut new = slots.new.clone();
+        new.sort_unstable();
+        let mut touched = slots.at.clone();
         touched.sort_unstable();
         touched.dedup();
-        // Slots are dense and never given back, so those of new keys come last.
-        let old = &touched[..touched.partition_point(|slot| *slot < known)];
-        let before = self.results(old)?;
-        self.spec.grouping.merge(&mut self.table, &slots, rows)?;
-        let after = self.results(&touched)?;
+        touched.retain(|slot| new.binary_search(slot).is_err());
+        let known = touched.len();
+        touched.extend(&slots.new);
+        let before = results(&self.spec, self.state.table(0).rows(), &touched[..known])?;
+        self.spec.grouping.merge(self.state.table(0), &slots.at, rows)?;
+        let after = results(&self.spec, self.state.table(0).rows(), &touched)?;
         let (old_rows, new_rows) = (self.results.encode(&before)?, self.results.encode(&after)?);
         let mut changes = Changes::default();
         for key in 0..touched.len() {
-            let new = old.len() + key;
-            if key >= old.len() {
+            let new = known + key;
+            if key >= known {
                 changes.push(key, new, RowKind::Insert);
             } else if old_rows.get(key) != new_rows.get(key) {
                 if self.spec.emit_before {
@@ -124,23 +124,27 @@ impl Operator for GroupOperator {
         self.emit(&touched, &results, &changes, out)
     }
 
-    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
-        Ok(StateSnapshot::of(vec![self.spec.grouping.pending(
-            vec![(None, self.table.snapshot())],
-            None,
-            &self.context,
-        )]))
+    fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
+        self.state.snapshot(barrier, None)
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
-        let (mut tables, _) = self.spec.grouping.restore(&shards, &self.context)?;
-        if let Some(table) = tables.remove(&0) {
-            self.table = table;
-        }
-        Ok(())
+        shards.iter().try_for_each(|shard| self.state.restore(shard))
+    }
+
+    fn restored(&mut self) -> Result<()> {
+        self.state.restored().map(drop)
+    }
+
+    fn on_completed(&mut self, epoch: Epoch) -> Result<()> {
+        self.state.completed(epoch)
+    }
+
+    fn on_aborted(&mut self, epoch: Epoch) -> Result<()> {
+        self.state.aborted(epoch)
     }
 
     fn state_size(&self) -> (u64, u64) {
-        (self.table.len() as u64, self.table.bytes() as u64)
+        self.state.size()
     }
 }

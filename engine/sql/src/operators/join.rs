@@ -3,28 +3,35 @@
 //! Keeps the rows of open windows; a window is joined and dropped when the watermark passes its end. Rows of a window that
 //! is over are late: dropped and counted.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hasher},
+    sync::Arc,
+};
 
 use arrow::{
-    array::{Array, ArrayRef, AsArray, BooleanArray, UInt32Array},
+    array::{Array, ArrayRef, AsArray, Int64Array, UInt32Array},
     compute::{concat_batches, filter_record_batch, take_record_batch},
-    datatypes::{SchemaRef, TimestampMillisecondType},
+    datatypes::{DataType, Field, Int64Type, Schema, SchemaRef, TimestampMillisecondType},
     record_batch::RecordBatch,
 };
 use datafusion_physical_expr::PhysicalExpr;
 use floodmark_dataflow::{
-    Barrier, Batch, Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, StateSnapshot,
-    SubtaskContext, WATERMARK_MIN, hash::hash_keys, metrics::add,
+    Barrier, Batch, Operator, OperatorFactory, Output, Port, RestoredShard, StateSnapshot, SubtaskContext,
+    WATERMARK_MIN, hash::hash_keys, metrics::add,
 };
-use floodmark_snapshot::{Error, Result, ShardKind, TimestampMs};
-use floodmark_state::shard;
+use floodmark_snapshot::{Epoch, Error, Result, TimestampMs};
+use floodmark_state::{Column, ColumnType, KeyedState, Layout, RowKeys, Rows, Table, holds};
 use hashbrown::HashMap;
 
 use super::{
     arrow_failed, evaluate,
-    key::KeyCodec,
-    partial::{BATCH_ROWS_MAX, batch},
+    key::{KeyCodec, Keys},
+    partial::{BATCH_ROWS_MAX, batch, column_of, keys_of_slots, present, unique},
 };
+
+/// The names of the states of both sides.
+const SIDES: [&str; 2] = ["left", "right"];
 
 /// One input of a join.
 #[derive(Clone)]
@@ -69,7 +76,10 @@ impl OperatorFactory for WindowJoin {
         Ok(Box::new(JoinOperator {
             spec: self.clone(),
             context: context.clone(),
-            windows: BTreeMap::new(),
+            sides: [
+                SideState::new(&self.sides[0], SIDES[0], context)?,
+                SideState::new(&self.sides[1], SIDES[1], context)?,
+            ],
             watermark: WATERMARK_MIN,
         }))
     }
@@ -78,9 +88,131 @@ impl OperatorFactory for WindowJoin {
 struct JoinOperator {
     spec: WindowJoin,
     context: SubtaskContext,
-    /// Rows of each side by window end.
-    windows: BTreeMap<TimestampMs, [Vec<RecordBatch>; 2]>,
+    sides: [SideState; 2],
     watermark: TimestampMs,
+}
+
+/// The rows of one side, in the namespaces of their windows' ends.
+struct SideState {
+    layout: Arc<SideLayout>,
+    state: Box<dyn KeyedState>,
+}
+
+impl SideState {
+    fn new(side: &JoinSide, name: &str, context: &SubtaskContext) -> Result<Self> {
+        let layout = Arc::new(SideLayout::new(side, context.max_parallelism)?);
+        Ok(Self { state: context.keyed(name, layout.clone(), None)?, layout })
+    }
+
+    fn add(&mut self, window_end: TimestampMs, rows: &RecordBatch) -> Result<()> {
+        let (keys, hashes) = self.layout.places(rows.columns())?;
+        let slots = self.state.slots(window_end, &hashes, &keys.all(rows.num_rows()))?;
+        self.state.table(window_end).write_runs(&slots.at, 0, |column, rows, _| {
+            if let Column::Long(counts) = column {
+                rows.iter().for_each(|row| counts[*row as usize] = Some(counts[*row as usize].unwrap_or(0) + 1));
+            }
+        });
+        Ok(())
+    }
+
+    /// The rows of a window.
+    fn rows(&mut self, window_end: TimestampMs) -> Result<RecordBatch> {
+        let layout = &self.layout;
+        let mut batches = Vec::new();
+        self.state.scan(window_end, &mut |rows, slots| {
+            let columns = keys_of_slots(&layout.codec, rows, slots)?;
+            let mut each = batch(&layout.side.schema, columns, slots.len())?;
+            let counts: Vec<i64> = slots.iter().map(|slot| rows.long(*slot as usize, 0).unwrap_or(0)).collect();
+            if counts.iter().any(|count| *count != 1) {
+                let repeated = counts.iter().zip(0_u32..).flat_map(|(count, row)| (0..*count).map(move |_| row));
+                each = take_record_batch(&each, &repeated.collect::<UInt32Array>()).map_err(arrow_failed)?;
+            }
+            batches.push(each);
+            Ok(())
+        })?;
+        concat_batches(&layout.side.schema, &batches).map_err(arrow_failed)
+    }
+}
+
+/// How rows of a side are kept: equal rows of a window are one, with their number. So the key is the whole row; its hash
+/// belongs to the key group of the columns compared.
+struct SideLayout {
+    side: JoinSide,
+    schema: SchemaRef,
+    codec: KeyCodec,
+    max_parallelism: u16,
+}
+
+impl SideLayout {
+    fn new(side: &JoinSide, max_parallelism: u16) -> Result<Self> {
+        let long = |name: &str| Arc::new(Field::new(name, DataType::Int64, false));
+        let columns = side.schema.fields().iter().cloned();
+        let schema = unique([long("$window_end")].into_iter().chain(columns).chain([long("$count")]));
+        let codec = KeyCodec::of_types(side.schema.fields().iter().map(|f| f.data_type().clone()))?;
+        Ok(Self { side: side.clone(), schema: Arc::new(Schema::new(schema)), codec, max_parallelism })
+    }
+
+    /// The keys and hashes of rows.
+    fn places(&self, columns: &[ArrayRef]) -> Result<(Keys, Vec<u64>)> {
+        let rows = columns.first().map_or(0, |c| c.len());
+        let compared: Vec<ArrayRef> = self.side.keys.iter().map(|k| columns[*k].clone()).collect();
+        let keys = self.codec.encode(columns)?;
+        let max = u64::from(self.max_parallelism);
+        let hashes = hash_keys(&compared, rows)?.into_iter().enumerate().map(|(row, hash)| {
+            let mut hasher = DefaultHasher::new();
+            hasher.write(keys.get(row));
+            let of_row = hasher.finish() >> 1;
+            of_row - of_row % max + hash % max
+        });
+        let hashes = hashes.collect();
+        Ok((keys, hashes))
+    }
+
+    fn column(&self, batch: &RecordBatch, at: usize) -> Result<ArrayRef> {
+        let field = &self.schema.fields()[at];
+        present(column_of(batch, field)?, field)
+    }
+}
+
+impl Layout for SideLayout {
+    fn types(&self) -> Vec<ColumnType> {
+        vec![ColumnType::Long]
+    }
+
+    fn schema(&self) -> SchemaRef {
+        self.schema.clone()
+    }
+
+    fn encode(&self, namespace: i64, rows: &Rows, slots: &[u32]) -> Result<RecordBatch> {
+        let mut columns: Vec<ArrayRef> = vec![Arc::new(Int64Array::from_value(namespace, slots.len()))];
+        columns.extend(keys_of_slots(&self.codec, rows, slots)?);
+        let count = |slot: &u32| rows.long(*slot as usize, 0).unwrap_or(0);
+        columns.push(Arc::new(Int64Array::from_iter_values(slots.iter().map(count))));
+        batch(&self.schema, columns, slots.len())
+    }
+
+    fn decode(&self, batch: &RecordBatch) -> Result<RowKeys> {
+        let last = self.schema.fields().len() - 1;
+        let columns: Vec<ArrayRef> = (1..last).map(|at| self.column(batch, at)).collect::<Result<_>>()?;
+        let (keys, hashes) = self.places(&columns)?;
+        let ends = self.column(batch, 0)?;
+        let mut found = RowKeys::default();
+        for ((row, hash), end) in hashes.into_iter().enumerate().zip(ends.as_primitive::<Int64Type>().values()) {
+            found.push(*end, hash, keys.get(row));
+        }
+        Ok(found)
+    }
+
+    fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> Result<()> {
+        let counts = self.column(batch, self.schema.fields().len() - 1)?;
+        let counts = counts.as_primitive::<Int64Type>().values();
+        table.write_runs(slots, 0, |column, rows, at| {
+            if let Column::Long(values) = column {
+                rows.iter().zip(&counts[at..]).for_each(|(row, count)| values[*row as usize] = Some(*count));
+            }
+        });
+        Ok(())
+    }
 }
 
 impl JoinOperator {
@@ -99,19 +231,17 @@ impl JoinOperator {
             } else {
                 take_record_batch(rows, &UInt32Array::from(taken)).map_err(arrow_failed)?
             };
-            self.windows.entry(end).or_default()[port].push(rows);
+            self.sides[port].add(end, &rows)?;
         }
         Ok(())
     }
 
-    fn join(&self, inputs: &[Vec<RecordBatch>; 2], out: &mut Output) -> Result<()> {
-        if inputs.iter().any(Vec::is_empty) {
+    fn join(&mut self, window_end: TimestampMs, out: &mut Output) -> Result<()> {
+        if self.sides.iter().any(|side| side.state.namespaces(window_end..=window_end).is_empty()) {
             return Ok(());
         }
+        let (left_rows, right_rows) = (self.sides[0].rows(window_end)?, self.sides[1].rows(window_end)?);
         let [left, right] = &self.spec.sides;
-        let rows =
-            |side: &JoinSide, batches: &[RecordBatch]| concat_batches(&side.schema, batches).map_err(arrow_failed);
-        let (left_rows, right_rows) = (rows(left, &inputs[0])?, rows(right, &inputs[1])?);
         let codec = KeyCodec::of_types(left.keys.iter().map(|k| left.schema.field(*k).data_type().clone()))?;
         let keys = |side: &JoinSide, rows: &RecordBatch| {
             let columns = side.key_arrays(rows);
@@ -159,11 +289,8 @@ impl JoinOperator {
         Ok(())
     }
 
-    /// The rows of a restored batch that are of this subtask's key groups.
-    fn mine(&self, side: &JoinSide, rows: &RecordBatch) -> Result<RecordBatch> {
-        let hashes = hash_keys(&side.key_arrays(rows), rows.num_rows())?;
-        let mask: BooleanArray = hashes.into_iter().map(|h| Some(self.context.owns(h))).collect();
-        filter_record_batch(rows, &mask).map_err(arrow_failed)
+    fn first_window(&self) -> Option<TimestampMs> {
+        self.sides.iter().filter_map(|side| side.state.first_namespace()).min()
     }
 }
 
@@ -173,58 +300,50 @@ impl Operator for JoinOperator {
     }
 
     fn on_watermark(&mut self, watermark: TimestampMs, out: &mut Output) -> Result<()> {
-        while let Some((end, _)) = self.windows.first_key_value() {
-            if *end - 1 > watermark {
-                break;
-            }
-            if let Some((_, inputs)) = self.windows.pop_first() {
-                self.join(&inputs, out)?;
-            }
+        while let Some(end) = self.first_window().filter(|end| *end - 1 <= watermark) {
+            self.join(end, out)?;
+            self.sides.iter_mut().try_for_each(|side| side.state.drop_namespace(end))?;
         }
         self.watermark = watermark;
         Ok(())
     }
 
-    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
-        let watermark = self.watermark;
-        let shard = |port: Port| {
-            let batches: Vec<RecordBatch> = self.windows.values().flat_map(|w| w[port].iter().cloned()).collect();
-            let schema = self.spec.sides[port].schema.clone();
-            let rows = batches.iter().map(|b| b.num_rows() as u64).sum();
-            let encode = Box::new(move || {
-                let header = shard::Header { input: port as u32, ..shard::Header::new(Some(watermark)) };
-                shard::write(&header, &schema, &batches)
-            });
-            PendingShard::new(ShardKind::Keyed, Some(self.context.key_groups), rows, encode)
-        };
-        Ok(StateSnapshot::of(vec![shard(0), shard(1)]))
+    fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
+        let mut snapshot = StateSnapshot::default();
+        for side in &mut self.sides {
+            snapshot.append(side.state.snapshot(barrier, Some(self.watermark))?);
+        }
+        Ok(snapshot)
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
-        let mut watermark: Option<TimestampMs> = None;
         for restored in &shards {
-            let (header, batches) = shard::read(&restored.bytes)?;
-            let of_shard = header.watermark.unwrap_or(WATERMARK_MIN);
-            watermark = Some(watermark.map_or(of_shard, |w| w.min(of_shard)));
-            let port = header.input as usize;
-            let side = self
-                .spec
-                .sides
-                .get(port)
-                .cloned()
-                .ok_or_else(|| Error::corrupt(format!("state of input {port} of a join of two inputs")))?;
-            for rows in batches {
-                let rows = self.mine(&side, &rows)?;
-                // The watermark is still the least: nothing restored is late.
-                self.add(port, &rows)?;
-            }
+            let of = SIDES.iter().position(|name| holds(name, &restored.shard));
+            let side = of.and_then(|at| self.sides.get_mut(at)).ok_or_else(|| {
+                Error::corrupt(format!("shard {} is of neither input of a join", restored.shard.path))
+            })?;
+            side.state.restore(restored)?;
         }
-        self.watermark = watermark.unwrap_or(WATERMARK_MIN);
         Ok(())
     }
 
+    fn restored(&mut self) -> Result<()> {
+        let [left, right] = &mut self.sides;
+        let watermarks = [left.state.restored()?, right.state.restored()?];
+        self.watermark = watermarks.into_iter().flatten().min().unwrap_or(WATERMARK_MIN);
+        Ok(())
+    }
+
+    fn on_completed(&mut self, epoch: Epoch) -> Result<()> {
+        self.sides.iter_mut().try_for_each(|side| side.state.completed(epoch))
+    }
+
+    fn on_aborted(&mut self, epoch: Epoch) -> Result<()> {
+        self.sides.iter_mut().try_for_each(|side| side.state.aborted(epoch))
+    }
+
     fn state_size(&self) -> (u64, u64) {
-        let batches = self.windows.values().flatten().flatten();
-        batches.fold((0, 0), |(rows, bytes), b| (rows + b.num_rows() as u64, bytes + b.get_array_memory_size() as u64))
+        let sizes = self.sides.iter().map(|side| side.state.size());
+        sizes.fold((0, 0), |(rows, bytes), (r, b)| (rows + r, bytes + b))
     }
 }

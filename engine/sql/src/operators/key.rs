@@ -27,6 +27,11 @@ impl Keys {
             Self::Rows(rows) => rows.row(row).data(),
         }
     }
+
+    /// The keys of `rows` rows.
+    pub(crate) fn all(&self, rows: usize) -> Vec<&[u8]> {
+        (0..rows).map(|row| self.get(row)).collect()
+    }
 }
 
 impl KeyCodec {

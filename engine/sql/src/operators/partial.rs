@@ -3,16 +3,16 @@
 //! Layout: `[$slice_end timestamp(ms), if windowed] ++ keys ++ state columns of each call`. Neutral to the back end: any
 //! parallelism and any later table layout can read it.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use arrow::{
-    array::{ArrayRef, AsArray, TimestampMillisecondArray, UInt32Array},
+    array::{ArrayRef, AsArray, TimestampMillisecondArray},
     datatypes::{DataType, Field, FieldRef, Schema, SchemaRef, TimeUnit, TimestampMillisecondType},
     record_batch::RecordBatch,
 };
-use floodmark_dataflow::{Batch, PendingShard, RestoredShard, SubtaskContext, hash::hash_keys};
-use floodmark_snapshot::{Result, ShardKind, StateColumn, StateSchema, TimestampMs};
-use floodmark_state::{ColumnType, Rows, Table, shard};
+use floodmark_dataflow::{Batch, hash::hash_keys};
+use floodmark_snapshot::{Error, Result, StateColumn, StateSchema, TimestampMs};
+use floodmark_state::{ColumnType, Layout, RowKeys, Rows, Table};
 
 use super::{
     aggregate::Call,
@@ -58,7 +58,7 @@ impl Grouping {
     pub(crate) fn partial_schema(&self) -> SchemaRef {
         let slice = self.windowed.then(|| Arc::new(Field::new("$slice_end", time_type(), false)));
         let states = self.calls.iter().flat_map(|c| c.state_fields().iter().cloned());
-        Arc::new(Schema::new(slice.into_iter().chain(self.keys.iter().cloned()).chain(states).collect::<Vec<_>>()))
+        Arc::new(Schema::new(unique(slice.into_iter().chain(self.keys.iter().cloned()).chain(states))))
     }
 
     /// Positions of the keys in a partial batch: what it is exchanged by.
@@ -74,11 +74,12 @@ impl Grouping {
             data_type: f.data_type().to_string(),
             optional: f.is_nullable(),
         };
-        let states = self.calls.iter().flat_map(Call::state_fields);
+        let schema = self.partial_schema();
+        let (keys, values) = schema.fields()[usize::from(self.windowed)..].split_at(self.keys.len());
         StateSchema {
             form: form.to_owned(),
-            keys: self.keys.iter().map(column).collect(),
-            values: states.map(column).collect(),
+            keys: keys.iter().map(column).collect(),
+            values: values.iter().map(column).collect(),
         }
     }
 
@@ -113,84 +114,126 @@ impl Grouping {
 
     /// The rows of a table as partial batches.
     pub(crate) fn encode(&self, slice_end: Option<TimestampMs>, rows: &Rows) -> Result<Vec<RecordBatch>> {
-        let codec = KeyCodec::new(&self.keys)?;
-        let schema = self.partial_schema();
-        let mut batches = Vec::new();
-        for start in (0..rows.len()).step_by(BATCH_ROWS_MAX) {
-            let slots: Vec<u32> = (start as u32..rows.len().min(start + BATCH_ROWS_MAX) as u32).collect();
-            let mut columns: Vec<ArrayRef> = Vec::with_capacity(schema.fields().len());
-            if let Some(end) = slice_end {
-                columns.push(Arc::new(TimestampMillisecondArray::from_value(end, slots.len())));
-            }
-            columns.extend(keys_of_slots(&codec, rows, &slots)?);
-            for (at, call) in self.placed() {
-                columns.extend(call.states(rows, at, &slots)?);
-            }
-            batches.push(batch(&schema, columns, slots.len())?);
-        }
-        Ok(batches)
+        let (codec, schema) = (KeyCodec::new(&self.keys)?, self.partial_schema());
+        rows.pages(BATCH_ROWS_MAX).map(|slots| self.page(&schema, &codec, slice_end, rows, &slots)).collect()
     }
 
-    /// What a snapshot hands over of these tables (by slice end; one under `None` if not windowed).
-    pub(crate) fn pending(
+    /// Some rows of a table as a partial batch.
+    fn page(
         &self,
-        tables: Vec<(Option<TimestampMs>, Rows)>,
-        watermark: Option<TimestampMs>,
-        context: &SubtaskContext,
-    ) -> PendingShard {
-        let grouping = self.clone();
-        let rows = tables.iter().map(|(_, rows)| rows.len() as u64).sum();
-        let encode = Box::new(move || {
-            let mut batches = Vec::new();
-            for (slice_end, rows) in &tables {
-                batches.extend(grouping.encode(*slice_end, rows)?);
-            }
-            shard::write(&shard::Header::new(watermark), &grouping.partial_schema(), &batches)
-        });
-        PendingShard::new(ShardKind::Keyed, Some(context.key_groups), rows, encode)
+        schema: &SchemaRef,
+        codec: &KeyCodec,
+        slice_end: Option<TimestampMs>,
+        rows: &Rows,
+        slots: &[u32],
+    ) -> Result<RecordBatch> {
+        let mut columns: Vec<ArrayRef> = Vec::with_capacity(schema.fields().len());
+        if let Some(end) = slice_end {
+            columns.push(Arc::new(TimestampMillisecondArray::from_value(end, slots.len())));
+        }
+        columns.extend(keys_of_slots(codec, rows, slots)?);
+        for (at, call) in self.placed() {
+            columns.extend(call.states(rows, at, slots)?);
+        }
+        batch(schema, columns, slots.len())
+    }
+}
+
+/// How groups are kept and travel: as partial batches, found by the names of their columns.
+pub(crate) struct GroupingLayout {
+    grouping: Grouping,
+    schema: SchemaRef,
+    codec: KeyCodec,
+}
+
+impl GroupingLayout {
+    pub(crate) fn new(grouping: &Grouping) -> Result<Arc<Self>> {
+        let codec = KeyCodec::new(&grouping.keys)?;
+        Ok(Arc::new(Self { grouping: grouping.clone(), schema: grouping.partial_schema(), codec }))
     }
 
-    /// Reads shards back: the tables by slice end (0 if not windowed) with just this subtask's key groups, and the least
-    /// watermark of all shards. (Behind aligned barriers all have the same; otherwise the least one loses nothing.)
-    pub(crate) fn restore(
-        &self,
-        shards: &[RestoredShard],
-        context: &SubtaskContext,
-    ) -> Result<(BTreeMap<TimestampMs, Table>, Option<TimestampMs>)> {
-        let codec = KeyCodec::new(&self.keys)?;
-        let mut tables: BTreeMap<TimestampMs, Table> = BTreeMap::new();
-        let mut watermark = None;
-        for restored in shards {
-            let (header, batches) = shard::read(&restored.bytes)?;
-            watermark = match (watermark, header.watermark) {
-                (Some(a), Some(b)) => Some(std::cmp::min::<TimestampMs>(a, b)),
-                (a, b) => a.or(b),
-            };
-            for rows in batches {
-                let (keys, hashes) =
-                    (self.keys_of(&codec, &rows)?, hash_keys(&self.key_arrays(&rows), rows.num_rows())?);
-                let ends =
-                    self.windowed.then(|| rows.column(0).as_primitive::<TimestampMillisecondType>().values().clone());
-                let mine = |row: &usize| context.owns(hashes[*row]);
-                let mut by_slice: BTreeMap<TimestampMs, (Vec<u32>, Vec<u32>)> = BTreeMap::new();
-                for row in (0..rows.num_rows()).filter(mine) {
-                    let end = ends.as_ref().map_or(0, |e| e[row]);
-                    let table = tables.entry(end).or_insert_with(|| Table::new(self.column_types()));
-                    let (slots, taken) = by_slice.entry(end).or_default();
-                    slots.push(table.slot(hashes[row], keys.get(row)).0);
-                    taken.push(row as u32);
-                }
-                for (end, (slots, taken)) in by_slice {
-                    let rows =
-                        arrow::compute::take_record_batch(&rows, &UInt32Array::from(taken)).map_err(arrow_failed)?;
-                    if let Some(table) = tables.get_mut(&end) {
-                        self.merge(table, &slots, &rows)?;
-                    }
-                }
+    /// The columns of a restored batch that are those of the schema at `places`; `None` for those that it lacks.
+    fn columns(&self, batch: &RecordBatch, places: Range<usize>) -> Result<Vec<Option<ArrayRef>>> {
+        places.map(|place| column_of(batch, self.schema.field(place))).collect()
+    }
+}
+
+impl Layout for GroupingLayout {
+    fn types(&self) -> Vec<ColumnType> {
+        self.grouping.column_types()
+    }
+
+    fn schema(&self) -> SchemaRef {
+        self.schema.clone()
+    }
+
+    fn encode(&self, namespace: i64, rows: &Rows, slots: &[u32]) -> Result<RecordBatch> {
+        self.grouping.page(&self.schema, &self.codec, self.grouping.windowed.then_some(namespace), rows, slots)
+    }
+
+    fn decode(&self, batch: &RecordBatch) -> Result<RowKeys> {
+        let first = usize::from(self.grouping.windowed);
+        let columns = self.columns(batch, 0..first + self.grouping.keys.len())?.into_iter().zip(self.schema.fields());
+        let columns: Vec<ArrayRef> = columns.map(|(column, field)| present(column, field)).collect::<Result<_>>()?;
+        let (slices, keys) = columns.split_at(first);
+        let (encoded, hashes) = (self.codec.encode(keys)?, hash_keys(keys, batch.num_rows())?);
+        let ends = slices.first().map(|c| c.as_primitive::<TimestampMillisecondType>().values().clone());
+        let mut found = RowKeys::default();
+        for (row, hash) in hashes.into_iter().enumerate() {
+            found.push(ends.as_ref().map_or(0, |ends| ends[row]), hash, encoded.get(row));
+        }
+        Ok(found)
+    }
+
+    fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> Result<()> {
+        let mut state = usize::from(self.grouping.windowed) + self.grouping.keys.len();
+        for (at, call) in self.grouping.placed() {
+            let end = state + call.state_fields().len();
+            let fields = &self.schema.fields()[state..end];
+            let columns = self.columns(batch, state..end)?;
+            state = end;
+            // A call that is new begins with nothing.
+            if columns.iter().any(Option::is_some) {
+                let columns = columns.into_iter().zip(fields);
+                let columns: Vec<ArrayRef> = columns.map(|(c, field)| present(c, field)).collect::<Result<_>>()?;
+                call.merge(table, at, slots, &columns)?;
             }
         }
-        Ok((tables, watermark))
+        Ok(())
     }
+}
+
+/// The column of this name of a restored batch.
+pub(crate) fn column_of(batch: &RecordBatch, field: &Field) -> Result<Option<ArrayRef>> {
+    let Some(column) = batch.column_by_name(field.name()) else { return Ok(None) };
+    if column.data_type() != field.data_type() {
+        return Err(Error::abort(format!(
+            "column '{}' of the state is {} and not {}",
+            field.name(),
+            column.data_type(),
+            field.data_type()
+        )));
+    }
+    Ok(Some(column.clone()))
+}
+
+/// A column that must be there.
+pub(crate) fn present(column: Option<ArrayRef>, field: &FieldRef) -> Result<ArrayRef> {
+    column.ok_or_else(|| Error::abort(format!("the state has no column '{}'", field.name())))
+}
+
+/// The same fields with names of their own: the second of a name is `name#2`.
+pub(crate) fn unique(fields: impl IntoIterator<Item = FieldRef>) -> Vec<FieldRef> {
+    let mut taken: BTreeMap<String, usize> = BTreeMap::new();
+    let mut one = |field: FieldRef| {
+        let count = taken.entry(field.name().clone()).or_default();
+        *count += 1;
+        match *count {
+            1 => field,
+            n => Arc::new(field.as_ref().clone().with_name(format!("{}#{n}", field.name()))),
+        }
+    };
+    fields.into_iter().map(&mut one).collect()
 }
 
 /// The key columns of some rows of a table.

@@ -16,12 +16,12 @@ use floodmark_dataflow::{
     Barrier, Batch, Operator, OperatorFactory, Output, Port, RestoredShard, StateSnapshot, SubtaskContext,
     WATERMARK_MAX, WATERMARK_MIN, metrics::add,
 };
-use floodmark_snapshot::{Error, Result, TimestampMs};
-use floodmark_state::{Rows, Table};
+use floodmark_snapshot::{Epoch, Result, TimestampMs};
+use floodmark_state::{KeyedState, Rows, Table};
 
 use super::{
     key::KeyCodec,
-    partial::{BATCH_ROWS_MAX, Grouping, batch, keys_of_slots},
+    partial::{BATCH_ROWS_MAX, Grouping, GroupingLayout, batch, keys_of_slots},
 };
 
 /// How event time is cut into windows, milliseconds.
@@ -148,7 +148,7 @@ impl OperatorFactory for WindowAggregate {
             codec: KeyCodec::new(&self.grouping.keys)?,
             spec: self.clone(),
             context: context.clone(),
-            slices: BTreeMap::new(),
+            state: context.keyed("", GroupingLayout::new(&self.grouping)?, None)?,
             watermark: WATERMARK_MIN,
         }))
     }
@@ -158,7 +158,8 @@ struct WindowOperator {
     spec: WindowAggregate,
     codec: KeyCodec,
     context: SubtaskContext,
-    slices: BTreeMap<TimestampMs, Table>,
+    /// Slices, in the namespaces of their ends.
+    state: Box<dyn KeyedState>,
     watermark: TimestampMs,
 }
 
@@ -179,61 +180,57 @@ impl WindowOperator {
             return Ok(());
         }
         let grouping = &self.spec.grouping;
-        let table = self.slices.entry(end).or_insert_with(|| Table::new(grouping.column_types()));
         let keys = grouping.keys_of(&self.codec, rows)?;
-        let slots: Vec<u32> = hashes.iter().enumerate().map(|(row, h)| table.slot(*h, keys.get(row)).0).collect();
-        grouping.merge(table, &slots, rows)
+        let slots = self.state.slots(end, hashes, &keys.all(rows.num_rows()))?;
+        grouping.merge(self.state.table(end), &slots.at, rows)
     }
 
-    fn fire(&self, end: TimestampMs, out: &mut Output) -> Result<()> {
-        let size = self.spec.slicing.size();
-        let mut slices = match self.spec.slicing {
-            Slicing::Windows(_) => self.slices.range(end - size + 1..=end),
-            Slicing::Attached(_) => self.slices.range(end..=end),
+    fn fire(&mut self, end: TimestampMs, out: &mut Output) -> Result<()> {
+        let Self { spec, codec, state, .. } = self;
+        let slices = match spec.slicing {
+            Slicing::Windows(windows) => state.namespaces(end - windows.size + 1..=end),
+            Slicing::Attached(_) => state.namespaces(end..=end),
         };
-        let grouping = &self.spec.grouping;
-        match (slices.next(), slices.next()) {
-            (None, _) => Ok(()),
-            (Some((_, only)), None) => self.emit(end, only.rows(), out),
-            (Some(first), Some(second)) => {
-                let mut merged = Table::new(grouping.column_types());
-                for (slice_end, table) in [first, second].into_iter().chain(slices) {
-                    let rows = table.rows();
-                    let mut slots = Vec::with_capacity(rows.len());
-                    for chunk in rows.chunks() {
-                        slots.extend((0..chunk.len()).map(|row| merged.slot(chunk.hash(row), chunk.key(row)).0));
-                    }
-                    let all: Vec<u32> = (0..rows.len() as u32).collect();
-                    for (at, call) in grouping.placed() {
-                        call.merge(&mut merged, at, &slots, &call.states(rows, at, &all)?)
-                            .map_err(|e| e.context(format!("slice {slice_end}")))?;
-                    }
+        if let [only] = slices.as_slice() {
+            return state.scan(*only, &mut |rows, slots| {
+                slots.chunks(BATCH_ROWS_MAX).try_for_each(|slots| spec.emit(codec, end, rows, slots, out))
+            });
+        }
+        let grouping = &spec.grouping;
+        let mut merged = Table::new(grouping.column_types());
+        for slice_end in slices {
+            state.scan(slice_end, &mut |rows, slots| {
+                let to: Vec<u32> = slots.iter().map(|s| merged.slot(rows.hash(*s), rows.key(*s)).0).collect();
+                for (at, call) in grouping.placed() {
+                    call.merge(&mut merged, at, &to, &call.states(rows, at, slots)?)
+                        .map_err(|e| e.context(format!("slice {slice_end}")))?;
                 }
-                self.emit(end, merged.rows(), out)
-            }
+                Ok(())
+            })?;
         }
+        merged.rows().pages(BATCH_ROWS_MAX).try_for_each(|slots| spec.emit(codec, end, merged.rows(), &slots, out))
     }
+}
 
-    fn emit(&self, end: TimestampMs, rows: &Rows, out: &mut Output) -> Result<()> {
-        let WindowAggregate { grouping, slicing, output, schema } = &self.spec;
-        for start in (0..rows.len()).step_by(BATCH_ROWS_MAX) {
-            let slots: Vec<u32> = (start as u32..rows.len().min(start + BATCH_ROWS_MAX) as u32).collect();
-            let keys = keys_of_slots(&self.codec, rows, &slots)?;
-            let calls: Vec<ArrayRef> =
-                grouping.placed().map(|(at, call)| call.results(rows, at, &slots)).collect::<Result<_>>()?;
-            let time = |t: TimestampMs| Arc::new(TimestampMillisecondArray::from_value(t, slots.len())) as ArrayRef;
-            let columns = output
-                .iter()
-                .map(|column| match column {
-                    OutputColumn::Key(i) => keys[*i].clone(),
-                    OutputColumn::WindowStart => time(end - slicing.size()),
-                    OutputColumn::WindowEnd => time(end),
-                    OutputColumn::WindowTime => time(end - 1),
-                    OutputColumn::Call(i) => calls[*i].clone(),
-                })
-                .collect();
-            out.emit(Batch::new(batch(schema, columns, slots.len())?));
-        }
+impl WindowAggregate {
+    /// Emits the results of some rows, at most [`BATCH_ROWS_MAX`].
+    fn emit(&self, codec: &KeyCodec, end: TimestampMs, rows: &Rows, slots: &[u32], out: &mut Output) -> Result<()> {
+        let Self { grouping, slicing, output, schema } = self;
+        let keys = keys_of_slots(codec, rows, slots)?;
+        let calls: Vec<ArrayRef> =
+            grouping.placed().map(|(at, call)| call.results(rows, at, slots)).collect::<Result<_>>()?;
+        let time = |t: TimestampMs| Arc::new(TimestampMillisecondArray::from_value(t, slots.len())) as ArrayRef;
+        let columns = output
+            .iter()
+            .map(|column| match column {
+                OutputColumn::Key(i) => keys[*i].clone(),
+                OutputColumn::WindowStart => time(end - slicing.size()),
+                OutputColumn::WindowEnd => time(end),
+                OutputColumn::WindowTime => time(end - 1),
+                OutputColumn::Call(i) => calls[*i].clone(),
+            })
+            .collect();
+        out.emit(Batch::new(batch(schema, columns, slots.len())?));
         Ok(())
     }
 }
@@ -263,11 +260,10 @@ impl Operator for WindowOperator {
         let slicing = self.spec.slicing;
         // All windows that end here or before have fired.
         let mut fired = self.watermark.saturating_add(1);
-        while let Some((slice, _)) = self.slices.first_key_value() {
-            let slice = *slice;
+        while let Some(slice) = self.state.first_namespace() {
             let end = slicing.first_end(slice).max(slicing.next_end(fired));
             if end > slicing.last_end(slice) {
-                self.slices.pop_first();
+                self.state.drop_namespace(slice)?;
                 continue;
             }
             if end - 1 > watermark {
@@ -277,32 +273,34 @@ impl Operator for WindowOperator {
             fired = end;
         }
         self.watermark = watermark;
-        while let Some((slice, _)) = self.slices.first_key_value() {
-            if !self.over(*slice) {
-                break;
-            }
-            self.slices.pop_first();
+        while let Some(slice) = self.state.first_namespace().filter(|slice| self.over(*slice)) {
+            self.state.drop_namespace(slice)?;
         }
         Ok(())
     }
 
-    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
-        let tables = self.slices.iter().map(|(end, table)| (Some(*end), table.snapshot())).collect();
-        Ok(StateSnapshot::of(vec![self.spec.grouping.pending(tables, Some(self.watermark), &self.context)]))
+    fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
+        self.state.snapshot(barrier, Some(self.watermark))
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
-        if !self.slices.is_empty() {
-            return Err(Error::abort("state is restored before the first row"));
-        }
-        let (slices, watermark) = self.spec.grouping.restore(&shards, &self.context)?;
-        self.slices = slices;
-        self.watermark = watermark.unwrap_or(WATERMARK_MIN);
+        shards.iter().try_for_each(|shard| self.state.restore(shard))
+    }
+
+    fn restored(&mut self) -> Result<()> {
+        self.watermark = self.state.restored()?.unwrap_or(WATERMARK_MIN);
         Ok(())
     }
 
+    fn on_completed(&mut self, epoch: Epoch) -> Result<()> {
+        self.state.completed(epoch)
+    }
+
+    fn on_aborted(&mut self, epoch: Epoch) -> Result<()> {
+        self.state.aborted(epoch)
+    }
+
     fn state_size(&self) -> (u64, u64) {
-        let size = |(rows, bytes), table: &Table| (rows + table.len() as u64, bytes + table.bytes() as u64);
-        self.slices.values().fold((0, 0), size)
+        self.state.size()
     }
 }

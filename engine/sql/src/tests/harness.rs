@@ -16,7 +16,7 @@ use floodmark_dataflow::{
     sink::{Committer, SinkFactory, SinkNode},
     source::{Polled, Source, SourceFactory},
 };
-use floodmark_snapshot::{Env, Epoch, Error, JobId, KeyGroupRange, Result, Shard, ShardKind, SplitState, TimestampMs};
+use floodmark_snapshot::{Env, Epoch, Error, JobId, KeyGroupRange, Result, Shard, SplitState, TimestampMs};
 
 use crate::{PlanOptions, SqlError, plan};
 
@@ -129,6 +129,7 @@ fn context_of(index: u32, parallelism: u32) -> SubtaskContext {
         max_parallelism: 128,
         key_groups: KeyGroupRange::of_subtask(index, parallelism, 128),
         metrics: Arc::default(),
+        state: floodmark_dataflow::StateSettings::default(),
         env: Env::system(),
     }
 }
@@ -206,11 +207,13 @@ impl Driver {
         for task in 0..self.operators.len() {
             for at in 0..self.operators[task].len() {
                 let Some(operator) = &mut self.operators[task][at] else { continue };
-                let shards = shards_of(&mut **operator);
+                let shards = shards_of(&mut **operator, 0);
                 if !shards.is_empty() {
                     assert!(self.graph.vertices[task].chain[at].state_schema.is_some(), "state without a schema");
+                    let next = next.operators[task][at].as_mut().unwrap();
+                    next.restore(shards).unwrap();
+                    next.restored().unwrap();
                 }
-                next.operators[task][at].as_mut().unwrap().restore(shards).unwrap();
             }
         }
         next.watermarks = self.watermarks;
@@ -272,12 +275,12 @@ impl Driver {
     }
 }
 
-/// What a snapshot of an operator holds.
-fn shards_of(operator: &mut dyn Operator) -> Vec<RestoredShard> {
+/// What a snapshot of an operator of subtask `subtask` holds.
+fn shards_of(operator: &mut dyn Operator, subtask: u32) -> Vec<RestoredShard> {
     let shard = |pending: PendingShard| {
-        let bytes = (pending.encode)().unwrap();
-        let (size, key_groups) = (bytes.len() as u64, pending.key_groups);
-        let shard = Shard { size, key_groups, rows: pending.rows, ..Shard::new("", ShardKind::Keyed) };
+        let PendingShard { kind, key_groups, rows, layer, name, encode, .. } = pending;
+        let bytes = encode().unwrap();
+        let shard = Shard { size: bytes.len() as u64, subtask, key_groups, rows, layer, name, ..Shard::new("", kind) };
         RestoredShard { shard, bytes }
     };
     operator.snapshot(&Barrier::checkpoint(Epoch(1))).unwrap().pending.into_iter().map(shard).collect()
@@ -293,11 +296,12 @@ pub(super) fn check_rescaled(sql: &str, parallelism: u32) {
     for (task, vertex) in graph.vertices.iter().enumerate() {
         for (at, node) in vertex.chain.iter().enumerate().filter(|(_, n)| n.state_schema.is_some()) {
             let NodeKind::Operator(factory) = &node.node else { continue };
-            let shards = shards_of(&mut **driver.operators[task][at].as_mut().unwrap());
+            let shards = shards_of(&mut **driver.operators[task][at].as_mut().unwrap(), 0);
             let restored = |shards: &[RestoredShard], of: u32| -> Vec<Box<dyn Operator>> {
                 let one = |index| {
                     let mut operator = factory.create(&context_of(index, of)).unwrap();
                     operator.restore(shards.to_vec()).unwrap();
+                    operator.restored().unwrap();
                     operator
                 };
                 (0..of).map(one).collect()
@@ -308,7 +312,8 @@ pub(super) fn check_rescaled(sql: &str, parallelism: u32) {
                 "the keys of {} share a subtask",
                 node.uid
             );
-            let shards: Vec<RestoredShard> = many.iter_mut().flat_map(|o| shards_of(&mut **o)).collect();
+            let shards: Vec<RestoredShard> =
+                (0..).zip(&mut many).flat_map(|(index, o)| shards_of(&mut **o, index)).collect();
             let ends = [many, restored(&shards, 1)].map(|operators| {
                 let rows: u64 = operators.iter().map(|o| o.state_size().0).sum();
                 let mut emitted = Vec::new();
