@@ -13,4 +13,7 @@ mod streamjob;
 
 pub use duration::HumanDuration;
 pub use manifest::{ManifestError, Problem};
-pub use streamjob::{API_VERSION, CheckpointMode, CheckpointSpec, RestoreSpec, StreamJob, StreamJobSpec, crd};
+pub use streamjob::{
+    API_VERSION, CheckpointMode, CheckpointSpec, RestoreSpec, StateBackend, StateSpec, StreamJob, StreamJobSpec,
+    UnalignedSpec, crd,
+};

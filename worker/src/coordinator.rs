@@ -29,8 +29,8 @@ pub(crate) enum Event {
         subtask: SubtaskId,
         outcome: Result<Vec<(OperatorUid, OperatorSnapshot)>>,
     },
-    /// Records of a checkpoint that was given up are kept, or can't be.
-    KeptStaged(Result<()>),
+    /// Records that a sink has staged can't be kept.
+    StagingFailed(Error),
     /// The savepoints of a checkpoint are copied, or have failed.
     Exported(Epoch),
 }
@@ -157,7 +157,7 @@ impl Running {
                 Ok(())
             }
             Some(Event::Committer(CommitterReport::Failed(id, error))) => Err(error.context(format!("sink {id}"))),
-            Some(Event::KeptStaged(kept)) => kept.map_err(|e| e.context("keep staged records")),
+            Some(Event::StagingFailed(error)) => Err(error.context("keep staged records")),
             Some(
                 Event::Task(TaskReport::Event(_, _))
                 | Event::Committer(_)

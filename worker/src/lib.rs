@@ -22,6 +22,7 @@ use std::{sync::Arc, time::Duration};
 
 use floodmark_dataflow::JobGraph;
 use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, restore::Reference, storage::Storage};
+use floodmark_state::StateSettings;
 
 pub use control::{Controls, SavepointMade, SavepointRequest};
 pub use progress::{CheckpointCounts, CheckpointStatus, JobPhase, OperatorStatus, Progress, ProgressView};
@@ -85,6 +86,8 @@ pub struct RunSpec {
     pub parallelism: u32,
     /// Number of key groups; fixed for the job's life.
     pub max_parallelism: u16,
+    /// How operators keep their state; whether restored files may be named again is the worker's to say.
+    pub state: StateSettings,
     /// How to take snapshots.
     pub checkpoints: CheckpointSettings,
     /// Where to keep them.

@@ -193,11 +193,14 @@ impl Shell {
         let (uploader, events) = (self.uploader.clone(), running.sender.clone());
         let wanted = self.machine.in_flight().any(|e| e == epoch);
         running.env.runtime.spawn(Box::pin(async move {
-            let event = if wanted {
-                let outcome = uploader.upload(epoch, id.index, parts, &staged, turn).await;
-                Event::Uploaded { epoch, subtask: id, outcome }
-            } else {
-                Event::KeptStaged(uploader.keep_staged(epoch, parts, &staged, turn).await)
+            let event = match uploader.stage(epoch, &mut parts, &staged, turn).await {
+                Err(error) => Event::StagingFailed(error),
+                // One that has been given up meanwhile needs no files.
+                Ok(()) if !wanted => return,
+                Ok(()) => {
+                    let outcome = uploader.upload(epoch, id.index, parts, &staged).await;
+                    Event::Uploaded { epoch, subtask: id, outcome }
+                }
             };
             // Nobody listens any more once the job has ended.
             let _ = events.send(event);

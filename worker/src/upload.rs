@@ -65,40 +65,46 @@ impl Turn {
 }
 
 impl Uploader {
-    /// Keeps the records that the sinks of a subtask staged, and uploads nothing: the checkpoint has been given up.
-    pub(crate) async fn keep_staged(
+    /// Keeps the records that the sinks of a subtask staged at a barrier, behind those of the barriers before it.
+    ///
+    /// `staged` has, for each sink of this subtask that commits, the records that it holds uncommitted.
+    ///
+    /// # Errors
+    /// When the records can't be encoded: the job must not go on without them.
+    pub(crate) async fn stage(
         &self,
         epoch: Epoch,
-        parts: Vec<OperatorPart>,
+        parts: &mut [OperatorPart],
         staged: &HashMap<OperatorUid, Staged>,
         mut turn: Turn,
     ) -> Result<()> {
         turn.come().await;
-        for mut part in parts {
-            self.restage(epoch, &mut part, staged).await?;
+        for part in parts {
+            let Some(staged) = staged.get(&part.uid) else { continue };
+            let (new, others) = std::mem::take(&mut part.shards).into_iter().partition(|s| s.kind == ShardKind::Staged);
+            part.shards = others;
+            let new: Vec<PendingShard> = new;
+            for shard in new.into_iter().filter(|s| s.rows > 0) {
+                let rows = shard.rows;
+                let bytes = self.env.blocking("encoding records", shard.encode).await??;
+                staged.add(epoch, (rows, bytes));
+            }
         }
         turn.pass_on();
         Ok(())
     }
 
-    /// Uploads the parts of subtask `subtask` and answers with what the manifest will say of each operator. What was written
-    /// before a failure is deleted.
-    ///
-    /// `staged` has, for each sink of this subtask that commits, the records that it still holds uncommitted.
+    /// Uploads the parts of subtask `subtask`, and the records that its sinks hold staged: a checkpoint must hold whatever its
+    /// commit will have to write. Answers with what the manifest will say of each operator. What was written before a failure
+    /// is deleted.
     pub(crate) async fn upload(
         &self,
         epoch: Epoch,
         subtask: u32,
-        mut parts: Vec<OperatorPart>,
+        parts: Vec<OperatorPart>,
         staged: &HashMap<OperatorUid, Staged>,
-        mut turn: Turn,
     ) -> Result<Vec<(OperatorUid, OperatorSnapshot)>> {
         self.env.probe.reached(Step::BeforeUpload, epoch);
-        turn.come().await;
-        for part in &mut parts {
-            self.restage(epoch, part, staged).await?;
-        }
-        turn.pass_on();
         let written = Written { uploader: self, epoch, subtask, paths: Mutex::default() };
         let mut acknowledged = Vec::with_capacity(parts.len());
         for part in parts {
@@ -115,25 +121,6 @@ impl Uploader {
         }
         self.env.probe.reached(Step::AfterUpload, epoch);
         Ok(acknowledged)
-    }
-
-    /// Adds a sink's new records to those that it still holds.
-    async fn restage(
-        &self,
-        epoch: Epoch,
-        part: &mut OperatorPart,
-        staged: &HashMap<OperatorUid, Staged>,
-    ) -> Result<()> {
-        let Some(staged) = staged.get(&part.uid) else { return Ok(()) };
-        let (new, others) = std::mem::take(&mut part.shards).into_iter().partition(|s| s.kind == ShardKind::Staged);
-        part.shards = others;
-        let new: Vec<PendingShard> = new;
-        for shard in new.into_iter().filter(|s| s.rows > 0) {
-            let rows = shard.rows;
-            let bytes = self.env.blocking("encoding records", shard.encode).await??;
-            staged.add(epoch, (rows, bytes));
-        }
-        Ok(())
     }
 }
 

@@ -31,6 +31,7 @@ fn spec(job: Job, connection: &Arc<Connection>, parallelism: u32) -> RunSpec {
         graph: job.graph(connection),
         parallelism,
         max_parallelism: 16,
+        state: Default::default(),
         checkpoints: CheckpointSettings {
             mode: CheckpointMode::ExactlyOnce,
             interval: Duration::from_millis(2),
