@@ -1,6 +1,9 @@
 //! One subtask's database: read on the task's thread, written on its own.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use floodmark_snapshot::Result;
 use rocksdb::{
@@ -112,10 +115,17 @@ impl Database {
 }
 
 /// Opens a database.
-pub(crate) fn open(shared: &Shared, place: &std::path::Path) -> Result<DB> {
+fn open(shared: &Shared, place: &Path) -> Result<DB> {
     let options = shared.database();
     let rows = ColumnFamilyDescriptor::new(DEFAULT_COLUMN_FAMILY_NAME, options.clone());
     DB::open_cf_descriptors(&options, place, [rows]).map_err(|e| failed("open database", &e))
+}
+
+/// Opens a checkpoint or a piece of one to be read: nothing in its folder changes.
+pub(crate) fn open_to_read(shared: &Shared, place: &Path) -> Result<DB> {
+    let options = shared.database();
+    let rows = ColumnFamilyDescriptor::new(DEFAULT_COLUMN_FAMILY_NAME, options.clone());
+    DB::open_cf_descriptors_read_only(&options, place, [rows], false).map_err(|e| failed("open a checkpoint", &e))
 }
 
 /// A job that writes a batch.

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use floodmark_snapshot::{Epoch, Shard};
+use floodmark_snapshot::{Epoch, Shard, manifest::ShardStatus};
 
 use crate::meta::DataFile;
 
@@ -53,7 +53,7 @@ impl Lineage {
 
     /// The shard of a file that checkpoint `epoch` needs, if it need not be uploaded.
     pub(crate) fn reuse(&mut self, epoch: Epoch, file: &str) -> Option<Shard> {
-        let shard = self.known.get(file)?.clone();
+        let shard = Shard { status: ShardStatus::Reused, ..self.known.get(file)?.clone() };
         self.under_way.get_mut(&epoch)?.insert(file.to_owned(), shard.clone());
         Some(shard)
     }

@@ -25,7 +25,7 @@ pub(crate) fn write(
     form: &Form,
     watermark: Option<TimestampMs>,
 ) -> Result<Bytes> {
-    let db = database::open(shared, place)?;
+    let db = database::open_to_read(shared, place)?;
     let mut page = Page::new(form.clone());
     let mut writer = RowWriter::new(spec, Header::new(watermark), page.written());
     let mut at = None;

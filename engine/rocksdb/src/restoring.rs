@@ -127,7 +127,7 @@ impl State {
     /// Takes our rows out of a piece.
     fn import(&mut self, piece: Checked) -> Result<()> {
         let Some(common) = common(piece.key_groups, self.spec.key_groups) else { return Ok(()) };
-        let old = database::open(&self.process.shared, piece.folder.path())?;
+        let old = database::open_to_read(&self.process.shared, piece.folder.path())?;
         let mut files = Files::new(self.process.shared.files(), self.database.folder().path().to_owned());
         let (old_form, now) = (Form { types: self.form.types.clone(), timed: piece.meta.timed }, self.now());
         let mut counts: BTreeMap<i64, u64> = BTreeMap::new();
