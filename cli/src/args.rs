@@ -8,7 +8,7 @@ use floodmark_snapshot::restore::Reference;
 const EXIT_CODES: &str = "\
 Exit codes:
     0  done: all input processed, or stopped when asked to
-    1  the job failed
+    1  the job failed, or can't do what it was asked
     2  bad input: usage, manifest, SQL, or a table that can't be read or written as declared
     3  fenced: a newer process has taken the job over
     4  the storage can't be used, or its checkpoints don't allow a start
@@ -33,19 +33,77 @@ pub(crate) enum Command {
     Run(RunArgs),
     /// Check a job and show its dataflow, without running it
     Check(CheckArgs),
-    /// Look at a job's checkpoints; changes nothing, also while the job runs
+    /// Ask the process that runs a job for a savepoint; prints its location
+    #[command(after_help = EXIT_CODES)]
+    Savepoint(SavepointArgs),
+    /// Show what a snapshot's state would become in a job, without starting it; exit code 4 if it does not fit
+    #[command(after_help = EXIT_CODES)]
+    Plan(PlanArgs),
+    /// List, show, verify and delete a job's checkpoints and savepoints
     #[command(subcommand, after_help = EXIT_CODES)]
     Checkpoints(CheckpointsCommand),
 }
 
+#[derive(Debug, clap::Args)]
+pub(crate) struct PlanArgs {
+    /// The manifest of the job as it shall run: a file with one StreamJob, or `-` for standard input
+    #[arg(value_name = "JOB.yaml")]
+    pub(crate) job: PathBuf,
+
+    /// The snapshot to start from, as `run --restore` takes it. Default: what `run` would start from
+    #[arg(long, value_name = "SNAPSHOT", value_parser = snapshot)]
+    pub(crate) from: Option<Reference>,
+
+    /// Where the job keeps its snapshots; overrides the manifest, as for `run`
+    #[arg(long, value_name = "URL")]
+    pub(crate) storage: Option<String>,
+
+    /// Number of parallel subtasks; overrides the manifest
+    #[arg(long, value_name = "N")]
+    pub(crate) parallelism: Option<u32>,
+
+    /// Also ask the sources which partitions or files are new, or gone
+    #[arg(long)]
+    pub(crate) online: bool,
+
+    /// How to print the plan
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct SavepointArgs {
+    /// The manifest of the job: a file with one StreamJob, or `-` for standard input
+    #[arg(value_name = "JOB.yaml")]
+    pub(crate) job: PathBuf,
+
+    /// The savepoint's name, unique in the job. Default: the time, such as 2026-11-21T10-33-12
+    #[arg(value_name = "NAME")]
+    pub(crate) name: Option<String>,
+
+    /// Stop the job with the savepoint: nothing is processed after it
+    #[arg(long)]
+    pub(crate) stop: bool,
+
+    /// Stop the job with the savepoint, after event time has gone to its end: all open windows fire
+    #[arg(long, conflicts_with = "stop")]
+    pub(crate) drain: bool,
+
+    /// Where the job keeps its snapshots; overrides the manifest, as for `run`
+    #[arg(long, value_name = "URL")]
+    pub(crate) storage: Option<String>,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum CheckpointsCommand {
-    /// List what the log holds: checkpoints, oldest first, and entries that can't be read
+    /// List what a job can start from: its checkpoints, oldest first, and its savepoints, with their locations
     List(CheckpointsArgs),
     /// Print a checkpoint's manifest, as JSON
     Show(CheckpointArgs),
     /// Read every byte of a checkpoint back and compare it with what was written; exit code 4 if any differs
     Verify(CheckpointArgs),
+    /// Delete a checkpoint, a savepoint, or all that a job that doesn't run has left; says what, and asks
+    Delete(DeleteArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -62,11 +120,59 @@ pub(crate) struct CheckpointsArgs {
 #[derive(Debug, clap::Args)]
 pub(crate) struct CheckpointArgs {
     #[command(flatten)]
-    pub(crate) of: CheckpointsArgs,
+    pub(crate) of: SnapshotArgs,
 
     /// Which checkpoint; default: the newest (verify: all)
     #[arg(long, value_name = "N")]
     pub(crate) epoch: Option<u64>,
+
+    /// Which savepoint
+    #[arg(long, value_name = "NAME", conflicts_with = "epoch")]
+    pub(crate) savepoint: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct SnapshotArgs {
+    /// The manifest of the job, or in its place the location of a snapshot: a URL, a folder, or an entry of a log
+    #[arg(value_name = "JOB.yaml|LOCATION")]
+    pub(crate) job: PathBuf,
+
+    /// Where the checkpoints are; overrides the manifest
+    #[arg(long, value_name = "URL")]
+    pub(crate) storage: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DeleteArgs {
+    #[command(flatten)]
+    pub(crate) of: CheckpointsArgs,
+
+    #[command(flatten)]
+    pub(crate) what: DeleteWhat,
+
+    /// With --all: savepoints too
+    #[arg(long, requires = "all")]
+    pub(crate) savepoints: bool,
+
+    /// Don't ask
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct DeleteWhat {
+    /// This checkpoint
+    #[arg(long, value_name = "N")]
+    pub(crate) epoch: Option<u64>,
+
+    /// This savepoint
+    #[arg(long, value_name = "NAME")]
+    pub(crate) savepoint: Option<String>,
+
+    /// Everything but savepoints: the job begins anew
+    #[arg(long)]
+    pub(crate) all: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -113,7 +219,7 @@ fn snapshot(text: &str) -> Result<Reference, String> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
-    /// A few lines on standard error
+    /// Lines for people
     Text,
     /// One JSON object on standard output
     Json,

@@ -46,7 +46,7 @@ fn check_tables(job: &Job) -> Result<(), Failure> {
 fn check_storage(job: &Job, env: &Env) -> Result<(), Failure> {
     let failed = |e: &dyn std::fmt::Display| Failure::new(Exit::Storage, e);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| failed(&e))?;
-    let storage = storage::open(job::storage(None, &job.manifest)).map_err(|e| failed(&e))?;
+    let storage = storage::open(&job::storage(None, &job.manifest)?).map_err(|e| failed(&e))?;
     runtime.block_on(storage::check_writable(&*storage, env)).map_err(|e| failed(&e))?;
     print(&format!("storage {}: writable\n", storage.describe()));
     Ok(())

@@ -7,9 +7,9 @@ use floodmark_dataflow::{
     JobGraph,
     connector::{Guarantee, PlanContext},
 };
-use floodmark_snapshot::JobId;
+use floodmark_snapshot::{JobId, restore::Reference};
 
-use crate::exit::Failure;
+use crate::exit::{Exit, Failure};
 
 /// Uid of a job that no cluster has given one.
 const LOCAL_UID: &str = "local";
@@ -50,8 +50,33 @@ impl Job {
 const DEFAULT_STORAGE: &str = "floodmark-data";
 
 /// Where a job's checkpoints are: as the command line says, else the manifest, else beside where it runs.
-pub(crate) fn storage<'a>(option: Option<&'a str>, manifest: &'a StreamJob) -> &'a str {
-    option.or(manifest.spec.checkpoints.storage.as_deref()).unwrap_or(DEFAULT_STORAGE)
+pub(crate) fn storage(option: Option<&str>, manifest: &StreamJob) -> Result<String, Failure> {
+    absolute(option.or(manifest.spec.checkpoints.storage.as_deref()).unwrap_or(DEFAULT_STORAGE))
+}
+
+/// A location that means the same wherever it is read: paths are made absolute, URLs are left alone.
+pub(crate) fn absolute(location: &str) -> Result<String, Failure> {
+    if location.contains("://") {
+        return Ok(location.to_owned());
+    }
+    match std::path::absolute(location) {
+        Ok(path) => Ok(path.display().to_string()),
+        Err(e) => Err(Failure::input(format!("location '{location}': {e}"))),
+    }
+}
+
+/// What a reference stands for wherever it is read: see [`absolute`].
+pub(crate) fn absolute_reference(reference: Reference) -> Result<Reference, Failure> {
+    match reference {
+        Reference::Location(location) => absolute(&location).map(Reference::Location),
+        named => Ok(named),
+    }
+}
+
+/// A runtime for a command that waits for little.
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|e| Failure::new(Exit::JobFailed, format!("start the runtime: {e}")))
 }
 
 /// Reads a manifest without looking at its SQL; answers with whose state it is as well.

@@ -8,12 +8,16 @@
 mod args;
 mod check;
 mod checkpoints;
+mod control;
 mod crash;
 mod display;
 mod exit;
+mod history;
 mod job;
 mod logs;
+mod plan;
 mod run;
+mod savepoint;
 mod screen;
 mod signals;
 mod summary;
@@ -38,6 +42,8 @@ fn main() -> ExitCode {
         let command = || match &args.command {
             Command::Run(run) => run::run(run, &screen),
             Command::Check(check) => check::check(check),
+            Command::Plan(args) => plan::plan(args),
+            Command::Savepoint(args) => savepoint::savepoint(args, &screen),
             Command::Checkpoints(command) => checkpoints::checkpoints(command),
         };
         // The default hook has printed the panic's own message and place by then.

@@ -5,12 +5,16 @@ use std::{sync::Arc, time::Duration};
 use floodmark_crds::{CheckpointMode as Mode, CheckpointSpec};
 use floodmark_dataflow::{JobGraph, graph::NodeKind};
 use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
-use floodmark_worker::{CheckpointMode, CheckpointSettings, Outcome, Progress, RunError, RunSpec, Summary};
+use floodmark_worker::{
+    CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RunError, RunSpec, Summary,
+    api::{self, JobApi},
+};
 use nix::sys::resource::{UsageWho, getrusage};
 use tokio::sync::watch;
 
 use crate::{
     args::{Output, RunArgs},
+    control::{self, Place},
     crash,
     display::Display,
     exit::{Exit, Failure},
@@ -28,8 +32,8 @@ pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
     let mut job = String::new();
     let ran = Job::load(&args.job, args.parallelism).and_then(|loaded| {
         job = loaded.id.to_string();
-        let spec = run_spec(args, loaded)?;
-        drive(spec, &env, &progress, screen)
+        let (spec, place) = run_spec(args, loaded)?;
+        drive(spec, &place, &env, &progress, screen)
     });
     screen.clear();
     let (mut report, failure) = match ran {
@@ -59,25 +63,28 @@ pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
     failure.map_or(Ok(Exit::Done), Err)
 }
 
-fn run_spec(args: &RunArgs, job: Job) -> Result<RunSpec, Failure> {
-    let location = job::storage(args.storage.as_deref(), &job.manifest);
-    let storage = storage::open(location).map_err(|e| Failure::new(Exit::Storage, e))?;
+fn run_spec(args: &RunArgs, job: Job) -> Result<(RunSpec, Place), Failure> {
+    let location = job::storage(args.storage.as_deref(), &job.manifest)?;
+    let storage = storage::open(&location).map_err(|e| Failure::new(Exit::Storage, e))?;
     tracing::info!("job {}: checkpoints in {}", job.id, storage.describe());
     let spec = job.manifest.spec;
     let initial = spec.restore.from.as_deref().map(str::parse).transpose();
     let initial = initial.map_err(|e| Failure::input(format!("spec.restore.from: {e}")))?;
-    Ok(RunSpec {
+    let restore = job::absolute_reference(args.restore.clone().unwrap_or(Reference::Latest))?;
+    let place = Place::of(&job.id, &location);
+    let spec = RunSpec {
         job: job.id,
         graph: job.graph,
         parallelism: spec.parallelism,
         max_parallelism: spec.max_parallelism,
         checkpoints: checkpoint_settings(&spec.checkpoints),
         storage,
-        restore: args.restore.clone().unwrap_or(Reference::Latest),
-        initial,
+        restore,
+        initial: initial.map(job::absolute_reference).transpose()?,
         allow_dropped_state: spec.restore.allow_dropped_state,
         holder: holder(),
-    })
+    };
+    Ok((spec, place))
 }
 
 fn checkpoint_settings(spec: &CheckpointSpec) -> CheckpointSettings {
@@ -97,8 +104,14 @@ fn checkpoint_settings(spec: &CheckpointSpec) -> CheckpointSettings {
     }
 }
 
-/// Runs the worker under a display and with signals listened to.
-fn drive(spec: RunSpec, env: &Env, progress: &Arc<Progress>, screen: &Screen) -> Result<Summary, Failure> {
+/// Runs the worker under a display, with signals and the control interface listened to.
+fn drive(
+    spec: RunSpec,
+    place: &Place,
+    env: &Env,
+    progress: &Arc<Progress>,
+    screen: &Screen,
+) -> Result<Summary, Failure> {
     let failed = |what: &str, e: &dyn std::fmt::Display| Failure::new(Exit::JobFailed, format!("{what}: {e}"));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -108,7 +121,18 @@ fn drive(spec: RunSpec, env: &Env, progress: &Arc<Progress>, screen: &Screen) ->
     let screen = if prints_rows(&spec.graph) { screen.shared_with_rows() } else { screen.clone() };
     signals::listen(stop, screen.clone())?;
     let display = Display::start(progress.clone(), env.clone(), screen).map_err(|e| failed("start the display", &e))?;
-    let ran = runtime.block_on(floodmark_worker::run(spec, env.clone(), stopped, progress.clone()));
+    let (controls, savepoints) = Controls::new(stopped);
+    let (job, holder, storage) = (spec.job.clone(), spec.holder.clone(), spec.storage.clone());
+    let router = api::router(JobApi { job, holder, progress: progress.clone(), savepoints, storage });
+    let (end, ended) = watch::channel(false);
+    let ran = runtime.block_on(async {
+        let job = async {
+            let ran = floodmark_worker::run(spec, env.clone(), controls, progress.clone()).await;
+            end.send_replace(true);
+            ran
+        };
+        tokio::join!(job, control::serve(router, place, env, ended)).0
+    });
     display.finish();
     // Whatever still blocks in the background (a library's thread, an upload of a fenced run) must not keep the process.
     runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
@@ -146,10 +170,14 @@ fn outcome(outcome: Outcome) -> RunOutcome {
     }
 }
 
-/// Who runs the job, for readers of the checkpoint log.
-fn holder() -> String {
-    let host = nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok());
-    format!("{}:{}", host.as_deref().unwrap_or("unknown"), std::process::id())
+/// Who this process is, for readers of the checkpoint log.
+pub(crate) fn holder() -> String {
+    format!("{}:{}", host(), std::process::id())
+}
+
+/// The name of this machine.
+pub(crate) fn host() -> String {
+    nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_else(|| "unknown".to_owned())
 }
 
 /// User and system time of this process so far.

@@ -28,6 +28,17 @@ pub struct Release {
 }
 
 impl Release {
+    fn of(given_up: &[&Retained], kept: &[&Retained]) -> Self {
+        let named: BTreeSet<&str> = kept.iter().flat_map(|r| r.manifest.shards()).map(|s| s.path.as_str()).collect();
+        // What was adopted belongs to somebody else.
+        let owned = given_up.iter().filter(|r| r.from.is_none()).flat_map(|r| r.manifest.shards());
+        let blobs: BTreeSet<&str> = owned.map(|s| s.path.as_str()).filter(|path| !named.contains(path)).collect();
+        let mut epochs: Vec<Epoch> = given_up.iter().map(|r| r.manifest.epoch).collect();
+        epochs.sort_unstable();
+        let oldest_seq = kept.iter().map(|r| r.seq).min().unwrap_or(0);
+        Self { epochs, oldest_seq, blobs: blobs.into_iter().map(str::to_owned).collect() }
+    }
+
     /// The entry that must be durable before anything is deleted.
     #[must_use]
     pub fn event(&self) -> Event {
@@ -49,20 +60,19 @@ pub fn release(state: &LogState, retain: usize, pinned: impl Iterator<Item = Epo
     if released.is_empty() && abandoned.is_empty() {
         return None;
     }
-    let named: BTreeSet<&str> = kept.iter().flat_map(|r| r.manifest.shards()).map(|s| s.path.as_str()).collect();
-    let given_up = released.iter().chain(abandoned);
-    let blobs: BTreeSet<String> = given_up
-        .clone()
-        // What was adopted belongs to somebody else.
-        .filter(|r| r.from.is_none())
-        .flat_map(|r| r.manifest.shards())
-        .filter(|s| !named.contains(s.path.as_str()))
-        .map(|s| s.path.clone())
-        .collect();
-    let mut epochs: Vec<Epoch> = given_up.map(|r| r.manifest.epoch).collect();
-    epochs.sort_unstable();
-    let oldest_seq = kept.iter().map(|r| r.seq).min().unwrap_or(0);
-    Some(Release { epochs, oldest_seq, blobs: blobs.into_iter().collect() })
+    let given_up: Vec<&Retained> = released.iter().chain(abandoned).collect();
+    Some(Release::of(&given_up, &kept.iter().collect::<Vec<_>>()))
+}
+
+/// What giving up these checkpoints, and no others, comes to; epochs that the log does not hold are passed over. `None` if
+/// there is nothing to give up, or if no checkpoint would be left that the job can start from.
+#[must_use]
+pub fn release_these(state: &LogState, epochs: &[Epoch]) -> Option<Release> {
+    let named = |r: &&Retained| epochs.contains(&r.manifest.epoch);
+    let (given_up, kept): (Vec<&Retained>, Vec<&Retained>) =
+        state.retained.iter().chain(&state.abandoned).partition(named);
+    let left = state.retained.iter().any(|r| !named(&r));
+    (left && !given_up.is_empty()).then(|| Release::of(&given_up, &kept))
 }
 
 /// The path of a blob, relative to the job's folder: `blobs/<attempt>/<epoch>-<ulid>.<ending>`.
@@ -203,6 +213,32 @@ mod tests {
         let state = LogState { retained: vec![adopted, checkpoint(5, 2, &["blobs/2/2-a"])], ..LogState::default() };
         let release = release(&state, 1, unpinned()).unwrap();
         assert_eq!((release.epochs, release.blobs), (vec![Epoch(1)], Vec::new()));
+    }
+
+    #[test]
+    fn checkpoints_are_given_up_one_by_one_but_never_the_last() {
+        let mut adopted = checkpoint(2, 1, &["blobs/9/9-z"]);
+        adopted.from = Some("/elsewhere".into());
+        let state = LogState {
+            retained: vec![
+                adopted,
+                checkpoint(5, 2, &["blobs/1/a", "blobs/1/b"]),
+                checkpoint(8, 4, &["blobs/1/b", "blobs/1/c"]),
+            ],
+            abandoned: vec![checkpoint(6, 3, &["blobs/1/a", "blobs/1/d"])],
+            ..LogState::default()
+        };
+        let these = |epochs: &[u64]| {
+            let release = release_these(&state, &epochs.iter().map(|e| Epoch(*e)).collect::<Vec<_>>())?;
+            Some((release.epochs.iter().map(|e| e.0).collect::<Vec<_>>(), release.oldest_seq, release.blobs.join(" ")))
+        };
+        assert_eq!(these(&[2]), Some((vec![2], 2, String::new())), "all its files are named by others");
+        assert_eq!(these(&[3]), Some((vec![3], 2, "blobs/1/d".into())));
+        assert_eq!(these(&[3, 2, 1]), Some((vec![1, 2, 3], 8, "blobs/1/a blobs/1/d".into())));
+        assert_eq!(these(&[4]), Some((vec![4], 2, "blobs/1/c".into())), "also the newest, if an older one is left");
+        assert_eq!(these(&[1]), Some((vec![1], 5, String::new())), "adopted files are somebody else's");
+        assert_eq!(these(&[1, 2, 4]), None, "a given-up one is none to start from");
+        assert_eq!((these(&[]), these(&[7])), (None, None));
     }
 
     #[test]

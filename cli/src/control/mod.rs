@@ -1,0 +1,173 @@
+//! How this user's processes reach a job that runs on this machine: a Unix socket per job and storage, in a folder that
+//! nobody else may enter. What can be asked there is [`floodmark_worker::api`].
+//!
+//! Invariant: at most one process at a time listens for a job; it holds the lock file beside the socket, which the system
+//! gives back however the process ends.
+
+mod client;
+mod server;
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+    path::PathBuf,
+};
+
+use floodmark_snapshot::JobId;
+use nix::unistd::geteuid;
+use xxhash_rust::xxh3::xxh3_64;
+
+pub(crate) use self::{
+    client::{Answer, ask},
+    server::serve,
+};
+
+/// Where a job's process listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    folder: PathBuf,
+    name: String,
+}
+
+impl Place {
+    /// The place of a job whose snapshots are at `storage`.
+    pub(crate) fn of(job: &JobId, storage: &str) -> Self {
+        let storage = fs::canonicalize(storage.strip_prefix("file://").unwrap_or(storage))
+            .map_or_else(|_| storage.to_owned(), |path| path.display().to_string());
+        let name = format!("{:016x}", xxh3_64(format!("{job}\0{storage}").as_bytes()));
+        Self { folder: folder(), name }
+    }
+
+    /// The socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.join(format!("{}.sock", self.name))
+    }
+
+    fn lock(&self) -> PathBuf {
+        self.folder.join(format!("{}.lock", self.name))
+    }
+
+    /// Makes the folder, unless it is there.
+    ///
+    /// # Errors
+    /// When it belongs to somebody else, or lets others in.
+    fn prepare(&self) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
+        let found = fs::symlink_metadata(&self.folder)?;
+        if !found.is_dir() || found.uid() != geteuid().as_raw() || found.permissions().mode() & 0o077 != 0 {
+            let message = format!("{} must be a folder of yours with mode 0700", self.folder.display());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+        }
+        Ok(())
+    }
+}
+
+/// The user's folder for sockets.
+fn folder() -> PathBuf {
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|f| f.is_absolute() && f.is_dir());
+    match runtime {
+        Some(folder) => folder.join("floodmark"),
+        None => std::env::temp_dir().join(format!("floodmark-{}", geteuid())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use floodmark_snapshot::{Env, storage};
+    use floodmark_worker::{
+        Controls, SavepointMade,
+        api::{JobApi, JobView, SavepointOrder, SavepointView, Then, router},
+    };
+    use tokio::sync::{mpsc, watch};
+
+    use super::*;
+
+    fn job() -> JobId {
+        JobId { namespace: "default".into(), name: "hot".into(), uid: "local".into() }
+    }
+
+    fn api(savepoints: mpsc::Sender<floodmark_worker::SavepointRequest>) -> JobApi {
+        let storage = storage::open("memory://").unwrap();
+        JobApi { job: job(), holder: "here:1".into(), progress: Arc::default(), savepoints, storage }
+    }
+
+    async fn view(place: &Place) -> Answer<JobView> {
+        ask(place, "GET", "/job", None::<&()>).await.unwrap()
+    }
+
+    async fn until_it_listens(place: &Place) {
+        for _ in 0..500 {
+            if matches!(view(place).await, Answer::Is(_)) {
+                return;
+            }
+            Env::system().runtime.sleep(Duration::from_millis(10)).await;
+        }
+        panic!("nobody listens at {place:?}");
+    }
+
+    #[test]
+    fn each_job_and_storage_has_a_place_of_its_own_however_the_storage_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().display().to_string();
+        let place = Place::of(&job(), &path);
+        assert_eq!(
+            place,
+            Place::of(&job(), &format!("file://{path}/../{}", folder.path().file_name().unwrap().display()))
+        );
+        assert_ne!(place, Place::of(&JobId { name: "cold".into(), ..job() }, &path));
+        assert_ne!(place, Place::of(&job(), "s3://bucket/a"));
+    }
+
+    #[test]
+    fn a_folder_that_others_may_enter_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = Place { folder: folder.path().join("a/b"), name: "x".into() };
+        place.prepare().unwrap();
+        assert_eq!(fs::metadata(&place.folder).unwrap().permissions().mode() & 0o777, 0o700);
+        fs::set_permissions(&place.folder, fs::Permissions::from_mode(0o755)).unwrap();
+        let error = place.prepare().unwrap_err().to_string();
+        assert!(error.contains("must be a folder of yours with mode 0700"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_job_is_asked_through_its_socket_and_one_that_lives_is_not_pushed_aside() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = Place { folder: folder.path().join("sockets"), name: "x".into() };
+        assert!(matches!(view(&place).await, Answer::NobodyListens));
+        // What a process that died has left behind.
+        place.prepare().unwrap();
+        drop(std::os::unix::net::UnixListener::bind(place.socket()).unwrap());
+        assert!(matches!(view(&place).await, Answer::NobodyListens));
+
+        let (stop, stopped) = watch::channel(false);
+        let (mut controls, savepoints) = Controls::new(stopped);
+        let (end, ended) = watch::channel(false);
+        let (end_other, other_ended) = watch::channel(false);
+        let env = Env::system();
+        let serving = serve(router(api(savepoints.clone())), &place, &env, ended);
+        let other = serve(router(api(savepoints)), &place, &env, other_ended);
+        let asking = async {
+            until_it_listens(&place).await;
+            assert_eq!(fs::metadata(place.socket()).unwrap().permissions().mode() & 0o777, 0o600);
+            let order = SavepointOrder { name: "a".into(), then: Then::Stop };
+            let asked = ask::<_, SavepointView>(&place, "POST", "/savepoints", Some(&order));
+            let job = async {
+                let request = controls.savepoints.recv().await.unwrap();
+                // The job ends at once, and yet the answer arrives.
+                end.send(true).unwrap();
+                let made = SavepointMade { location: "/s/a".into(), epoch: Default::default(), size: 1 };
+                request.reply.send(Ok(made)).unwrap();
+            };
+            let (answer, ()) = tokio::join!(asked, job);
+            let Answer::Is(made) = answer.unwrap() else { panic!("refused") };
+            assert_eq!(made.location, "/s/a");
+            end_other.send(true).unwrap();
+        };
+        tokio::join!(serving, other, asking);
+        assert!(!place.socket().exists());
+        drop(stop);
+    }
+}

@@ -1,0 +1,110 @@
+//! `floodmark savepoint`: asks the process that runs a job for a savepoint, and waits for it.
+
+use std::time::Duration;
+
+use chrono::DateTime;
+use floodmark_snapshot::{Env, savepoint::check_name};
+use floodmark_worker::api::{SavepointOrder, SavepointView, Then};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{
+    args::SavepointArgs,
+    control::{Answer, Place, ask},
+    display::bytes,
+    exit::{Exit, Failure},
+    job,
+    screen::{Screen, print},
+};
+
+/// From one drawing of the wait to the next.
+const REDRAW: Duration = Duration::from_millis(200);
+
+/// Takes the savepoint; prints its location.
+pub(crate) fn savepoint(args: &SavepointArgs, screen: &Screen) -> Result<Exit, Failure> {
+    let (job, manifest) = job::identify(&args.job)?;
+    let storage = job::storage(args.storage.as_deref(), &manifest)?;
+    let name = args.name.clone().unwrap_or_else(|| name_at(Env::system().clock.wall_ms()));
+    check_name(&name).map_err(Failure::input)?;
+    let then = match (args.stop, args.drain) {
+        (_, true) => Then::Drain,
+        (true, false) => Then::Stop,
+        (false, false) => Then::Continue,
+    };
+    let order = SavepointOrder { name: name.clone(), then };
+    let place = Place::of(&job, &storage);
+    let runtime = job::runtime()?;
+    let waiting = Waiting::start(screen, format!("taking savepoint {name} of {job}"));
+    let asked = runtime.block_on(async {
+        tokio::select! {
+            biased;
+            answer = ask::<_, SavepointView>(&place, "POST", "/savepoints", Some(&order)) => answer,
+            _ = tokio::signal::ctrl_c() => Err(Failure::new(
+                Exit::Interrupted,
+                format!("no longer waiting; the job goes on taking savepoint {name}: see floodmark checkpoints list"),
+            )),
+        }
+    });
+    drop(waiting);
+    match asked? {
+        Answer::Is(made) => {
+            let after = match then {
+                Then::Continue => "the job goes on",
+                Then::Stop => "the job stops",
+                Then::Drain => "the job has drained, and stops",
+            };
+            eprintln!("savepoint {name}: {}, a copy of checkpoint {}; {after}", bytes(made.size), made.epoch);
+            print(&format!("{}\n", made.location));
+            Ok(Exit::Done)
+        }
+        Answer::Refused(reason) => {
+            Err(Failure::new(Exit::JobFailed, format!("no savepoint {name} of {job}: {reason}")))
+        }
+        Answer::NobodyListens => Err(Failure::new(
+            Exit::JobFailed,
+            format!(
+                "no process of yours on this machine runs job {job} with its snapshots in {storage}; a savepoint needs one. Run it \
+                 (floodmark run), or start from a checkpoint instead: floodmark checkpoints list shows what --restore takes"
+            ),
+        )),
+    }
+}
+
+/// The name of a savepoint that nobody has named: the time in UTC, to the second.
+fn name_at(wall_ms: i64) -> String {
+    DateTime::from_timestamp_millis(wall_ms).unwrap_or_default().format("%Y-%m-%dT%H-%M-%S").to_string()
+}
+
+/// A line on the terminal that shows that something is waited for, and for how long. Without a terminal there is none.
+struct Waiting(Option<ProgressBar>);
+
+impl Waiting {
+    fn start(screen: &Screen, what: String) -> Self {
+        Self(screen.bars().map(|bars| {
+            let style =
+                ProgressStyle::with_template("{spinner} {msg}  {elapsed}  (Ctrl-C stops waiting, not the savepoint)");
+            let style = style.unwrap_or_else(|_| ProgressStyle::default_spinner());
+            let bar = bars.add(ProgressBar::new_spinner().with_style(style).with_message(what));
+            bar.enable_steady_tick(REDRAW);
+            bar
+        }))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_made_of_the_time_can_be_a_savepoints() {
+        assert_eq!(name_at(1_795_257_192_000), "2026-11-21T10-33-12");
+        check_name(&name_at(1_795_257_192_000)).unwrap();
+    }
+}
