@@ -201,6 +201,19 @@ impl Aligner {
             && self.rounds.iter().any(|r| !r.taken && r.come.get(channel) == Some(&true))
     }
 
+    /// Whether the rows of `channel` are to be processed even while output waits for room: it is in order, and the snapshot of
+    /// an unaligned epoch waits for its barrier. Room may depend on that very barrier, by way of a channel that is blocked
+    /// further downstream.
+    #[must_use]
+    pub fn is_hurried(&self, channel: usize) -> bool {
+        if !self.channels.get(channel).is_some_and(|c| c.in_order && !c.ended) || self.is_blocked(channel) {
+            return false;
+        }
+        let to_come = self.unaligned_to > self.begun && !self.aborted.contains(&self.unaligned_to);
+        let waits = |r: &Round| !r.taken && self.is_unaligned(&r.barrier) && r.come.get(channel) == Some(&false);
+        to_come || self.rounds.iter().any(waits)
+    }
+
     /// The epochs whose snapshots are taken, and into which the rows of `channel` are still collected.
     pub fn collecting(&self, channel: usize) -> impl Iterator<Item = Epoch> {
         let collects = move |r: &&Round| r.taken && r.come.get(channel) == Some(&false);

@@ -90,6 +90,18 @@ impl ChannelHead {
         self.inbox.try_recv(|c| aligner.is_blocked(c))
     }
 
+    /// Whether rows are to be processed though output waits for room: see [`Aligner::is_hurried`]. Bounded by what is before
+    /// the barrier that is waited for.
+    pub(super) fn hurries(&self) -> bool {
+        (0..self.inputs.len()).any(|c| self.aligner.is_hurried(c))
+    }
+
+    /// The next frame of a channel that is hurried.
+    pub(super) fn next_hurried(&mut self) -> Option<(usize, Frame)> {
+        let aligner = &self.aligner;
+        self.inbox.try_recv(|c| !aligner.is_hurried(c))
+    }
+
     pub(super) fn port(&self, channel: usize) -> Port {
         self.inputs.get(channel).map_or(0, |i| i.port)
     }

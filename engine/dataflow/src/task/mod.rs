@@ -9,6 +9,8 @@
 //!
 //! No deadlock: the graph has no cycle, so the tasks furthest downstream can always go on; a channel blocked by alignment
 //! is freed by barriers that are ahead of everything that its full neighbours hold, because each channel has its own bound.
+//! A barrier that overtakes may come before barriers that must stay in order behind rows; these rows are then processed
+//! though output waits for room.
 
 mod chain;
 mod channels;
@@ -270,15 +272,17 @@ impl Task {
         if self.overtaken(events)? {
             return Ok(Progress::Ready);
         }
-        if !flushed {
+        let Input::Channels(head) = &mut self.input else {
+            return if flushed { self.poll(events) } else { Ok(Progress::Waiting { until: None }) };
+        };
+        if !flushed && !head.hurries() {
             return Ok(Progress::Waiting { until: None });
         }
-        let Input::Channels(head) = &mut self.input else { return self.poll(events) };
         if let Some(InFlight { port, batch, .. }) = head.replay() {
             self.emit(port, batch)?;
             return Ok(Progress::Ready);
         }
-        match head.next() {
+        match if flushed { head.next() } else { head.next_hurried() } {
             Some((channel, frame)) => self.receive(channel, frame, events),
             None => Ok(Progress::Waiting { until: None }),
         }

@@ -29,6 +29,11 @@ fn all(seeds: u64, job: impl Fn(&mut Random) -> Job, settings: impl Fn(&mut Rand
     story
 }
 
+/// Fails unless the seeds have met what the test is about. One seed alone need not.
+fn shows(story: &Story, met: bool) {
+    assert!(met || std::env::var_os("FLOODMARK_SEED").is_some(), "too little happened: {story:?}");
+}
+
 fn hash() -> Exchange {
     Exchange::Hash(vec![0])
 }
@@ -53,7 +58,7 @@ fn random_jobs_survive_any_schedule_of_barriers_aborts_and_crashes() {
         slow: random.pick(&[1, 8, 30]),
     };
     let story = all(300, Job::random, settings);
-    assert!(story.replayed > 0 && story.aborted > 0 && story.declined > 0 && story.under_way > 1, "{story:?}");
+    shows(&story, story.replayed > 0 && story.aborted > 0 && story.declined > 0 && story.under_way > 1);
 }
 
 /// Two sources into a keyed task and its sink.
@@ -74,13 +79,13 @@ fn pressed(unalign: Unalign) -> Settings {
 fn unaligned_under_back_pressure_nothing_is_lost_doubled_or_reordered() {
     let settings = |_: &mut Random| Settings { rescale: false, ..pressed(Unalign::AtOnce) };
     let story = all(40, shuffle, settings);
-    assert!(story.in_flight > 1000 && story.replayed > 500, "{story:?}");
+    shows(&story, story.in_flight > 1000 && story.replayed > 500);
 }
 
 #[test]
 fn unaligned_checkpoints_restore_at_another_parallelism() {
     let story = all(40, shuffle, |_| Settings { crashes: 4, parallelism: 4, ..pressed(Unalign::AtOnce) });
-    assert!(story.restored > 60 && story.replayed > 500, "{story:?}");
+    shows(&story, story.restored > 60 && story.replayed > 500);
 }
 
 #[test]
@@ -97,15 +102,15 @@ fn mixed_exchanges_keep_their_order_where_they_have_one_also_unaligned_and_resca
         splits: vec![vec![40, 15, 40, 0], vec![], vec![], vec![]],
     };
     let story = all(40, job, |random| pressed(random.pick(&[Unalign::AtOnce, Unalign::Later])));
-    assert!(story.replayed > 100, "{story:?}");
+    shows(&story, story.replayed > 100);
 }
 
 #[test]
 fn barriers_switch_from_aligned_to_unaligned_at_any_moment() {
     let story = all(40, shuffle, |_| pressed(Unalign::Later));
-    assert!(story.in_flight > 0 && story.replayed > 0, "{story:?}");
+    shows(&story, story.in_flight > 0 && story.replayed > 0);
     let never = all(20, shuffle, |_| pressed(Unalign::Never));
-    assert!(never.in_flight == 0 && never.restored > 0, "{never:?}");
+    shows(&never, never.in_flight == 0 && never.restored > 0);
 }
 
 #[test]
@@ -117,7 +122,7 @@ fn several_checkpoints_are_under_way_aligned_and_unaligned_with_savepoints_betwe
         ..pressed(random.pick(&[Unalign::Never, Unalign::AtOnce, Unalign::Later]))
     };
     let story = all(40, shuffle, settings);
-    assert!(story.under_way == 4 && story.replayed > 0, "{story:?}");
+    shows(&story, story.under_way == 4 && story.replayed > 0);
 }
 
 #[test]
@@ -129,14 +134,14 @@ fn aborts_before_during_and_after_a_snapshot_reach_operators_once_and_lose_nothi
         ..pressed(random.pick(&[Unalign::Never, Unalign::AtOnce, Unalign::Later]))
     };
     let story = all(40, shuffle, settings);
-    assert!(story.aborted > 300 && story.completed > 300 && story.replayed > 0, "{story:?}");
+    shows(&story, story.aborted > 300 && story.completed > 300 && story.replayed > 0);
 }
 
 #[test]
 fn more_rows_in_flight_than_a_task_may_keep_decline_the_checkpoint_and_lose_nothing() {
     let settings = |_: &mut Random| Settings { channel_state_max: 600, ..pressed(Unalign::AtOnce) };
     let story = all(40, shuffle, settings);
-    assert!(story.declined > 60 && story.completed > 60, "{story:?}");
+    shows(&story, story.declined > 60 && story.completed > 60);
 }
 
 #[test]
@@ -151,7 +156,7 @@ fn finished_sources_and_subtasks_without_splits_take_part_until_the_last_checkpo
         ..pressed(random.pick(&[Unalign::Never, Unalign::AtOnce, Unalign::Later]))
     };
     let story = all(40, job, settings);
-    assert!(story.behind_the_end > 100, "{story:?}");
+    shows(&story, story.behind_the_end > 100);
 }
 
 #[test]
@@ -163,7 +168,7 @@ fn inputs_that_end_during_recovery_and_at_different_times_end_once() {
     };
     let settings = |_: &mut Random| Settings { crashes: 8, trigger_one_in: 60, ..pressed(Unalign::AtOnce) };
     let story = all(40, job, settings);
-    assert!(story.finished_splits > 100 && story.replayed > 0, "{story:?}");
+    shows(&story, story.finished_splits > 100 && story.replayed > 0);
 }
 
 #[test]
@@ -174,11 +179,38 @@ fn windows_take_rows_that_were_in_flight_in_time_though_watermarks_are_not_kept(
         splits: vec![vec![60, 40], vec![50, 60], vec![], vec![]],
     };
     let story = all(40, job, |_| Settings { crashes: 4, ..pressed(Unalign::AtOnce) });
-    assert!(story.replayed > 500, "{story:?}");
+    shows(&story, story.replayed > 500);
 }
 
 #[test]
 fn a_chain_of_restores_goes_on_from_checkpoint_to_checkpoint() {
     let story = all(20, shuffle, |_| Settings { crashes: 25, trigger_one_in: 50, ..pressed(Unalign::Later) });
-    assert!(story.restored > 150, "{story:?}");
+    shows(&story, story.restored > 150);
+}
+
+#[test]
+fn barriers_that_stay_in_order_are_not_held_up_by_those_that_overtake_them() {
+    // What seed 1629 of the random jobs found: a task waits for a barrier on a forward exchange, whose sender waits for room
+    // in a third task, which waits for room in the first.
+    let job = |_: &mut Random| Job {
+        heads: vec![Head::Source, Head::Buffer, Head::Buffer, Head::Buffer],
+        edges: vec![
+            edge(0, 1, 0, Forward),
+            edge(0, 1, 1, hash()),
+            edge(0, 2, 0, hash()),
+            edge(1, 2, 0, Rebalance),
+            edge(2, 3, 0, hash()),
+            edge(1, 3, 1, Forward),
+        ],
+        splits: vec![vec![15, 15, 0], vec![], vec![], vec![]],
+    };
+    let settings = |random: &mut Random| Settings {
+        bound: 1,
+        concurrent: 2,
+        whole_one_in: 4,
+        trigger_one_in: 100,
+        ..pressed(random.pick(&[Unalign::AtOnce, Unalign::Later]))
+    };
+    let story = all(40, job, settings);
+    shows(&story, story.completed > 200);
 }

@@ -389,3 +389,19 @@ fn too_many_epochs_at_once_give_up_the_oldest() {
     "#]],
     );
 }
+
+#[test]
+fn a_channel_in_order_is_hurried_from_the_command_until_its_barrier_has_come() {
+    let mut aligner = Aligner::with_order(vec![false, true], AlignmentMode::ExactlyOnce);
+    let hurried = |aligner: &Aligner| (aligner.is_hurried(0), aligner.is_hurried(1));
+    aligner.barrier(0, Barrier::checkpoint(Epoch(1)));
+    assert_eq!(hurried(&aligner), (false, false), "aligned");
+    aligner.unalign(Epoch(1));
+    assert_eq!(hurried(&aligner), (false, true));
+    aligner.barrier(1, Barrier::checkpoint(Epoch(1)));
+    assert_eq!(hurried(&aligner), (false, false));
+    aligner.unalign(Epoch(2));
+    assert_eq!(hurried(&aligner), (false, true), "the barrier is still to come");
+    aligner.abort(Epoch(2));
+    assert_eq!(hurried(&aligner), (false, false));
+}
