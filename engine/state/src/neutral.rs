@@ -160,6 +160,12 @@ impl<'a> Pages<'a> {
         self.reader.header()
     }
 
+    /// Number of rows, about: others' may be counted too.
+    #[must_use]
+    pub fn rows(&self) -> u64 {
+        self.reader.rows_of(self.spec.key_groups)
+    }
+
     /// Whether the rows have the columns that the layout has now.
     #[must_use]
     pub fn same_columns(&self) -> bool {

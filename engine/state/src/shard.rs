@@ -66,43 +66,13 @@ pub struct Header {
     /// The columns of the rows.
     #[serde(default)]
     pub columns: Vec<StateColumn>,
-    /// To go.
-    #[serde(default)]
-    pub input: u32,
-}
-
-/// To go.
-///
-/// # Errors
-/// To go.
-pub fn write(header: &Header, schema: &SchemaRef, batches: &[RecordBatch]) -> Result<Bytes> {
-    let mut writer = Writer::new(header.clone().of(schema));
-    for batch in batches {
-        writer.push(KeyGroup(0), batch.clone())?;
-    }
-    writer.groups.1 = u16::MAX;
-    let mut writer = writer;
-    writer.close()?;
-    writer.index.blocks.iter_mut().for_each(|b| b.last = u16::MAX);
-    writer.finish()
-}
-
-/// To go.
-///
-/// # Errors
-/// To go.
-pub fn read(file: &Bytes) -> Result<(Header, Vec<RecordBatch>)> {
-    let reader = Reader::verified(file)?;
-    let all = KeyGroupRange { first: KeyGroup(0), last: KeyGroup(u16::MAX) };
-    let batches: Vec<Vec<RecordBatch>> = reader.blocks(file, all).collect::<Result<_>>()?;
-    Ok((reader.header, batches.into_iter().flatten().collect()))
 }
 
 impl Header {
     /// A header of the present format and layer 0.
     #[must_use]
     pub fn new(watermark: Option<TimestampMs>) -> Self {
-        Self { format: FORMAT, watermark, layer: 0, dropped: Vec::new(), columns: Vec::new(), input: 0 }
+        Self { format: FORMAT, watermark, layer: 0, dropped: Vec::new(), columns: Vec::new() }
     }
 
     /// The same for rows of this schema.
@@ -349,6 +319,12 @@ impl Reader {
     #[must_use]
     pub fn rows(&self) -> u64 {
         self.blocks.iter().map(|b| b.rows).sum()
+    }
+
+    /// Number of rows in the blocks that have rows of these key groups.
+    #[must_use]
+    pub fn rows_of(&self, key_groups: KeyGroupRange) -> u64 {
+        self.blocks.iter().filter(|b| b.key_groups().overlaps(&key_groups)).map(|b| b.rows).sum()
     }
 
     /// The blocks that have rows of these key groups, by number, and their bytes in the file. They may have rows of others.

@@ -48,7 +48,8 @@ pub(super) fn key(k: i64) -> Vec<u8> {
     format!("key {k}").into_bytes()
 }
 
-fn number(key: &[u8]) -> Option<i64> {
+/// The number of a key.
+pub(super) fn number(key: &[u8]) -> Option<i64> {
     std::str::from_utf8(key).ok()?.strip_prefix("key ")?.parse().ok()
 }
 

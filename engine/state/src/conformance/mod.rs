@@ -57,6 +57,7 @@ macro_rules! keyed_state_suite {
             old_rows_stay_old_through_a_restore
             columns_come_and_go
             states_of_one_operator_keep_apart
+            timers_come_due_once_and_in_order
             damage_is_told
             whole_snapshots_go_to_the_heap_and_back
         );
@@ -647,6 +648,47 @@ pub fn states_of_one_operator_keep_apart(make: Make<'_>) {
     }
     let spec = job.spec(0, 1, false);
     assert!(stored[0].shards.iter().all(|s| !spec.holds(s)) && stored[1].shards.iter().all(|s| spec.holds(s)));
+}
+
+/// Also those that come to another subtask; not those cancelled.
+pub fn timers_come_due_once_and_in_order(make: Make<'_>) {
+    let mut job = Job::new(make);
+    job.layout = SuiteLayout::new(&[]);
+    job.begin(1);
+    let mut timers = crate::Timers::new(job.states.remove(0));
+    let mut random = Random(3);
+    let mut expected: BTreeSet<(i64, i64)> = BTreeSet::new();
+    for k in 0..500 {
+        let time = random.below(40) as i64 * 100 - 1000;
+        timers.set(time, &[hash(k), hash(k)], &[&key(k), &key(k)]).unwrap();
+        expected.insert((time, k));
+        if k % 5 == 0 {
+            timers.cancel(time, &[hash(k), hash(k + 1)], &[&key(k), &key(k + 1)]).unwrap();
+            expected.remove(&(time, k));
+        }
+    }
+    let fire = |timers: &mut crate::Timers, now: i64| {
+        let mut fired = Vec::new();
+        while let Some((time, keys)) = timers.due(now).unwrap() {
+            fired.extend((0..keys.len()).map(|row| (time, layout::number(keys.key(row)).unwrap())));
+        }
+        assert!(fired.is_sorted_by_key(|(time, _)| *time));
+        fired
+    };
+    assert_eq!(timers.next(), expected.first().map(|(time, _)| *time));
+    let mut fired = fire(&mut timers, 0);
+    assert!(fired.iter().all(|(time, _)| *time <= 0) && !fired.is_empty());
+    let snapshot = timers.state().snapshot(&Barrier::checkpoint(Epoch(1)), None).unwrap();
+    let stored = job.store(Taken { epoch: Epoch(1), snapshots: vec![snapshot], model: Model::new() });
+    job.restore(&stored, 3, true);
+    for state in std::mem::take(&mut job.states) {
+        let mut timers = crate::Timers::new(state);
+        fired.extend(fire(&mut timers, 1000));
+        fired.extend(fire(&mut timers, i64::MAX));
+        assert_eq!(timers.next(), None);
+    }
+    assert_eq!(fired.len(), expected.len(), "each once");
+    assert_eq!(fired.into_iter().collect::<BTreeSet<_>>(), expected);
 }
 
 /// A byte changed or cut off in any file of a whole snapshot: `Corrupt`, and no panic.

@@ -34,6 +34,9 @@ const SWEEP_ROWS: usize = 64;
 /// Removals remembered between checkpoints, at least; more, if there are more rows. Beyond, a checkpoint writes everything.
 const REMOVALS_MAX: usize = 1 << 16;
 
+/// Rows for which room is made before they are there, at most.
+const RESERVED_MAX: u64 = 1 << 26;
+
 /// The back end that keeps all state in memory.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Heap;
@@ -369,11 +372,21 @@ impl KeyedState for HeapState {
             }
         }
         let now = self.now();
-        pages.each(|page| self.take_in(&page, layer, now))
+        // An index that grows is made anew from time to time.
+        let mut expected = if layer == 0 { pages.rows().min(RESERVED_MAX) } else { 0 };
+        pages.each(|page| {
+            let first = page.keys.namespaces.first().copied();
+            if expected > 0 && page.keys.namespaces.last().copied() == first {
+                self.table_of(first.unwrap_or(0)).reserve(expected as usize);
+            }
+            expected = 0;
+            self.take_in(&page, layer, now)
+        })
     }
 
     fn restored(&mut self) -> Result<Option<TimestampMs>> {
         let restored = std::mem::take(&mut self.restoring).finish();
+        self.tables.retain(|_, table| !table.is_empty());
         self.interval = restored.interval + 1;
         self.lineage = restored.lineage;
         self.removals = restored.removals;
