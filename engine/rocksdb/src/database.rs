@@ -1,6 +1,7 @@
 //! One subtask's database: read on the task's thread, written on its own.
 
 use std::{
+    cell::OnceCell,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -12,6 +13,7 @@ use rocksdb::{
 };
 
 use crate::{
+    Process,
     failure::failed,
     folder::Folder,
     options::{self, Shared},
@@ -56,20 +58,57 @@ impl KeyList {
 }
 
 /// See the header of this file. Dropping it ends its thread and removes its folder.
+///
+/// It is opened when it is first needed: a state that is replaced by a restored one, or never outgrows its memory before it
+/// ends, has no database.
 pub(crate) struct Database {
-    // Dropped in this order: nobody writes any more, it is closed, its files go.
-    pub(crate) writer: Writer,
-    db: Arc<DB>,
+    // Dropped before the folder.
+    opened: OnceCell<Opened>,
     folder: Arc<Folder>,
+    process: Arc<Process>,
+    name: String,
     checkpoints: u64,
 }
 
+struct Opened {
+    // Nobody writes any more when it is closed.
+    writer: Writer,
+    db: Arc<DB>,
+}
+
 impl Database {
-    /// Opens the database at [`PLACE`] in the folder, or makes an empty one there.
-    pub(crate) fn open(shared: &Shared, name: &str, folder: Folder) -> Result<Self> {
-        let db = Arc::new(open(shared, &folder.path().join(PLACE))?);
-        let writer = Writer::start(format!("rocksdb {name}"), db.clone())?;
-        Ok(Self { writer, db, folder: Arc::new(folder), checkpoints: 0 })
+    /// The database at [`PLACE`] in the folder, which may be missing: it is an empty one then.
+    pub(crate) fn new(process: Arc<Process>, name: String, folder: Folder) -> Self {
+        Self { opened: OnceCell::new(), folder: Arc::new(folder), process, name, checkpoints: 0 }
+    }
+
+    /// Opens it if it is not open yet.
+    pub(crate) fn open(&self) -> Result<()> {
+        self.opened().map(drop)
+    }
+
+    fn opened(&self) -> Result<&Opened> {
+        if let Some(opened) = self.opened.get() {
+            return Ok(opened);
+        }
+        let db = Arc::new(open(&self.process.shared, &self.folder.path().join(PLACE))?);
+        let writer = Writer::start(format!("rocksdb {}", self.name), db.clone())?;
+        Ok(self.opened.get_or_init(|| Opened { writer, db }))
+    }
+
+    /// See [`Writer::submit`].
+    pub(crate) fn submit(&self, job: Job) -> Result<u64> {
+        self.opened()?.writer.submit(job)
+    }
+
+    /// See [`Writer::done`].
+    pub(crate) fn done(&self) -> Result<u64> {
+        self.opened.get().map_or(Ok(0), |opened| opened.writer.done())
+    }
+
+    /// See [`Writer::wait`].
+    pub(crate) fn wait(&self, number: u64) -> Result<()> {
+        self.opened()?.writer.wait(number)
     }
 
     /// Looks up the keys at these places of a list, which must be in the order of the keys.
@@ -77,14 +116,15 @@ impl Database {
         &'a self,
         keys: &KeyList,
         sorted: &[u32],
-    ) -> impl Iterator<Item = Result<Option<DBPinnableSlice<'a>>>> {
+    ) -> Result<impl Iterator<Item = Result<Option<DBPinnableSlice<'a>>>>> {
         let keys = sorted.iter().map(|at| keys.get(*at as usize));
-        let found = match self.db.cf_handle(DEFAULT_COLUMN_FAMILY_NAME) {
-            Some(rows) => self.db.batched_multi_get_cf(rows, keys, true),
+        let db = &self.opened()?.db;
+        let found = match db.cf_handle(DEFAULT_COLUMN_FAMILY_NAME) {
+            Some(rows) => db.batched_multi_get_cf(rows, keys, true),
             // Every database has its default column family.
             None => Vec::new(),
         };
-        found.into_iter().map(|found| found.map_err(|e| failed("read state", &e)))
+        Ok(found.into_iter().map(|found| found.map_err(|e| failed("read state", &e))))
     }
 
     /// Calls `take` for the rows from `start` on, as long as they are below `end` and it wants more.
@@ -94,7 +134,7 @@ impl Database {
         end: Vec<u8>,
         take: impl FnMut(&[u8], &[u8]) -> Result<bool>,
     ) -> Result<()> {
-        scan(&self.db, start, end, take)
+        scan(&self.opened()?.db, start, end, take)
     }
 
     /// A new place for a checkpoint, in which nothing is yet.
@@ -110,7 +150,8 @@ impl Database {
 
     /// Bytes in data files.
     pub(crate) fn file_bytes(&self) -> u64 {
-        self.db.property_int_value(rocksdb::properties::TOTAL_SST_FILES_SIZE).ok().flatten().unwrap_or(0)
+        let bytes = |o: &Opened| o.db.property_int_value(rocksdb::properties::TOTAL_SST_FILES_SIZE).ok().flatten();
+        self.opened.get().and_then(bytes).unwrap_or(0)
     }
 }
 

@@ -86,7 +86,7 @@ impl Outgoing {
             return Ok(());
         }
         let batch = std::mem::take(&mut self.batch);
-        self.given = database.writer.submit(write_job(batch))?;
+        self.given = database.submit(write_job(batch))?;
         self.leaving.push_back((self.given, std::mem::take(&mut self.gone)));
         Ok(())
     }
@@ -94,7 +94,7 @@ impl Outgoing {
     /// Hands the batch over, and another job behind it, which [`Outgoing::next`] has told the number of.
     pub(crate) fn send_job(&mut self, database: &Database, job: Job) -> Result<()> {
         self.send(database)?;
-        self.given = database.writer.submit(job)?;
+        self.given = database.submit(job)?;
         Ok(())
     }
 
@@ -103,7 +103,7 @@ impl Outgoing {
         if self.done == self.given {
             return Ok(());
         }
-        self.done = database.writer.done()?;
+        self.done = database.done()?;
         while self.leaving.front().is_some_and(|(job, _)| *job <= self.done) {
             self.leaving.pop_front();
         }
@@ -117,7 +117,7 @@ impl Outgoing {
         if job > self.given {
             self.send(database)?;
         }
-        database.writer.wait(job)?;
+        database.wait(job)?;
         self.catch_up(database)
     }
 }

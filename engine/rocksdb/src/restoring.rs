@@ -109,7 +109,8 @@ impl State {
         let folder = self.process.database_folder(&self.spec)?;
         let place = folder.path().join(PLACE);
         fs::rename(from.path(), &place).map_err(|e| failed("rename to", &place, &e))?;
-        self.database = Database::open(&self.process.shared, &format!("{}", self.spec.subtask), folder)?;
+        self.database = Database::new(self.process.clone(), self.spec.subtask.to_string(), folder);
+        self.database.open()?;
         self.outgoing = Default::default();
         self.frozen = 0;
         if self.spec.reuse_restored {

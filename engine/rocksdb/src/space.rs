@@ -229,12 +229,19 @@ impl Cache {
     /// Hands over all dirty rows in job `job`: what they are now, their slots, and when they were written. The last answer is
     /// how many keys the database did not have before.
     pub(crate) fn freeze(&mut self, job: u64) -> Option<(Frozen, u64)> {
-        let slots: Vec<u32> =
-            self.flags.iter().enumerate().filter(|(_, f)| **f & DIRTY != 0).map(|(at, _)| at as u32).collect();
+        let (mut slots, mut new) = (Vec::new(), 0);
+        for (slot, (flags, job_of)) in self.flags.iter_mut().zip(&mut self.jobs).enumerate() {
+            if *flags & DIRTY != 0 {
+                new += u64::from(*flags & STORED == 0);
+                *flags = *flags & !DIRTY | STORED;
+                *job_of = job;
+                slots.push(slot as u32);
+            }
+        }
+        self.stored += new;
         if slots.is_empty() {
             return None;
         }
-        let new = slots.iter().filter(|slot| self.handed_over(**slot, job)).count() as u64;
         let written = if self.timed { slots.iter().map(|s| self.written(*s)).collect() } else { Vec::new() };
         Some((Frozen { rows: self.table.snapshot(), slots, written }, new))
     }

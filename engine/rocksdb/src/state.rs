@@ -58,7 +58,7 @@ impl State {
     pub(crate) fn new(spec: StateSpec, process: Arc<Process>) -> Result<Self> {
         let form = Form { types: spec.layout.types(), timed: spec.ttl.is_some() };
         let folder = process.database_folder(&spec)?;
-        let database = Database::open(&process.shared, &format!("{}", spec.subtask), folder)?;
+        let database = Database::new(process.clone(), spec.subtask.to_string(), folder);
         Ok(Self {
             nothing: Table::new(form.types.clone()),
             form,
@@ -158,7 +158,7 @@ impl State {
         self.order.extend((0..absent.len() as u32).filter(|at| !self.outgoing.is_gone(list.get(*at as usize))));
         self.order.sort_unstable_by(|a, b| list.get(*a as usize).cmp(list.get(*b as usize)));
         let Some(cache) = self.spaces.get_mut(&namespace).map(|space| space.cache(&self.form)) else { return Ok(()) };
-        for (at, found) in self.order.iter().zip(self.database.get(list, &self.order)) {
+        for (at, found) in self.order.iter().zip(self.database.get(list, &self.order)?) {
             take(cache, &self.form, absent[*at as usize] as usize, found?.as_deref())?;
         }
         Ok(())

@@ -12,8 +12,8 @@ use std::{
 use floodmark_snapshot::{Disposition, Error, Result, env::spawn_thread};
 use rocksdb::DB;
 
-/// Jobs that wait or run, at most; who hands over another one waits.
-const JOBS_MAX: usize = 4;
+/// Jobs that wait or run, at most; who hands over another one waits. Enough that the task goes on while a checkpoint is taken.
+const JOBS_MAX: usize = 16;
 
 /// What the thread does at one time.
 pub(crate) type Job = Box<dyn FnOnce(&DB) -> Result<()> + Send>;
@@ -145,5 +145,55 @@ impl Drop for Stopped<'_> {
         }
         drop(state);
         self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    fn open() -> (tempfile::TempDir, Arc<DB>) {
+        let folder = tempfile::tempdir().unwrap();
+        let db = DB::open_default(folder.path()).unwrap();
+        (folder, Arc::new(db))
+    }
+
+    #[test]
+    fn jobs_run_in_order_and_those_that_wait_run_before_the_end() {
+        let (_folder, db) = open();
+        let last = Arc::new(AtomicU64::new(0));
+        let writer = Writer::start("test".to_owned(), db).unwrap();
+        for number in 1..=100 {
+            let last = last.clone();
+            let job = move |_: &DB| {
+                assert_eq!(last.swap(number, Ordering::Relaxed), number - 1);
+                Ok(())
+            };
+            assert_eq!(writer.submit(Box::new(job)).unwrap(), number);
+        }
+        writer.wait(50).unwrap();
+        assert!(writer.done().unwrap() >= 50);
+        drop(writer);
+        assert_eq!(last.load(Ordering::Relaxed), 100);
+    }
+
+    #[test]
+    fn after_a_failure_no_job_runs_and_every_call_says_why() {
+        let (_folder, db) = open();
+        let writer = Writer::start("test".to_owned(), db).unwrap();
+        let failing = writer.submit(Box::new(|_| Err(Error::corrupt("a damaged block")))).unwrap();
+        let error = writer.wait(failing).expect_err("a failed job");
+        assert_eq!(
+            (error.disposition(), error.to_string().as_str()),
+            (Disposition::Corrupt, "write state: a damaged block")
+        );
+        writer.done().expect_err("a failed job before");
+        writer.submit(Box::new(|_| unreachable!("nothing runs any more"))).expect_err("a failed job before");
+        let (_folder, db) = open();
+        let writer = Writer::start("test".to_owned(), db).unwrap();
+        let panicking = writer.submit(Box::new(|_| panic!("a defect"))).unwrap();
+        assert!(writer.wait(panicking).expect_err("a panic").to_string().contains("panicked"));
     }
 }

@@ -1,5 +1,7 @@
 //! State in RocksDB against a map, with a cache so small that most rows are in the database.
 
+#![allow(clippy::unwrap_used, reason = "tests say what failed by panicking")]
+
 mod model;
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
