@@ -110,6 +110,7 @@ pub(crate) fn spec(process: &Arc<Process>, start: usize, restore: Reference) -> 
         graph: plan.topology.graph(process),
         parallelism: parallelism.min(u32::from(plan.max_parallelism)),
         max_parallelism: plan.max_parallelism,
+        state: Default::default(),
         checkpoints: CheckpointSettings {
             mode: if settings.exactly_once { CheckpointMode::ExactlyOnce } else { CheckpointMode::AtLeastOnce },
             interval: settings.interval,

@@ -67,6 +67,8 @@ pub struct Options {
     pub trace: bool,
     /// Plant this defect.
     pub mutation: Option<Mutation>,
+    /// No faults, and of the actions only those that a person might take: savepoints and stops. Then no checkpoint may fail.
+    pub calm: bool,
 }
 
 /// What came of a run.
@@ -95,7 +97,8 @@ pub struct Report {
 /// Runs what a seed means.
 #[must_use]
 pub fn simulate(seed: u64, options: Options) -> Report {
-    Life::new(Plan::draw(seed), options, None).run()
+    let plan = Plan::draw(seed);
+    Life::new(if options.calm { plan.calm() } else { plan }, options, None).run()
 }
 
 /// Runs a topology without faults, but for a crash of the first process.

@@ -49,6 +49,8 @@ pub(crate) struct Life {
     starts: usize,
     next_start: Option<Duration>,
     finished: bool,
+    /// See [`Options::calm`].
+    calm: bool,
     made: Made,
     /// What the next process is told to start from.
     restore: Reference,
@@ -66,6 +68,7 @@ impl Life {
             starts: 0,
             next_start: Some(Duration::ZERO),
             finished: false,
+            calm: options.calm,
             made: Made::default(),
             restore: Reference::Latest,
         }
@@ -274,6 +277,15 @@ impl Life {
             Err(error) => format!("{error:?}"),
         };
         self.world.trace.line(pid, || format!("ends: {words}"));
+        if self.calm {
+            // Of several at a time one may be overtaken by the next; the progress does not tell that from a failure.
+            let several = self.world.plan.checkpoints.max_concurrent > 1;
+            match outcome {
+                Ok(summary) if several || summary.progress.checkpoints.failed == 0 => {}
+                Ok(_) => self.world.violation(format!("process {pid}: a checkpoint failed, and nothing was wrong")),
+                Err(_) => self.world.violation(format!("process {pid}: {words}, and nothing was wrong")),
+            }
+        }
         let kind = match outcome {
             Ok(Summary { outcome: Outcome::Finished | Outcome::AlreadyFinished, .. }) => {
                 if !self.world.monitor().is_finished() {

@@ -27,6 +27,9 @@ struct Arguments {
     /// Print what happens (with --seed).
     #[arg(long)]
     trace: bool,
+    /// Without faults: only with savepoints and stops.
+    #[arg(long)]
+    calm: bool,
     /// Run this many seeds.
     #[arg(long, default_value_t = 1000)]
     seeds: u64,
@@ -50,12 +53,12 @@ struct Total {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.seed {
-        Some(seed) => one(seed, arguments.trace),
+        Some(seed) => one(seed, arguments.trace, arguments.calm),
         None => many(&arguments),
     }
 }
 
-fn one(seed: u64, trace: bool) -> ExitCode {
+fn one(seed: u64, trace: bool, calm: bool) -> ExitCode {
     if trace {
         let subscriber = tracing_subscriber::fmt()
             .with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG)
@@ -64,7 +67,7 @@ fn one(seed: u64, trace: bool) -> ExitCode {
             .with_writer(std::io::stdout);
         subscriber.init();
     }
-    let report = simulate(seed, Options { trace, mutation: None });
+    let report = simulate(seed, Options { trace, calm, mutation: None });
     print(&report);
     for (what, count) in &report.counts {
         println!("{count:>9} {what}");
@@ -99,7 +102,7 @@ fn many(arguments: &Arguments) -> ExitCode {
                     if seed >= end {
                         return;
                     }
-                    let report = simulate(seed, Options::default());
+                    let report = simulate(seed, Options { calm: arguments.calm, ..Options::default() });
                     let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
                     take(&mut total, report);
                     stop.fetch_or(total.failed.len() >= FAILURES_MAX, Ordering::Relaxed);

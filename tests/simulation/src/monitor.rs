@@ -9,7 +9,7 @@ use bytes::Bytes;
 use floodmark_snapshot::{
     Attempt, Epoch, Generation, Manifest, OperatorUid, ShardKind,
     log::{self, Event},
-    manifest::hash_hex,
+    manifest::{ShardStatus, hash_hex},
 };
 
 use crate::{broker::Broker, executor::Pid, jobs::FOLDER};
@@ -110,6 +110,9 @@ impl Monitor {
                 }
                 self.last_epoch = manifest.epoch;
                 for shard in manifest.shards() {
+                    if shard.status == ShardStatus::Reused {
+                        self.count("shards named again");
+                    }
                     match objects.get(&format!("{FOLDER}/{}", shard.path)) {
                         Some(bytes) if hash_hex(bytes) == shard.hash && bytes.len() as u64 == shard.size => {}
                         Some(_) => self.violation(format!(

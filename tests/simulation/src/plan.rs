@@ -152,6 +152,8 @@ pub(crate) struct Plan {
     /// Of the first process, the second, …; the last one's holds from then on.
     pub(crate) parallelism: Vec<u32>,
     pub(crate) checkpoints: Checkpoints,
+    /// Whether operators write only what has changed, and name earlier shards again.
+    pub(crate) incremental: bool,
     pub(crate) faults: Faults,
     pub(crate) faults_until: Duration,
     /// In order.
@@ -207,6 +209,7 @@ impl Plan {
             max_parallelism,
             parallelism,
             checkpoints,
+            incremental: random.chance(0.6),
             faults,
             faults_until: (span + random.spread(ms(100), ms(20_000))).min(FAULTS_UNTIL_MAX),
             actions,
@@ -216,19 +219,25 @@ impl Plan {
         }
     }
 
-    /// The same job with neither faults nor actions.
+    /// The same job without faults, and with no other actions than savepoints and stops.
     pub(crate) fn calm(mut self) -> Self {
+        let harmless = |action: &Action| matches!(action, Action::Savepoint(..) | Action::Stop);
         self.faults = Faults::default();
-        self.actions.clear();
-        self.at_steps.clear();
-        self.faults_until = Duration::ZERO;
+        self.actions.retain(|(_, action)| harmless(action));
+        self.at_steps.retain(|(_, _, action)| harmless(action));
+        // Short timeouts are for times of trouble.
+        self.checkpoints.timeout = Duration::from_secs(20);
         self
     }
 
     /// A run of this topology without a single fault, with some ten checkpoints: what crash sweeps go through.
     pub(crate) fn for_sweep(topology: Topology, seed: u64) -> Self {
         let ms = Duration::from_millis;
-        let mut plan = Self::draw(seed).calm();
+        let mut plan = Self::draw(seed);
+        plan.faults = Faults::default();
+        plan.faults_until = Duration::ZERO;
+        plan.actions.clear();
+        plan.at_steps.clear();
         plan.topology = topology;
         plan.partitions = 3;
         plan.records = 60;
@@ -247,6 +256,7 @@ impl Plan {
             exactly_once: true,
         };
         plan.restart_delay = ms(10);
+        plan.incremental = true;
         plan
     }
 }
@@ -268,7 +278,7 @@ impl fmt::Display for Plan {
         )?;
         writeln!(
             f,
-            "checkpoints every {:?} (timeout {:?}, pause {:?}, {} failures tolerated, {} kept, {} at a time, unaligned after {:?}{})",
+            "checkpoints every {:?} (timeout {:?}, pause {:?}, {} failures tolerated, {} kept, {} at a time, unaligned after {:?}{}{})",
             c.interval,
             c.timeout,
             c.min_pause,
@@ -276,7 +286,8 @@ impl fmt::Display for Plan {
             c.retain,
             c.max_concurrent,
             c.unaligned_after,
-            if c.exactly_once { "" } else { ", at least once" }
+            if c.exactly_once { "" } else { ", at least once" },
+            if self.incremental { ", incremental" } else { "" }
         )?;
         writeln!(f, "until {:?}: {:?}", self.faults_until, self.faults)?;
         for (at, action) in &self.actions {

@@ -10,13 +10,13 @@ const SEEDS: u64 = 500;
 const THREADS: usize = 2;
 
 /// Runs seeds on a few threads, and gives each report to `look`.
-fn run(seeds: u64, look: impl Fn(Report) + Sync) {
+fn run(seeds: u64, options: Options, look: impl Fn(Report) + Sync) {
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             scope.spawn(|| {
                 while let Some(seed) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|s| *s < seeds) {
-                    look(simulate(seed, Options::default()));
+                    look(simulate(seed, options));
                 }
             });
         }
@@ -25,7 +25,7 @@ fn run(seeds: u64, look: impl Fn(Report) + Sync) {
 
 #[test]
 fn no_seed_loses_repeats_or_reorders_a_record_or_breaks_an_invariant() {
-    run(SEEDS, |report| {
+    run(SEEDS, Options::default(), |report| {
         assert!(
             report.violations.is_empty(),
             "{}{:#?}\nto see how: cargo run -p floodmark-simulation -- --seed {} --trace",
@@ -37,8 +37,21 @@ fn no_seed_loses_repeats_or_reorders_a_record_or_breaks_an_invariant() {
 }
 
 #[test]
+fn without_faults_no_checkpoint_and_no_run_fails() {
+    run(SEEDS / 2, Options { calm: true, ..Options::default() }, |report| {
+        let seed = report.seed;
+        assert!(
+            report.violations.is_empty(),
+            "{}{:#?}\nto see how: cargo run -p floodmark-simulation -- --seed {seed} --calm --trace",
+            report.plan,
+            report.violations
+        );
+    });
+}
+
+#[test]
 fn the_same_seed_gives_the_same_run_event_for_event() {
-    run(40, |report| {
+    run(40, Options::default(), |report| {
         let again = simulate(report.seed, Options::default());
         assert_eq!((report.digest, report.polls, report.lasted), (again.digest, again.polls, again.lasted));
         assert_eq!(report.output, again.output);
@@ -49,7 +62,7 @@ fn the_same_seed_gives_the_same_run_event_for_event() {
 #[test]
 fn together_the_seeds_meet_every_kind_of_fault() {
     let seen = std::sync::Mutex::new(std::collections::BTreeMap::new());
-    run(SEEDS, |report| {
+    run(SEEDS, Options::default(), |report| {
         for (what, count) in report.counts {
             *seen.lock().unwrap().entry(what).or_insert(0) += count;
         }
@@ -70,6 +83,9 @@ fn together_the_seeds_meet_every_kind_of_fault() {
         "runs that failed",
         "runs that were fenced",
         "runs that stopped",
+        "savepoints made",
+        "shards named again",
+        "starts from a savepoint",
         "source polls failed",
         "storage replies lost",
         "storage requests lost",

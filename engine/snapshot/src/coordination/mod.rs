@@ -93,7 +93,8 @@ pub struct Coordinator {
     /// The checkpoint that the attempt started from.
     restored: Option<Epoch>,
     last_epoch: Epoch,
-    newest_completed: Option<Epoch>,
+    /// The newest completed checkpoint whose files later ones may name again: one that was not whole.
+    newest_base: Option<Epoch>,
     last_trigger: Duration,
     last_end: Duration,
     failures: u32,
@@ -121,7 +122,7 @@ impl Coordinator {
             aborted: BTreeMap::new(),
             last_epoch: start.last_epoch.max(start.restored.unwrap_or_default()),
             restored,
-            newest_completed: start.restored,
+            newest_base: start.restored,
             last_trigger: now.monotonic,
             last_end: now.monotonic,
             failures: 0,
@@ -146,11 +147,12 @@ impl Coordinator {
         self.flights.keys().copied()
     }
 
-    /// Checkpoints whose files must not be deleted, although they may be past the newest few: one under way may name them
-    /// again.
+    /// Checkpoints whose files must not be deleted, although they may be past the newest few: one under way, or the next, may
+    /// name them again.
     pub fn pinned(&self) -> impl Iterator<Item = Epoch> {
         let bases = self.flights.values().filter_map(|f| f.base);
-        self.exporting.iter().copied().chain(self.uncommitted.iter().map(|c| c.epoch)).chain(bases)
+        let uncommitted = self.uncommitted.iter().map(|c| c.epoch);
+        self.exporting.iter().copied().chain(uncommitted).chain(bases).chain(self.newest_base)
     }
 
     /// The oldest checkpoint whose files the checkpoint `epoch` may name again; `None` if it may name none.
@@ -266,7 +268,7 @@ impl Coordinator {
             barrier.epoch,
             Flight {
                 barrier,
-                base: self.newest_completed,
+                base: self.newest_base,
                 end_of_input: self.end_of_input(),
                 savepoints,
                 triggered: now,
@@ -377,7 +379,10 @@ impl Coordinator {
         match self.writing.take() {
             Some(Writing::Completed(completed)) => {
                 self.failures = 0;
-                self.newest_completed = Some(completed.epoch);
+                // What was made whole for a savepoint is named by nobody again: they go on from what was before.
+                if completed.savepoints.is_empty() {
+                    self.newest_base = Some(completed.epoch);
+                }
                 out.push(Decision::Announce(completed.epoch));
                 self.uncommitted.push(completed);
                 if self.who.committers.is_empty() {

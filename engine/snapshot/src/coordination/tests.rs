@@ -499,3 +499,29 @@ fn deadlines_are_those_of_triggers_timeouts_and_overtaking() {
     machine.step(Event::Tick, at(70));
     assert_eq!(machine.deadline(), Some(72 * SECOND), "the least pause after the abort");
 }
+
+#[test]
+fn behind_a_savepoint_checkpoints_go_on_from_the_one_before_it_whose_files_are_kept() {
+    let mut machine = machine(&[], StartingPoint::default());
+    let mut now = Time::default();
+    let mut step = |machine: &mut Coordinator, seconds: u32, event| {
+        now.monotonic = SECOND * seconds;
+        drop(machine.step(event, now));
+    };
+    let complete = |machine: &mut Coordinator, seconds, epoch, step: &mut dyn FnMut(&mut Coordinator, u32, Event)| {
+        for subtask in [A, B] {
+            step(machine, seconds, Event::Acknowledged { epoch: Epoch(epoch), subtask, parts: parts(epoch, subtask) });
+        }
+        step(machine, seconds, Event::Appended);
+    };
+    step(&mut machine, 10, Event::Tick);
+    complete(&mut machine, 11, 1, &mut step);
+    step(&mut machine, 12, Event::SavepointRequested { id: SavepointId(7), then: BarrierKind::Checkpoint });
+    complete(&mut machine, 13, 2, &mut step);
+    step(&mut machine, 14, Event::Exported(Epoch(2)));
+    assert!(machine.pinned().any(|e| e == Epoch(1)), "{machine:?}");
+    step(&mut machine, 30, Event::Tick);
+    assert_eq!(machine.base(Epoch(3)), Some(Epoch(1)));
+    complete(&mut machine, 31, 3, &mut step);
+    assert_eq!(machine.pinned().collect::<Vec<_>>(), [Epoch(3)]);
+}
