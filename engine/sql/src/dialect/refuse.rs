@@ -5,13 +5,13 @@ use std::ops::ControlFlow;
 use datafusion_sql::sqlparser::ast::{
     Distinct, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, JoinConstraint,
     JoinOperator, Query, Select, SelectItem, SetExpr, SetOperator, SetQuantifier, Spanned, TableFactor, Value,
-    ValueWithSpan, Visit, Visitor,
+    ValueWithSpan, Visit, Visitor, WindowType,
 };
 use floodmark_dataflow::connector::Location;
 
 use crate::{
     error::{SqlError, start},
-    plan::functions,
+    plan::{functions, row_number},
 };
 
 /// Functions whose value depends on when they are called: a replay after a crash would give other results.
@@ -140,10 +140,10 @@ impl Visitor for Walk<'_> {
             }
         }
         if let Some(qualify) = &select.qualify {
-            return stop(place(qualify), "QUALIFY", "");
+            return stop(place(qualify), "QUALIFY", row_number::DEDUPLICATION);
         }
         if let Some(window) = select.named_window.first() {
-            return stop(start(window.0.span), "WINDOW", "OVER windows are not supported yet");
+            return stop(start(window.0.span), "WINDOW", row_number::DEDUPLICATION);
         }
         match &select.group_by {
             GroupByExpr::All(_) => return stop(here, "GROUP BY ALL", "name the columns"),
@@ -250,6 +250,9 @@ impl Walk<'_> {
         if unrepeatable(&lower) {
             return repeatable_only(here, &name);
         }
+        if lower == row_number::NAME {
+            return numbered(function);
+        }
         if function.over.is_some() {
             return stop(here, "OVER", "use TUMBLE or HOP windows with GROUP BY");
         }
@@ -276,6 +279,35 @@ impl Walk<'_> {
         }
         ControlFlow::Continue(())
     }
+}
+
+/// Numbers of rows are there to tell the first or last row of a key. Whether they are used so shows in the plan.
+fn numbered(function: &Function) -> Flow {
+    let here = place(&function.name);
+    let spec = match &function.over {
+        None => return stop(here, "ROW_NUMBER without OVER", row_number::DEDUPLICATION),
+        Some(WindowType::NamedWindow(name)) => {
+            return stop(start(name.span), "OVER with a name", row_number::DEDUPLICATION);
+        }
+        Some(WindowType::WindowSpec(spec)) => spec,
+    };
+    if !matches!(&function.args, FunctionArguments::List(list) if list.args.is_empty()) {
+        return stop(here, "ROW_NUMBER of a value", row_number::DEDUPLICATION);
+    }
+    if let Some(name) = &spec.window_name {
+        return stop(start(name.span), "a name in OVER", row_number::DEDUPLICATION);
+    }
+    match spec.order_by.as_slice() {
+        [] => return stop(here, "ROW_NUMBER without ORDER BY", row_number::DEDUPLICATION),
+        [_] => {}
+        [_, more, ..] => {
+            return stop(place(&more.expr), "ROW_NUMBER by more than one column", row_number::DEDUPLICATION);
+        }
+    }
+    if spec.window_frame.is_some() {
+        return stop(here, "ROW_NUMBER with a frame", row_number::DEDUPLICATION);
+    }
+    ControlFlow::Continue(())
 }
 
 /// The pattern must be there to be read while planning.

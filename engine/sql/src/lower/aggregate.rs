@@ -211,14 +211,14 @@ impl Lowering<'_> {
         let mut rel = Rel { from: Vec::new(), fields, roles, changelog, pending: None, windows: None };
         let keys = grouping.key_columns();
         let state_schema = Some(grouping.state_schema("partial aggregates"));
-        let operator = GroupAggregate { grouping, schema: rel.schema(), emit_before: false };
+        let schema = rel.schema();
         let id = self.ops.add(
             &self.target,
             "group aggregate",
             ("", format!("group aggregate {label}")),
             vec![Input::hash(&[local], keys)],
             state_schema,
-            Made::Group(operator),
+            Made::updating(move |emit_before| GroupAggregate { grouping, schema, emit_before }),
         );
         rel.from = vec![id];
         if let Some(changelog) = &mut rel.changelog {

@@ -3,13 +3,11 @@
 use std::{collections::HashMap, sync::Arc};
 
 use floodmark_dataflow::{
-    Edge, Exchange, JobGraph, Node, TaskId, Vertex,
+    Edge, Exchange, JobGraph, Node, OperatorFactory, TaskId, Vertex,
     graph::{NodeKind, Parallelism},
 };
 use floodmark_snapshot::{OperatorUid, StateSchema};
 use xxhash_rust::xxh3::xxh3_64;
-
-use crate::operators::group::GroupAggregate;
 
 /// Index of an operator.
 pub(super) type OpId = usize;
@@ -34,8 +32,19 @@ impl Input {
 /// What an operator is made by.
 pub(super) enum Made {
     By(NodeKind),
-    /// Whether it tells rows before updates is known once all its consumers are.
-    Group(GroupAggregate),
+    /// By a factory that yet has to be told whether the rows before updates are needed: that is known once all consumers
+    /// are.
+    Updating {
+        emit_before: bool,
+        factory: Box<dyn FnOnce(bool) -> Arc<dyn OperatorFactory>>,
+    },
+}
+
+impl Made {
+    /// By what `factory` makes of whether the rows before updates are needed.
+    pub(super) fn updating<F: OperatorFactory + 'static>(factory: impl FnOnce(bool) -> F + 'static) -> Self {
+        Self::Updating { emit_before: false, factory: Box::new(|before| Arc::new(factory(before))) }
+    }
 }
 
 /// An operator.
@@ -93,8 +102,8 @@ impl Ops {
     /// A consumer needs the rows before updates.
     pub(super) fn need_before(&mut self, origins: &[OpId]) {
         for origin in origins {
-            if let Made::Group(aggregate) = &mut self.ops[*origin].made {
-                aggregate.emit_before = true;
+            if let Made::Updating { emit_before, .. } = &mut self.ops[*origin].made {
+                *emit_before = true;
             }
         }
     }
@@ -115,7 +124,7 @@ impl Ops {
                 state_schema: op.state_schema,
                 node: match op.made {
                     Made::By(node) => node,
-                    Made::Group(aggregate) => NodeKind::Operator(Arc::new(aggregate)),
+                    Made::Updating { emit_before, factory } => NodeKind::Operator(factory(emit_before)),
                 },
             };
             let chained = match op.inputs.as_slice() {

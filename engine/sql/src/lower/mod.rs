@@ -38,6 +38,7 @@ use crate::{
 };
 
 mod aggregate;
+mod dedup;
 mod graph;
 mod join;
 mod source;
@@ -97,7 +98,7 @@ struct Rel {
 struct Changelog {
     /// The columns by which rows replace each other; `None` once one of them is gone.
     key: Option<Vec<usize>>,
-    /// The aggregates that the updates come from.
+    /// The operators that the updates come from.
     origins: Vec<OpId>,
 }
 
@@ -172,6 +173,7 @@ pub(crate) fn lower(inserts: &[Planned], context: &PlanContext) -> Result<JobGra
         target: String::new(),
         location: Location::default(),
         join: Location::default(),
+        row_numbers: BTreeMap::new(),
     };
     // All inserts into a table are one sink: two of them would write under one identity, and fence each other off.
     let mut sinks: Vec<Written> = Vec::new();
@@ -216,6 +218,8 @@ struct Lowering<'a> {
     location: Location,
     /// Where its first join stands.
     join: Location,
+    /// Row numbers that told which rows to keep, and are no columns: by name, where they stand.
+    row_numbers: BTreeMap<String, Location>,
 }
 
 impl Lowering<'_> {
@@ -232,6 +236,7 @@ impl Lowering<'_> {
     }
 
     fn physical(&self, rel: &Rel, expr: &Expr) -> Result<Arc<dyn PhysicalExpr>, SqlError> {
+        self.check_row_numbers(expr)?;
         rel.df_schema().and_then(|schema| physical(expr, &schema)).map_err(|e| self.failed(&e))
     }
 
@@ -315,7 +320,7 @@ impl Lowering<'_> {
         let Some(key) = &changelog.key else {
             return Err(self
                 .refused(format!("the query updates rows, but not all of their key goes into table '{name}'"))
-                .help("insert all GROUP BY columns, and make them the PRIMARY KEY"));
+                .help("insert all columns of the GROUP BY (or PARTITION BY), and make them the PRIMARY KEY"));
         };
         if key.is_empty() {
             return Err(self
@@ -361,13 +366,19 @@ impl Lowering<'_> {
                 }
                 Ok(rel)
             }
-            LogicalPlan::Filter(filter) => {
-                let rel = self.plan(&filter.input)?;
-                self.filter(rel, &filter.predicate)
-            }
+            LogicalPlan::Window(window) => self.deduplicated(window, None),
+            LogicalPlan::Filter(filter) => match dedup::numbered(&filter.input) {
+                Some(window) => self.deduplicated(window, Some(&filter.predicate)),
+                None => {
+                    let rel = self.plan(&filter.input)?;
+                    self.filter(rel, &filter.predicate)
+                }
+            },
             LogicalPlan::Projection(projection) => {
                 let (input, predicate) = match &*projection.input {
-                    LogicalPlan::Filter(filter) => (&filter.input, Some(&filter.predicate)),
+                    LogicalPlan::Filter(filter) if dedup::numbered(&filter.input).is_none() => {
+                        (&filter.input, Some(&filter.predicate))
+                    }
                     _ => (&projection.input, None),
                 };
                 let rel = self.plan(input)?;

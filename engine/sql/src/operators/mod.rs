@@ -14,6 +14,7 @@ use floodmark_snapshot::{Error, Result};
 pub(crate) mod aggregate;
 pub(crate) mod assign;
 pub(crate) mod calc;
+pub(crate) mod dedup;
 pub(crate) mod group;
 pub(crate) mod join;
 pub(crate) mod key;

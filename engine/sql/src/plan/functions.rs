@@ -15,11 +15,12 @@ use datafusion_expr::{
     planner::ExprPlanner,
 };
 use datafusion_sql::sqlparser::ast::{
-    BinaryOperator, CaseWhen, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, Ident, Select,
-    SelectItem, VisitMut, VisitorMut, helpers::attached_token::AttachedToken,
+    BinaryOperator, CaseWhen, Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments, Ident, ObjectNamePart,
+    Select, SelectItem, VisitMut, VisitorMut, helpers::attached_token::AttachedToken,
 };
 
-use crate::dialect::refuse::Functions;
+use super::row_number;
+use crate::{dialect::refuse::Functions, error::start};
 
 /// Names that are rewritten into other expressions before planning.
 const REWRITTEN: &[&str] = &["mod", "if"];
@@ -119,14 +120,18 @@ fn name_columns(select: &mut Select) {
     }
 }
 
-/// Rewrites Flink's names that are operators with us (`MOD(a, b)`, `IF(c, a, b)`), and names columns as Flink does.
+/// Rewrites Flink's names that are operators with us (`MOD(a, b)`, `IF(c, a, b)`), names columns as Flink does, and tells
+/// calls of `ROW_NUMBER` apart.
 pub(crate) fn rewrite(node: &mut impl VisitMut) {
     struct Rewrite;
     impl VisitorMut for Rewrite {
         type Break = ();
         fn post_visit_expr(&mut self, expr: &mut Expr) -> std::ops::ControlFlow<()> {
             let replaced = match expr {
-                Expr::Function(function) => replacement(function),
+                Expr::Function(function) => {
+                    place_row_number(function);
+                    replacement(function)
+                }
                 _ => None,
             };
             if let Some(replaced) = replaced {
@@ -166,6 +171,14 @@ fn replacement(function: &Function) -> Option<Expr> {
             else_result: Some(Box::new((*no).clone())),
         }),
         _ => None,
+    }
+}
+
+/// Puts the place of a call of `ROW_NUMBER` into its name.
+fn place_row_number(function: &mut Function) {
+    let [ObjectNamePart::Identifier(name)] = function.name.0.as_mut_slice() else { return };
+    if function.over.is_some() && name.value.eq_ignore_ascii_case(row_number::NAME) {
+        *name = Ident::with_span(name.span, row_number::name_at(start(name.span)));
     }
 }
 

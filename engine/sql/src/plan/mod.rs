@@ -41,6 +41,7 @@ use crate::{
 pub(crate) mod assign;
 pub(crate) mod functions;
 pub(crate) mod needs;
+pub(crate) mod row_number;
 mod show;
 pub(crate) mod window;
 
@@ -562,8 +563,8 @@ impl ContextProvider for Catalog<'_> {
         self.registry.aggregates.get(&name.to_lowercase()).cloned()
     }
 
-    fn get_window_meta(&self, _: &str) -> Option<Arc<WindowUDF>> {
-        None
+    fn get_window_meta(&self, name: &str) -> Option<Arc<WindowUDF>> {
+        row_number::function(name).map(Arc::new)
     }
 
     fn get_variable_type(&self, _: &[String]) -> Option<DataType> {

@@ -17,6 +17,7 @@ use floodmark_dataflow::{
     source::{Polled, Source, SourceFactory},
 };
 use floodmark_snapshot::{Env, Epoch, Error, JobId, KeyGroupRange, Result, Shard, SplitState, TimestampMs};
+use floodmark_state::shard::Reader;
 
 use crate::{PlanOptions, SqlError, plan};
 
@@ -118,7 +119,8 @@ pub(super) fn planned(sql: &str) -> Result<JobGraph, SqlError> {
     plan(sql, &PlanOptions { context, connectors: &connectors })
 }
 
-fn context() -> SubtaskContext {
+/// Of the one subtask of a task.
+pub(super) fn context() -> SubtaskContext {
     context_of(0, 1)
 }
 
@@ -141,16 +143,19 @@ struct Driver {
     /// Watermark of each task's inputs, by edge.
     watermarks: HashMap<(usize, usize, Port), TimestampMs>,
     rows: Vec<String>,
+    /// Of all operators.
+    context: SubtaskContext,
 }
 
 impl Driver {
     fn new(graph: JobGraph) -> Self {
+        let context = context();
         let made = |node: &floodmark_dataflow::Node| match &node.node {
-            NodeKind::Operator(factory) => Some(factory.create(&context()).unwrap()),
+            NodeKind::Operator(factory) => Some(factory.create(&context).unwrap()),
             NodeKind::Source(_) | NodeKind::Sink(_) => None,
         };
         let operators = graph.vertices.iter().map(|v| v.chain.iter().map(made).collect()).collect();
-        Self { graph, operators, watermarks: HashMap::new(), rows: Vec::new() }
+        Self { graph, operators, watermarks: HashMap::new(), rows: Vec::new(), context }
     }
 
     /// A batch for the operator at `at` of a task.
@@ -286,6 +291,17 @@ fn shards_of(operator: &mut dyn Operator, subtask: u32) -> Vec<RestoredShard> {
     operator.snapshot(&Barrier::checkpoint(Epoch(1))).unwrap().pending.into_iter().map(shard).collect()
 }
 
+/// The rows of an operator's state, in no order.
+fn kept(operator: &mut dyn Operator, subtask: u32) -> Vec<String> {
+    let all = KeyGroupRange::of_subtask(0, 1, 128);
+    let rows = |shard: RestoredShard| {
+        let blocks = Reader::verified(&shard.bytes).unwrap();
+        let batches: Vec<Vec<RecordBatch>> = blocks.blocks(&shard.bytes, all).collect::<Result<_>>().unwrap();
+        batches.concat().iter().flat_map(|rows| show("state", rows)).collect::<Vec<_>>()
+    };
+    shards_of(operator, subtask).into_iter().flat_map(rows).collect()
+}
+
 /// Reads all rows, then restores every operator that keeps state at `parallelism`, and back at one. However many share the
 /// state, they must hold the same rows together, and emit the same at the end of time.
 pub(super) fn check_rescaled(sql: &str, parallelism: u32) {
@@ -317,7 +333,8 @@ pub(super) fn check_rescaled(sql: &str, parallelism: u32) {
             let ends = [many, restored(&shards, 1)].map(|operators| {
                 let rows: u64 = operators.iter().map(|o| o.state_size().0).sum();
                 let mut emitted = Vec::new();
-                for mut operator in operators {
+                for (subtask, mut operator) in (0..).zip(operators) {
+                    emitted.extend(kept(&mut *operator, subtask));
                     let mut out = Output::default();
                     operator.on_watermark(WATERMARK_MAX, &mut out).unwrap();
                     emitted.extend(out.take().iter().flat_map(|b| show("row", &b.rows)));
@@ -333,7 +350,8 @@ pub(super) fn check_rescaled(sql: &str, parallelism: u32) {
     assert!(stateful > 0, "nothing keeps state");
 }
 
-fn show(sink: &str, rows: &RecordBatch) -> Vec<String> {
+/// Rows as text: `sink +I values`.
+pub(super) fn show(sink: &str, rows: &RecordBatch) -> Vec<String> {
     let options = FormatOptions::new().with_null("null").with_timestamp_format(Some("%H:%M:%S%.3f"));
     let name = sink.trim_start_matches("sink:");
     let schema = rows.schema();
@@ -372,4 +390,21 @@ pub(super) fn check(sql: &str, expected: &[&str]) {
 pub(super) fn check_in_order(sql: &str, expected: &[&str]) {
     let graph = planned(sql).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(Driver::new(graph).run(false), expected);
+}
+
+/// What became of a job, run straight on.
+pub(super) struct Run {
+    /// The rows of all sinks.
+    pub(super) rows: Vec<String>,
+    /// Rows that operators left out because of their time.
+    pub(super) late: u64,
+}
+
+impl Run {
+    pub(super) fn of(sql: &str) -> Self {
+        let driver = Driver::new(planned(sql).unwrap_or_else(|e| panic!("{e}")));
+        let metrics = driver.context.metrics.clone();
+        let rows = driver.run(false);
+        Self { rows, late: metrics.late.load(std::sync::atomic::Ordering::Relaxed) }
+    }
 }

@@ -106,6 +106,50 @@ fn q1_q2_and_q17_plan() {
     );
 }
 
+const Q18: &str = "
+CREATE TABLE snk (auction BIGINT, bidder BIGINT, price BIGINT, channel STRING, url STRING, `dateTime` TIMESTAMP(3), extra STRING, PRIMARY KEY (bidder, auction) NOT ENFORCED) WITH ('connector' = 'rows');
+INSERT INTO snk SELECT auction, bidder, price, channel, url, `dateTime`, extra
+FROM (SELECT *, ROW_NUMBER() OVER (PARTITION BY bidder, auction ORDER BY `dateTime` DESC) AS rank_number FROM bid)
+WHERE rank_number <= 1";
+
+#[test]
+fn q18_keeps_a_row_for_each_bidder_and_auction() {
+    check_plan(
+        Q18,
+        expect![[r#"
+        task 0
+          rows source nexmark(event_type, person<dateTime>, auction<dateTime>, bid<auction, bidder, price, channel, url, dateTime, extra>)  [source:nexmark]
+          filter nexmark.event_type = 2, project nexmark.bid.auction, nexmark.bid.bidder, nexmark.bid.price, nexmark.bid.channel, nexmark.bid.url, nexmark.dateTime, nexmark.bid.extra  [snk/project-1]
+          local deduplicate by [bidder, auction]: last by dateTime  [snk/local-deduplicate-1]
+        task 1
+          <- task 0 (hash of columns [1, 0]) into input 0
+          deduplicate by [bidder, auction]: last by dateTime  [snk/deduplicate-1]
+          rows sink snk(auction, bidder, price, channel, url, dateTime, extra) (updates)  [sink:snk]
+    "#]],
+    );
+}
+
+#[test]
+fn the_last_bid_of_each_bidder_on_each_auction_is_found() {
+    let bid = |auction: u32, bidder: u32, price: u32, second: u32| {
+        format!(
+            "{{\"event_type\": 2, \"bid\": {{\"auction\": {auction}, \"bidder\": {bidder}, \"price\": {price}, \"channel\": \"c\", \"url\": \"u{price}\", \"dateTime\": \"2026-01-01T00:00:{second:02}\"}}}}\n"
+        )
+    };
+    let person = "{\"event_type\": 0, \"person\": {\"id\": 1, \"dateTime\": \"2026-01-01T00:00:59\"}}\n";
+    let rows =
+        [bid(1, 7, 100, 5), bid(1, 8, 90, 4), bid(1, 7, 50, 6), person.to_owned(), bid(1, 8, 95, 3), bid(2, 7, 10, 1)];
+    check(
+        &format!("{TABLES}{Q18}").replace("ROWS", &rows.concat()),
+        &[
+            "snk +I 1 7 100 c u100 00:00:05.000 null",
+            "snk +I 1 8 90 c u90 00:00:04.000 null",
+            "snk +U 1 7 50 c u50 00:00:06.000 null",
+            "snk +I 2 7 10 c u10 00:00:01.000 null",
+        ],
+    );
+}
+
 #[test]
 fn the_hottest_item_of_each_window_is_found() {
     let bid = |auction: u32, second: u32| {

@@ -75,8 +75,8 @@ fn what_a_stream_cannot_do_is_refused_by_name() {
     select("a, b FROM t ORDER BY a", "line 3, column 43: ORDER BY is not supported; a stream has no end to sort by");
     select("a, b FROM t LIMIT 3", "line 3, column 40: LIMIT or OFFSET is not supported; a stream has no first rows");
     select(
-        "a, row_number() OVER (ORDER BY a) FROM t",
-        "line 3, column 25: OVER is not supported; use TUMBLE or HOP windows with GROUP BY",
+        "sum(a) OVER (ORDER BY a), b FROM t",
+        "line 3, column 22: OVER is not supported; use TUMBLE or HOP windows with GROUP BY",
     );
     select(
         "t.a, u.b FROM t LEFT JOIN t AS u ON t.a = u.a",
