@@ -24,6 +24,7 @@ use futures::{Stream, StreamExt, TryStreamExt, future::try_join_all, stream};
 use crate::{
     CheckpointMode, Progress, RunSpec,
     committers::{CommitterId, StagedShard},
+    reading,
     tasks::SubtaskId,
 };
 
@@ -84,11 +85,14 @@ impl Restored<'_> {
         self.snapshot.manifest.operators.get(uid).into_iter().flat_map(|o| &o.shards)
     }
 
-    /// Reads these shards, in their order.
-    fn read(&self, shards: Vec<&Shard>) -> impl Stream<Item = Result<RestoredShard>> {
+    /// Reads these shards, in their order; of keyed ones with much in them just what is in `owned`.
+    fn read(&self, shards: Vec<&Shard>, owned: KeyGroupRange) -> impl Stream<Item = Result<RestoredShard>> {
         let snapshot = self.snapshot;
         stream::iter(shards)
-            .map(move |shard| async move { Ok(RestoredShard { shard: shard.clone(), bytes: snapshot.read(shard).await? }) })
+            .map(move |shard| async move {
+                let bytes = reading::read(snapshot, shard, owned).await?;
+                Ok(RestoredShard { shard: shard.clone(), bytes })
+            })
             .buffered(READS_AHEAD_MAX)
     }
 }
@@ -145,9 +149,11 @@ pub(crate) async fn committers(
             let id = CommitterId { uid: node.uid.clone(), index };
             let mut pending = None;
             if let Some(restored) = restored {
-                let staged = restored.read(held(index)).map_ok(|RestoredShard { shard, bytes }| {
-                    (shard.epoch.unwrap_or(restored.snapshot.manifest.epoch), (shard.rows, bytes))
-                });
+                let staged = restored.read(held(index), KeyGroupRange::of_subtask(0, 1, 1)).map_ok(
+                    |RestoredShard { shard, bytes }| {
+                        (shard.epoch.unwrap_or(restored.snapshot.manifest.epoch), (shard.rows, bytes))
+                    },
+                );
                 pending = Some((restored.snapshot.manifest.epoch, staged.try_collect().await?));
             }
             all.push(Committing { id, committer, restored: pending });
@@ -327,7 +333,7 @@ impl Builder<'_> {
             return Ok(operator);
         }
         let failed = |e: Error| e.context(format!("restore {}", node.uid));
-        let mut read = std::pin::pin!(restored.read(shards));
+        let mut read = std::pin::pin!(restored.read(shards, owned));
         while let Some(shard) = read.next().await {
             let shard = shard.map_err(failed)?;
             let take = move || operator.restore(vec![shard]).map(|()| operator);
@@ -345,9 +351,10 @@ impl Builder<'_> {
         channels: &[InputChannel],
     ) -> Result<Vec<InFlight>> {
         let (index, parallelism, max) = (self.index, self.parallelism, self.spec.max_parallelism);
+        let owned = KeyGroupRange::of_subtask(index, parallelism, max);
         let concerns = |s: &&Shard| inflight::concerns(s, index, parallelism, max);
         let shards = restored.shards_of(&first.uid).filter(concerns).collect();
-        let shards: Vec<RestoredShard> = restored.read(shards).try_collect().await?;
+        let shards: Vec<RestoredShard> = restored.read(shards, owned).try_collect().await?;
         inflight::share(&shards, channels, index, parallelism, max).map_err(|e| e.context(&first.uid))
     }
 

@@ -13,6 +13,7 @@ mod control;
 mod coordinator;
 mod deploy;
 mod progress;
+mod reading;
 mod shell;
 mod starting;
 mod tasks;

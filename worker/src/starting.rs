@@ -191,6 +191,7 @@ impl Starter<'_> {
         if let Some(manifest) = &manifest {
             let plan = StatePlan::new(manifest, &takers(&spec.graph), spec.max_parallelism, state.committed);
             plan.admit(spec.allow_dropped_state).map_err(Failure::Snapshot)?;
+            restore::check_in_flight(manifest, &spec.graph.fingerprint).map_err(Failure::Snapshot)?;
         }
         let restored =
             candidate.map(|c| Restored { snapshot: &c.snapshot, owned: c.owned, committed: state.committed });

@@ -14,7 +14,7 @@ use floodmark_dataflow::{PendingShard, StateSnapshot, task::OperatorPart};
 use floodmark_snapshot::{
     Attempt, Context, Env, Epoch, OperatorSnapshot, OperatorUid, Result, Shard, ShardKind, Step,
     log::JobFolder,
-    manifest::{ShardStatus, hash_hex},
+    manifest::{ShardStatus, hash_hex, tail_hash},
     retention,
     storage::Storage,
 };
@@ -178,7 +178,8 @@ impl Written<'_> {
         let path = retention::blob_path(*attempt, self.epoch, &env.ids.ulid(), ending);
         self.paths.lock().unwrap_or_else(PoisonError::into_inner).push(path.clone());
         let (size, hash) = (bytes.len() as u64, hash_hex(&bytes));
+        let tail = (shard.kind == ShardKind::Keyed).then(|| tail_hash(&bytes));
         storage.put(&folder.path(&path), bytes).await.context_with(|| "write a shard")?;
-        Ok(Shard { size, hash, path, subtask: self.subtask, ..shard })
+        Ok(Shard { size, hash, tail, path, subtask: self.subtask, ..shard })
     }
 }

@@ -17,6 +17,15 @@ pub fn hash_hex(bytes: &[u8]) -> String {
     format!("{:032x}", xxhash_rust::xxh3::xxh3_128(bytes))
 }
 
+/// Bytes at the end of a file that [`tail_hash`] covers.
+pub const TAIL_HASHED: usize = 64;
+
+/// The hash of the last [`TAIL_HASHED`] bytes of a file (or of all, if it has fewer): xxh3-128, 32 hex digits.
+#[must_use]
+pub fn tail_hash(bytes: &[u8]) -> String {
+    hash_hex(&bytes[bytes.len().saturating_sub(TAIL_HASHED)..])
+}
+
 /// A complete snapshot of a job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -100,7 +109,8 @@ pub struct SplitState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum ShardKind {
-    /// Keyed state, neutral to back ends: goes to every subtask whose key groups it overlaps.
+    /// Keyed state, neutral to back ends (a state file of `floodmark_state::shard`): goes to every subtask whose key groups it
+    /// overlaps.
     Keyed,
     /// Keyed state as a file of a RocksDB database: goes, like [`ShardKind::Keyed`], to whom its key groups overlap.
     RocksDb,
@@ -136,6 +146,9 @@ pub struct Shard {
     pub size: u64,
     /// xxh3-128 of the whole file, 32 hex digits.
     pub hash: String,
+    /// [`tail_hash`] of the file: for who reads just a part of it, by an index at its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tail: Option<String>,
     /// Index of the subtask that wrote it.
     pub subtask: u32,
     /// What it holds.
@@ -166,6 +179,7 @@ impl Shard {
             path: path.into(),
             size: 0,
             hash: String::new(),
+            tail: None,
             subtask: 0,
             kind,
             key_groups: None,

@@ -300,6 +300,10 @@ impl Operator for JoinOperator {
     }
 
     fn on_watermark(&mut self, watermark: TimestampMs, out: &mut Output) -> Result<()> {
+        if watermark <= self.watermark {
+            // After a restore, an input that was idle holds event time back anew; what has fired does not fire again.
+            return Ok(());
+        }
         while let Some(end) = self.first_window().filter(|end| *end - 1 <= watermark) {
             self.join(end, out)?;
             self.sides.iter_mut().try_for_each(|side| side.state.drop_namespace(end))?;

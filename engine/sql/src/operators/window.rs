@@ -257,6 +257,10 @@ impl Operator for WindowOperator {
     }
 
     fn on_watermark(&mut self, watermark: TimestampMs, out: &mut Output) -> Result<()> {
+        if watermark <= self.watermark {
+            // After a restore, an input that was idle holds event time back anew; what has fired does not fire again.
+            return Ok(());
+        }
         let slicing = self.spec.slicing;
         // All windows that end here or before have fired.
         let mut fired = self.watermark.saturating_add(1);
