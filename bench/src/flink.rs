@@ -66,6 +66,7 @@ impl Flink {
         Ok(Measured {
             system: NAME,
             query,
+            setting: format!("heap, {interval}"),
             events,
             cpu_seconds: number("cpuSeconds")?,
             cpu_seconds_of_system: None,

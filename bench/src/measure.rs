@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use floodmark_tests::job::Job;
 use nix::sys::resource::{UsageWho, getrusage};
 
-use crate::{Args, queries::Query};
+use crate::{Args, Backend, queries::Query};
 
 /// Name of the system that is measured.
 pub(crate) const FLOODMARK: &str = "floodmark";
@@ -15,11 +15,21 @@ const PATIENCE: Duration = Duration::from_secs(1_800);
 /// What the process says of its time and what the operating system says may differ by this: its start and end, seconds.
 const START_AND_END: f64 = 0.5;
 
+/// What is run, and how.
+pub(crate) struct Setting<'a> {
+    pub(crate) query: Query,
+    pub(crate) backend: Backend,
+    /// From checkpoint to checkpoint.
+    pub(crate) interval: &'a str,
+}
+
 /// What a run cost.
 #[derive(Clone, Debug)]
 pub(crate) struct Measured {
     pub(crate) system: &'static str,
     pub(crate) query: Query,
+    /// How it was run, in words.
+    pub(crate) setting: String,
     pub(crate) events: u64,
     /// User and system time of the process or processes under test.
     pub(crate) cpu_seconds: f64,
@@ -38,12 +48,14 @@ impl Measured {
 }
 
 /// Runs a query with Floodmark.
-pub(crate) fn floodmark(bootstrap: &str, topic: &str, query: Query, args: &Args) -> Result<Measured> {
+pub(crate) fn floodmark(bootstrap: &str, topic: &str, setting: &Setting<'_>, args: &Args) -> Result<Measured> {
+    let Setting { query, backend, interval } = *setting;
     let folder = tempfile::tempdir()?;
     let sql: String = query.statements(bootstrap, topic).iter().map(|s| format!("{s};\n")).collect();
     let mut job = Job::new(folder.path(), query.name(), sql);
     job.parallelism = args.parallelism;
-    job.interval.clone_from(&args.interval);
+    interval.clone_into(&mut job.interval);
+    job.spec = format!("  state:\n    backend: {backend}\n");
     let (load, before, start) = (load_average(), cpu_of_children()?, Instant::now());
     let ended = job.start()?.wait(PATIENCE)?;
     let (wall_seconds, cpu) = (start.elapsed().as_secs_f64(), cpu_of_children()? - before);
@@ -58,6 +70,7 @@ pub(crate) fn floodmark(bootstrap: &str, topic: &str, query: Query, args: &Args)
     Ok(Measured {
         system: FLOODMARK,
         query,
+        setting: format!("{backend}, {interval}"),
         events: args.events,
         cpu_seconds: summary.cpu_seconds,
         cpu_seconds_of_system: Some(cpu),
