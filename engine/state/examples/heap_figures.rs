@@ -150,6 +150,13 @@ fn spread(mut times: Vec<Duration>) -> String {
     format!("median {:.2?}, 90 % {:.2?}, 99 % {:.2?}, greatest {:.2?}", at(50), at(90), at(99), at(100))
 }
 
+/// CPU time of the process so far: on a shared machine the figure that holds.
+fn cpu_ms() -> u64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    (fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()) * 10
+}
+
 fn resident() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
@@ -166,20 +173,17 @@ fn main() {
     }
     let took = env.clock.monotonic() - start;
     println!("{keys} keys written in {took:.2?}; {} bytes resident per key", (resident() - before) / keys);
-    let quiet: Vec<Duration> = (0..200).map(|_| bench.write_random(2)).collect();
-    println!(
-        "a batch of {BATCH} random writes without a snapshot: {:.2?} on average",
-        quiet.iter().sum::<Duration>() / 200
-    );
+    let quiet: Vec<Duration> = (0..1000).map(|_| bench.write_random(2)).collect();
+    println!("a batch of {BATCH} random writes without a snapshot: {}", spread(quiet));
 
     let (mut pauses, mut barriers, mut behind, mut files) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for epoch in 1..=100 {
         let start = env.clock.monotonic();
         let snapshot = bench.state.snapshot(&Barrier::checkpoint(Epoch(epoch)), None).unwrap();
         let barrier = env.clock.monotonic() - start;
+        let first = bench.write_random(3);
         let of_thread = env.clone();
         let encoder = spawn_thread("encode".into(), move || encoded(&of_thread, snapshot, epoch)).unwrap();
-        let first = bench.write_random(3);
         pauses.push(barrier + first);
         behind.extend((1..50).map(|_| bench.write_random(3)));
         barriers.push(barrier);
@@ -224,7 +228,7 @@ fn main() {
         .map(|f| f.1)
         .collect();
     let files = Arc::new(files);
-    let start = env.clock.monotonic();
+    let (start, cpu_before) = (env.clock.monotonic(), cpu_ms());
     let restore = |index: u32| {
         let (env, files) = (env.clone(), files.clone());
         let restore = move || {
@@ -238,5 +242,9 @@ fn main() {
     let states: Vec<_> = [restore(0), restore(1)].into_iter().map(|t| t.join().unwrap()).collect();
     let took = env.clock.monotonic() - start;
     let rows: u64 = states.iter().map(|s| s.size().0).sum();
-    println!("restored {rows} keys from {} layers on 2 threads in {took:.2?}", files.len());
+    println!(
+        "restored {rows} keys from {} layers on 2 threads in {took:.2?}, {} ms of CPU",
+        files.len(),
+        cpu_ms() - cpu_before
+    );
 }

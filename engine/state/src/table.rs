@@ -3,7 +3,7 @@
 //! A row has a number (its slot) as long as nobody asks for it anew; a chunk holds [`CHUNK_ROWS`] slots. A snapshot is
 //! O(chunks): it clones the pointers. While somebody holds a snapshot, a row of it that is about to be written is *moved*: to a
 //! chunk that nobody else holds, so that a write after a barrier costs one row, not a chunk. The places that are left behind
-//! are used again once the snapshot is gone.
+//! are filled again from the end of the table once the snapshot is gone ([`Table::compact`]).
 //!
 //! Every row says in which interval it was last written (its *stamp*, a number that the owner sets), and every chunk the
 //! greatest stamp of its rows: what has changed since some barrier is found without looking at all rows.
@@ -295,7 +295,7 @@ pub struct Table {
     stamp: u32,
     /// Rows written for the first time since [`Table::begin`].
     written: u64,
-    /// Places in chunks that nobody else holds.
+    /// Places in chunks that nobody else holds. Some may be used again already, or gone: see [`is_vacant`].
     free: Vec<u32>,
     /// Places in chunks that a snapshot held when they were left.
     limbo: VecDeque<u32>,
@@ -356,7 +356,8 @@ impl Table {
     #[inline]
     pub fn slot(&mut self, hash: u64, key: &[u8]) -> (u32, bool) {
         let Some(slot) = self.find(hash, key) else {
-            let slot = self.place(hash, key);
+            let slot = self.free_place().unwrap_or_else(|| self.next_place());
+            self.place(slot, hash, key, self.stamp);
             self.written += 1;
             let rows = &self.rows;
             self.index.insert_unique(hash, slot, |slot| rows.hash(*slot));
@@ -399,45 +400,96 @@ impl Table {
 
     /// Moves a row out of a chunk that a snapshot holds.
     fn displace(&mut self, slot: u32) -> u32 {
+        let to = self.free_place().unwrap_or_else(|| self.next_place());
+        self.relocate(slot, to);
+        to
+    }
+
+    /// Moves a row to a place in another chunk.
+    fn relocate(&mut self, slot: u32, to: u32) {
         let from = self.rows.chunks[slot as usize / CHUNK_ROWS].clone();
         let row = slot as usize % CHUNK_ROWS;
-        let stamp = std::mem::replace(&mut self.stamp, from.stamps[row]);
-        let moved = self.place(from.hashes[row], from.key(row));
-        self.stamp = stamp;
-        let to = Arc::make_mut(&mut self.rows.chunks[moved as usize / CHUNK_ROWS]);
-        for (column, from) in to.columns.iter_mut().zip(&from.columns) {
-            column.copy(moved as usize % CHUNK_ROWS, from, row);
+        self.place(to, from.hashes[row], from.key(row), from.stamps[row]);
+        let chunk = Arc::make_mut(&mut self.rows.chunks[to as usize / CHUNK_ROWS]);
+        for (column, from) in chunk.columns.iter_mut().zip(&from.columns) {
+            column.copy(to as usize % CHUNK_ROWS, from, row);
         }
         if let Some(entry) = self.index.find_mut(from.hashes[row], |other| *other == slot) {
-            *entry = moved;
+            *entry = to;
         }
         drop(from);
         self.vacate(slot);
-        moved
     }
 
-    /// A row of nulls, in a chunk that nobody else holds.
-    fn place(&mut self, hash: u64, key: &[u8]) -> u32 {
-        let slot = self.free_place().unwrap_or_else(|| self.next_place());
+    /// Moves at most so many rows from the end of the table to places that writes behind a barrier have left, if no snapshot
+    /// holds these any more. Slots change.
+    pub fn compact(&mut self, rows: usize) {
+        for _ in 0..rows {
+            let Some(last) = self.rows.chunks.len().checked_sub(1) else { return };
+            if self.free.is_empty() && self.limbo.is_empty() || Arc::strong_count(&self.rows.chunks[last]) > 1 {
+                return;
+            }
+            let words = self.rows.live[last].iter().enumerate().rev();
+            let Some((word, bits)) = words.map(|(word, bits)| (word, *bits)).find(|(_, bits)| *bits != 0) else {
+                self.rows.chunks.pop();
+                self.rows.live.pop();
+                continue;
+            };
+            let row = word * 64 + 63 - bits.leading_zeros() as usize;
+            let Some(place) = self.free.pop().or_else(|| self.limbo_place()) else { return };
+            if self.is_vacant(place) && (place as usize) < last * CHUNK_ROWS {
+                self.relocate((last * CHUNK_ROWS + row) as u32, place);
+            }
+        }
+    }
+
+    /// Makes a place the row of a key, with nulls. Nobody else holds its chunk.
+    fn place(&mut self, slot: u32, hash: u64, key: &[u8], stamp: u32) {
         let (chunk, row) = (slot as usize / CHUNK_ROWS, slot as usize % CHUNK_ROWS);
-        Arc::make_mut(&mut self.rows.chunks[chunk]).place(row, hash, key, self.stamp);
+        Arc::make_mut(&mut self.rows.chunks[chunk]).place(row, hash, key, stamp);
         self.rows.live[chunk][row / 64] |= 1 << (row % 64);
         self.rows.rows += 1;
-        slot
+    }
+
+    fn is_vacant(&self, slot: u32) -> bool {
+        is_vacant(&self.rows, slot)
     }
 
     fn free_place(&mut self) -> Option<u32> {
-        if let Some(slot) = self.free.pop() {
-            return Some(slot);
+        while let Some(slot) = self.free.pop() {
+            if self.is_vacant(slot) {
+                return Some(slot);
+            }
         }
+        while let Some(slot) = self.limbo_place() {
+            if self.is_vacant(slot) {
+                return Some(slot);
+            }
+        }
+        // Too many places wait for snapshots to end: copying a chunk makes all of its places good.
+        if self.limbo.len() <= self.rows.rows / LIMBO_SHARE + CHUNK_ROWS {
+            return None;
+        }
+        let slot = std::iter::from_fn(|| self.limbo.pop_front()).find(|slot| is_vacant(&self.rows, *slot))?;
+        let chunk = slot as usize / CHUNK_ROWS;
+        let rows = Arc::make_mut(&mut self.rows.chunks[chunk]).hashes.len();
+        let first = (chunk * CHUNK_ROWS) as u32;
+        let vacant: Vec<u32> = (first..first + rows as u32).filter(|s| *s != slot && self.is_vacant(*s)).collect();
+        self.free.extend(vacant);
+        Some(slot)
+    }
+
+    /// The next of the places that were left, if no snapshot holds its chunk any more. It may be used again already.
+    fn limbo_place(&mut self) -> Option<u32> {
         let slot = self.limbo.pop_front()?;
-        // Too many places wait for snapshots to end: copying this chunk makes its places good.
-        let copied = self.limbo.len() > self.rows.rows / LIMBO_SHARE + CHUNK_ROWS;
-        if copied || Arc::strong_count(&self.rows.chunks[slot as usize / CHUNK_ROWS]) == 1 {
-            return Some(slot);
+        match self.rows.chunks.get(slot as usize / CHUNK_ROWS) {
+            Some(chunk) if Arc::strong_count(chunk) > 1 => {
+                self.limbo.push_back(slot);
+                None
+            }
+            Some(_) => Some(slot),
+            None => None,
         }
-        self.limbo.push_back(slot);
-        None
     }
 
     /// The place behind the last.
@@ -499,6 +551,12 @@ impl Table {
         self.limbo.extend(self.free.drain(..));
         self.rows.clone()
     }
+}
+
+/// Whether a place that was left is still there, and not used again.
+fn is_vacant(rows: &Rows, slot: u32) -> bool {
+    let (chunk, row) = (slot as usize / CHUNK_ROWS, slot as usize % CHUNK_ROWS);
+    rows.chunks.get(chunk).is_some_and(|c| row < c.hashes.len()) && rows.live[chunk][row / 64] & 1 << (row % 64) == 0
 }
 
 #[cfg(test)]

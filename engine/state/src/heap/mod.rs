@@ -223,6 +223,8 @@ impl KeyedState for HeapState {
             return Ok(slots);
         }
         let table = self.table_of(namespace);
+        // What writes behind a barrier have scattered, later ones bring together again.
+        table.compact(2 * keys.len());
         for (hash, key) in hashes.iter().zip(keys) {
             let (slot, new) = table.slot(*hash, key);
             slots.at.push(slot);

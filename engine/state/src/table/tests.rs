@@ -58,6 +58,10 @@ fn places_are_used_again_once_no_snapshot_holds_them() {
     }
     assert_eq!(contents(table.rows()).values().sum::<i64>(), 210_000);
     assert!(table.rows.chunks.len() <= 25, "{} chunks for 10 chunks of rows", table.rows.chunks.len());
+    let compacted = table.rows.chunks.len();
+    table.compact(usize::MAX);
+    assert_eq!(contents(table.rows()).values().sum::<i64>(), 210_000);
+    assert!(table.rows.chunks.len() <= 10, "{} chunks, before {compacted}", table.rows.chunks.len());
     // Also if there never is a moment without a snapshot.
     let mut held = table.snapshot();
     for _ in 0..50 {
@@ -110,6 +114,7 @@ fn a_table_is_a_map_whatever_is_held() {
     for step in 0..60_000_u64 {
         let key = next(6000);
         match next(10) {
+            0 if key < 100 => table.compact(500),
             0 | 1 => {
                 if let Some(slot) = table.find(hash(key), &key.to_le_bytes()) {
                     table.remove(slot);
