@@ -18,6 +18,10 @@ pub(crate) enum Query {
     Q5,
     /// Who sold something within 10 seconds of registering.
     Q8,
+    /// Each day's bids on each auction, in figures.
+    Q17,
+    /// The last bid of each bidder on each auction.
+    Q18,
 }
 
 impl fmt::Display for Query {
@@ -35,6 +39,8 @@ impl Query {
             Self::Q2 => "q2",
             Self::Q5 => "q5",
             Self::Q8 => "q8",
+            Self::Q17 => "q17",
+            Self::Q18 => "q18",
         }
     }
 
@@ -43,7 +49,7 @@ impl Query {
         match self {
             Self::Q0 => Some(1.2),
             Self::Q5 => Some(2.0),
-            Self::Q1 | Self::Q2 | Self::Q8 => None,
+            Self::Q1 | Self::Q2 | Self::Q8 | Self::Q17 | Self::Q18 => None,
         }
     }
 
@@ -73,6 +79,17 @@ impl Query {
                 return ("auction BIGINT, num BIGINT", select);
             }
             Self::Q8 => ("id BIGINT, name STRING, stime TIMESTAMP(3)", NEW_USERS),
+            // With a key, so that no system tells a row as it was before an update.
+            Self::Q17 => (
+                "auction BIGINT, `day` STRING, total_bids BIGINT, rank1_bids BIGINT, rank2_bids BIGINT, rank3_bids BIGINT,
+  min_price BIGINT, max_price BIGINT, avg_price BIGINT, sum_price BIGINT, PRIMARY KEY (auction, `day`) NOT ENFORCED",
+                AUCTION_DAYS,
+            ),
+            Self::Q18 => (
+                "auction BIGINT, bidder BIGINT, price BIGINT, channel STRING, url STRING, `dateTime` TIMESTAMP(3), extra STRING,
+  PRIMARY KEY (bidder, auction) NOT ENFORCED",
+                LAST_BIDS,
+            ),
         };
         (columns, select.to_owned())
     }
@@ -107,3 +124,17 @@ JOIN (
   GROUP BY seller, window_start, window_end
 ) A
 ON P.id = A.seller AND P.starttime = A.starttime AND P.endtime = A.endtime";
+
+const AUCTION_DAYS: &str = "SELECT auction, DATE_FORMAT(`dateTime`, 'yyyy-MM-dd') AS `day`,
+  count(*) AS total_bids,
+  count(*) FILTER (WHERE price < 10000) AS rank1_bids,
+  count(*) FILTER (WHERE price >= 10000 AND price < 1000000) AS rank2_bids,
+  count(*) FILTER (WHERE price >= 1000000) AS rank3_bids,
+  min(price) AS min_price, max(price) AS max_price, avg(price) AS avg_price, sum(price) AS sum_price
+FROM bid GROUP BY auction, DATE_FORMAT(`dateTime`, 'yyyy-MM-dd')";
+
+const LAST_BIDS: &str = "SELECT auction, bidder, price, channel, url, `dateTime`, extra
+FROM (
+  SELECT *, ROW_NUMBER() OVER (PARTITION BY bidder, auction ORDER BY `dateTime` DESC) AS rank_number
+  FROM bid
+) WHERE rank_number <= 1";

@@ -11,18 +11,17 @@ use std::{
 
 use arrow::{
     array::{ArrayRef, Int64Array, StringArray, TimestampMillisecondArray},
-    datatypes::{DataType, Field, Schema},
     record_batch::RecordBatch,
 };
 use expect_test::{Expect, expect};
-use floodmark_dataflow::{Batch, Output, graph::NodeKind};
+use floodmark_dataflow::{Batch, Operator, Output, SubtaskContext, graph::NodeKind};
 use floodmark_snapshot::env::Clock;
 
 use super::{
-    harness::{Run, check, check_in_order, check_rescaled, context, planned, show},
+    harness::{Run, check, check_in_order, check_rescaled, context, planned, shards_of, show},
     results::Random,
 };
-use crate::{operators::partial::time_type, plan::row_number::DEDUPLICATION};
+use crate::plan::row_number::DEDUPLICATION;
 
 /// Two rows are a batch.
 const T: &str = r#"
@@ -457,34 +456,57 @@ impl Clock for SetClock {
     }
 }
 
-#[test]
-fn keys_that_nothing_happens_to_are_forgotten_in_time() {
-    let graph = planned(&format!("{T} INSERT INTO o SELECT k, v FROM {LAST} WHERE rn = 1")).unwrap();
+/// The deduplication of a job, by itself.
+fn deduplicate(sql: &str, context: &SubtaskContext) -> Box<dyn Operator> {
+    let graph = planned(sql).unwrap_or_else(|e| panic!("{e}"));
     let (_, node) = graph.nodes().find(|(_, n)| n.state_schema.is_some()).unwrap();
     let NodeKind::Operator(factory) = &node.node else { panic!("{} is no operator", node.uid) };
+    factory.create(context).unwrap()
+}
+
+/// What an operator makes of one row of columns `k`, `at` (seconds) and, if there is one, `v`.
+fn fed(operator: &mut dyn Operator, k: i64, v: Option<&str>, at: i64) -> Vec<String> {
+    let mut columns: Vec<(&str, ArrayRef)> = vec![("k", Arc::new(Int64Array::from(vec![k])))];
+    columns.extend(v.map(|v| ("v", Arc::new(StringArray::from(vec![v])) as ArrayRef)));
+    columns.push(("at", Arc::new(TimestampMillisecondArray::from(vec![at * 1000]))));
+    let rows = RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(name, c)| (name, c, true))).unwrap();
+    let mut out = Output::default();
+    operator.process(0, Batch::new(rows), &mut out).unwrap();
+    out.take().iter().flat_map(|b| show("o", &b.rows)).collect()
+}
+
+#[test]
+fn a_column_that_is_new_is_null_in_rows_kept_before() {
+    let kept = |columns: &str| format!("{T} INSERT INTO log ({columns}) SELECT {columns} FROM {LAST} WHERE rn = 1");
+    let mut old = deduplicate(&kept("k, at"), &context());
+    assert_eq!(fed(&mut *old, 1, None, 10), ["o +I 1 00:00:10.000"]);
+    let mut new = deduplicate(&kept("k, v, at"), &context());
+    new.restore(shards_of(&mut *old, 0)).unwrap();
+    new.restored().unwrap();
+    assert_eq!(fed(&mut *new, 1, Some("too old"), 9), [""; 0]);
+    assert_eq!(fed(&mut *new, 1, Some("b"), 11), ["o -U 1 null 00:00:10.000", "o +U 1 b 00:00:11.000"]);
+    // And one that is gone is skipped.
+    let mut newer = deduplicate(&kept("k, at"), &context());
+    newer.restore(shards_of(&mut *new, 0)).unwrap();
+    newer.restored().unwrap();
+    assert_eq!(fed(&mut *newer, 1, None, 12), ["o -U 1 00:00:11.000", "o +U 1 00:00:12.000"]);
+}
+
+#[test]
+fn keys_that_nothing_happens_to_are_forgotten_in_time() {
     let clock = Arc::new(SetClock(AtomicI64::new(0)));
     let mut context = context();
     context.env.clock = clock.clone();
     context.state.ttl = Some(Duration::from_secs(60));
-    let mut operator = factory.create(&context).unwrap();
+    let mut operator = deduplicate(&format!("{T} INSERT INTO o SELECT k, v FROM {LAST} WHERE rn = 1"), &context);
     let mut at = |second: i64, k: i64, v: &str, time: i64| {
         clock.0.store(second * 1000, Ordering::Relaxed);
-        let fields = ["k", "v", "at"].into_iter().zip([DataType::Int64, DataType::Utf8, time_type()]);
-        let fields: Vec<Field> = fields.map(|(name, t)| Field::new(name, t, true)).collect();
-        let columns: Vec<ArrayRef> = vec![
-            Arc::new(Int64Array::from(vec![k])),
-            Arc::new(StringArray::from(vec![v])),
-            Arc::new(TimestampMillisecondArray::from(vec![time])),
-        ];
-        let rows = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).unwrap();
-        let mut out = Output::default();
-        operator.process(0, Batch::new(rows), &mut out).unwrap();
-        out.take().iter().flat_map(|b| show("o", &b.rows)).collect::<Vec<_>>()
+        fed(&mut *operator, k, Some(v), time)
     };
-    assert_eq!(at(0, 1, "a", 10), ["o +I 1 a 00:00:00.010"]);
+    assert_eq!(at(0, 1, "a", 10), ["o +I 1 a 00:00:10.000"]);
     assert_eq!(at(50, 1, "too old", 5), [""; 0]);
     assert_eq!(at(100, 1, "too old, and the key is still there", 5), [""; 0]);
-    assert_eq!(at(100, 2, "b", 5), ["o +I 2 b 00:00:00.005"]);
-    assert_eq!(at(161, 1, "new again", 5), ["o +I 1 new again 00:00:00.005"]);
-    assert_eq!(at(161, 1, "c", 5), ["o +U 1 c 00:00:00.005"]);
+    assert_eq!(at(100, 2, "b", 5), ["o +I 2 b 00:00:05.000"]);
+    assert_eq!(at(161, 1, "new again", 5), ["o +I 1 new again 00:00:05.000"]);
+    assert_eq!(at(161, 1, "c", 5), ["o +U 1 c 00:00:05.000"]);
 }

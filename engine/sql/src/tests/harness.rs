@@ -281,7 +281,7 @@ impl Driver {
 }
 
 /// What a snapshot of an operator of subtask `subtask` holds.
-fn shards_of(operator: &mut dyn Operator, subtask: u32) -> Vec<RestoredShard> {
+pub(super) fn shards_of(operator: &mut dyn Operator, subtask: u32) -> Vec<RestoredShard> {
     let shard = |pending: PendingShard| {
         let PendingShard { kind, key_groups, rows, layer, name, encode, .. } = pending;
         let bytes = encode().unwrap();
