@@ -15,9 +15,14 @@ GROUP_FILES=10
 
 version=$(sed -n '/^name = "librocksdb-sys"$/{n;s/^version = "\(.*\)"$/\1/p}' Cargo.lock)
 [ -n "$version" ] || fail "Cargo.lock names no librocksdb-sys"
-home="${ROCKSDB_LIB_DIR:-$FLOODMARK_CACHE/rocksdb-$version-$RECIPE}"
+home="$FLOODMARK_CACHE/rocksdb-$version-$RECIPE"
 [ "${1:-}" != --where ] || { printf '%s\n' "$home"; exit; }
-# Somebody's own library is taken as it is.
+case "${ROCKSDB_LIB_DIR:-$home}" in
+  "$home") ;;
+  "$FLOODMARK_CACHE"/rocksdb-*) fail "ROCKSDB_LIB_DIR names the library of another version: unset it, or set it to $home" ;;
+  # Somebody's own library is taken as it is, and its folder never touched.
+  *) exit 0 ;;
+esac
 [ ! -e "$home/librocksdb.a" ] || exit 0
 
 packages g++ binutils
