@@ -39,9 +39,61 @@ pub(crate) enum Command {
     /// Show what a snapshot's state would become in a job, without starting it; exit code 4 if it does not fit
     #[command(after_help = EXIT_CODES)]
     Plan(PlanArgs),
+    /// Query the state inside a snapshot with SQL
+    #[command(subcommand, after_help = EXIT_CODES)]
+    State(StateCommand),
     /// List, show, verify and delete a job's checkpoints and savepoints
     #[command(subcommand, after_help = EXIT_CODES)]
     Checkpoints(CheckpointsCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum StateCommand {
+    /// Run one SELECT (in SQLite's dialect) over a snapshot: a table per operator with keyed state, named by its uid in double
+    /// quotes, and the tables operators, sources and shards
+    Query(StateQueryArgs),
+    /// List the tables of a snapshot with their columns
+    Tables(SnapshotNamed),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct SnapshotNamed {
+    /// The location of a snapshot; with --job also `latest`, the number of a checkpoint, or the name of a savepoint
+    #[arg(value_name = "SNAPSHOT")]
+    pub(crate) snapshot: String,
+
+    /// The manifest of the job whose snapshot it is
+    #[arg(long, value_name = "JOB.yaml")]
+    pub(crate) job: Option<PathBuf>,
+
+    /// Where the job keeps its snapshots; overrides the manifest
+    #[arg(long, value_name = "URL", requires = "job")]
+    pub(crate) storage: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct StateQueryArgs {
+    #[command(flatten)]
+    pub(crate) of: SnapshotNamed,
+
+    /// What to ask
+    #[arg(value_name = "SQL")]
+    pub(crate) sql: String,
+
+    /// How to print the answer
+    #[arg(long, value_enum, default_value_t = QueryOutput::Table)]
+    pub(crate) output: QueryOutput,
+}
+
+/// How the answer to a query is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum QueryOutput {
+    /// Aligned columns
+    Table,
+    /// An array of objects
+    Json,
+    /// A header and a line per row
+    Csv,
 }
 
 #[derive(Debug, clap::Args)]
@@ -192,6 +244,11 @@ pub(crate) struct RunArgs {
     /// Default: as the manifest says, else `latest`
     #[arg(long, value_name = "SNAPSHOT", value_parser = snapshot)]
     pub(crate) restore: Option<Reference>,
+
+    /// Where state back end RocksDB works: on a local disk with room for twice the state. Nothing in it outlives the process.
+    /// Default: the folder floodmark-work in the system's folder for temporary files
+    #[arg(long, value_name = "DIR")]
+    pub(crate) work_dir: Option<PathBuf>,
 
     /// What to print at the end: `json` is one JSON object, the last line of standard output
     #[arg(long, value_enum, default_value_t = Output::Text)]

@@ -20,6 +20,7 @@ mod run;
 mod savepoint;
 mod screen;
 mod signals;
+mod state;
 mod summary;
 
 use std::{
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
             Command::Check(check) => check::check(check),
             Command::Plan(args) => plan::plan(args),
             Command::Savepoint(args) => savepoint::savepoint(args, &screen),
+            Command::State(command) => state::state(command),
             Command::Checkpoints(command) => checkpoints::checkpoints(command),
         };
         // The default hook has printed the panic's own message and place by then.

@@ -55,6 +55,38 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<Exit, Failure> {
     }
 }
 
+/// Refuses a start whose state does not fit, before the start fences whoever runs the job now. `initial` is what a job
+/// without a past starts from. What can't be read is left to the start itself, which says so.
+pub(crate) async fn admit(
+    job: &Job,
+    location: &str,
+    restore: &Reference,
+    initial: Option<&Reference>,
+) -> Result<(), Failure> {
+    if job.manifest.spec.checkpoints.mode == CheckpointMode::Disabled {
+        return Ok(());
+    }
+    let Ok(history) = History::of(job.id.clone(), location.to_owned()).await else { return Ok(()) };
+    let state = &history.state;
+    if *restore == Reference::Latest && state.finished.is_some() {
+        return Ok(());
+    }
+    let wanted = match (restore, initial) {
+        (Reference::Latest, Some(initial)) if !state.has_history() => initial,
+        (wanted, _) => wanted,
+    };
+    // A job that is started again with the same words goes on from where it is.
+    let goes_on = *wanted == Reference::Latest || state.asked == Some(wanted.to_string());
+    let found = match state.retained.is_empty() {
+        _ if *wanted == Reference::Nothing => return Ok(()),
+        false if goes_on => history.find(&Reference::Latest).await?,
+        true if *wanted == Reference::Latest => return Ok(()),
+        true | false => history.find(wanted).await?,
+    };
+    let start = Start::of(&found, job, &takers(&job.graph), state.committed, state.last_epoch.next())?;
+    start.plan.admit(job.manifest.spec.restore.allow_dropped_state).map_err(unusable)
+}
+
 /// What the job shall start from.
 enum Wanted {
     /// This.

@@ -2,9 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use floodmark_crds::{CheckpointMode as Mode, CheckpointSpec};
+use floodmark_crds::{CheckpointMode as Mode, CheckpointSpec, HumanDuration, StateBackend as Backend, StateSpec};
 use floodmark_dataflow::{JobGraph, graph::NodeKind};
+use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
+use floodmark_state::{Heap, StateBackend, StateSettings};
 use floodmark_worker::{
     CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RunError, RunSpec, Summary,
     api::{self, JobApi},
@@ -19,10 +21,14 @@ use crate::{
     display::Display,
     exit::{Exit, Failure},
     job::{self, Job},
+    plan,
     screen::{Screen, print},
     signals,
     summary::{RunOutcome, RunReport},
 };
+
+/// Where RocksDB works if nobody says where: in the system's folder for temporary files.
+const WORK_FOLDER: &str = "floodmark-work";
 
 /// Runs the job to its end and prints the summary.
 pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
@@ -32,7 +38,7 @@ pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
     let mut job = String::new();
     let ran = Job::load(&args.job, args.parallelism).and_then(|loaded| {
         job = loaded.id.to_string();
-        let (spec, place) = run_spec(args, loaded)?;
+        let (spec, place) = run_spec(args, loaded, &env)?;
         drive(spec, &place, &env, &progress, screen)
     });
     screen.clear();
@@ -63,28 +69,43 @@ pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
     failure.map_or(Ok(Exit::Done), Err)
 }
 
-fn run_spec(args: &RunArgs, job: Job) -> Result<(RunSpec, Place), Failure> {
+fn run_spec(args: &RunArgs, job: Job, env: &Env) -> Result<(RunSpec, Place), Failure> {
     let location = job::storage(args.storage.as_deref(), &job.manifest)?;
     let storage = storage::open(&location).map_err(|e| Failure::new(Exit::Storage, e))?;
     tracing::info!("job {}: checkpoints in {}", job.id, storage.describe());
-    let spec = job.manifest.spec;
-    let initial = spec.restore.from.as_deref().map(str::parse).transpose();
+    let initial = job.manifest.spec.restore.from.as_deref().map(str::parse).transpose();
     let initial = initial.map_err(|e| Failure::input(format!("spec.restore.from: {e}")))?;
+    let initial = initial.map(job::absolute_reference).transpose()?;
     let restore = job::absolute_reference(args.restore.clone().unwrap_or(Reference::Latest))?;
+    job::runtime()?.block_on(plan::admit(&job, &location, &restore, initial.as_ref()))?;
+    let spec = job.manifest.spec;
     let place = Place::of(&job.id, &location);
+    let state = state_settings(args, &spec.state, env)?;
     let spec = RunSpec {
         job: job.id,
         graph: job.graph,
         parallelism: spec.parallelism,
         max_parallelism: spec.max_parallelism,
+        state,
         checkpoints: checkpoint_settings(&spec.checkpoints),
         storage,
         restore,
-        initial: initial.map(job::absolute_reference).transpose()?,
+        initial,
         allow_dropped_state: spec.restore.allow_dropped_state,
         holder: holder(),
     };
     Ok((spec, place))
+}
+
+fn state_settings(args: &RunArgs, spec: &StateSpec, env: &Env) -> Result<StateSettings, Failure> {
+    let backend: Arc<dyn StateBackend> = match spec.backend {
+        Backend::Heap => Arc::new(Heap),
+        Backend::RocksDb => {
+            let folder = args.work_dir.clone().unwrap_or_else(|| std::env::temp_dir().join(WORK_FOLDER));
+            Arc::new(RocksDb::open(&Settings::new(folder), env).map_err(|e| Failure::new(Exit::Storage, e))?)
+        }
+    };
+    Ok(StateSettings { backend, ttl: spec.ttl.map(HumanDuration::get), ..StateSettings::default() })
 }
 
 fn checkpoint_settings(spec: &CheckpointSpec) -> CheckpointSettings {
