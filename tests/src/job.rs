@@ -65,6 +65,10 @@ pub struct Job {
     pub storage: String,
     /// `--restore none` instead of the default.
     pub from_nothing: bool,
+    /// `--restore`, unless `from_nothing`.
+    pub restore: Option<String>,
+    /// Further lines of `spec`, indented by two.
+    pub spec: String,
     /// Variables of the child.
     pub env: BTreeMap<String, String>,
     runs: AtomicU32,
@@ -83,6 +87,8 @@ impl Job {
             mode: "ExactlyOnce".to_owned(),
             storage: folder.join("storage").display().to_string(),
             from_nothing: false,
+            restore: None,
+            spec: String::new(),
             env: BTreeMap::new(),
             runs: AtomicU32::new(0),
         }
@@ -93,9 +99,9 @@ impl Job {
     pub fn manifest(&self) -> String {
         let sql = self.sql.lines().map(|line| format!("    {line}\n")).collect::<String>();
         format!(
-            "apiVersion: floodmark.io/v1alpha1\nkind: StreamJob\nmetadata:\n  name: {}\nspec:\n  parallelism: {}\n  \
+            "apiVersion: floodmark.io/v1alpha1\nkind: StreamJob\nmetadata:\n  name: {}\nspec:\n  parallelism: {}\n{}  \
              checkpoints:\n    interval: {}\n    mode: {}\n  sql: |\n{sql}",
-            self.name, self.parallelism, self.interval, self.mode
+            self.name, self.parallelism, self.spec, self.interval, self.mode
         )
     }
 
@@ -104,14 +110,15 @@ impl Job {
     /// # Errors
     /// When the process can't be started.
     pub fn start_with(&self, crash: Option<&str>) -> Result<Run> {
-        let path = self.folder.join(format!("{}.yaml", self.name));
-        fs::write(&path, self.manifest()).with_context(|| format!("write {}", path.display()))?;
+        let path = self.write_manifest()?;
         let number = self.runs.fetch_add(1, Ordering::Relaxed);
         let run = Paths::of(&self.folder, &self.name, number);
         let mut arguments = vec!["run".into(), path.into_os_string(), "--output".into(), "json".into()];
         arguments.extend(["--storage".into(), self.storage.clone().into()]);
         if self.from_nothing {
             arguments.extend(["--restore".into(), "none".into()]);
+        } else if let Some(snapshot) = &self.restore {
+            arguments.extend(["--restore".into(), snapshot.into()]);
         }
         let mut command = leashed(&floodmark()?);
         command.args(arguments).envs(&self.env);
@@ -120,6 +127,29 @@ impl Job {
             None => command.env_remove("FLOODMARK_CRASH"),
         };
         run.start(command)
+    }
+
+    fn write_manifest(&self) -> Result<PathBuf> {
+        let path = self.folder.join(format!("{}.yaml", self.name));
+        fs::write(&path, self.manifest()).with_context(|| format!("write {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Runs `floodmark` with these words, in which `JOB` stands for the job's manifest and `STORAGE` for its storage.
+    ///
+    /// # Errors
+    /// When it can't be started, or doesn't end within [`PATIENCE`].
+    pub fn command(&self, words: &[&str]) -> Result<Ended> {
+        let manifest = self.write_manifest()?.display().to_string();
+        let mut command = leashed(&floodmark()?);
+        let words = words.iter().map(|word| match *word {
+            "JOB" => manifest.as_str(),
+            "STORAGE" => self.storage.as_str(),
+            word => word,
+        });
+        command.args(words).current_dir(&self.folder).envs(&self.env).env_remove("FLOODMARK_CRASH");
+        let number = self.runs.fetch_add(1, Ordering::Relaxed);
+        Paths::of(&self.folder, &format!("{}-command", self.name), number).start(command)?.wait(PATIENCE)
     }
 
     /// Starts the job.
@@ -293,7 +323,7 @@ impl Run {
         let status = self.ended.context("it has not ended")?;
         let stdout = read_lossy(&self.paths.stdout);
         let summary = stdout.lines().last().and_then(|line| serde_json::from_str(line).ok());
-        Ok(Ended { code: status.code(), signal: status.signal(), summary, log: self.log() })
+        Ok(Ended { code: status.code(), signal: status.signal(), summary, stdout, log: self.log() })
     }
 }
 
@@ -361,6 +391,8 @@ pub struct Ended {
     pub signal: Option<i32>,
     /// Its summary, if it came to that.
     pub summary: Option<Summary>,
+    /// Its standard output.
+    pub stdout: String,
     /// All that it logged.
     pub log: String,
 }
@@ -393,6 +425,15 @@ impl Ended {
         let summary = self.summary.as_ref().with_context(|| format!("no summary: {self}"))?;
         ensure!(summary.outcome == outcome, "outcome {} instead of {outcome}: {self}", summary.outcome);
         Ok(summary)
+    }
+
+    /// The standard output of a command that succeeded, without the last line's end.
+    ///
+    /// # Errors
+    /// When it failed.
+    pub fn said(&self) -> Result<&str> {
+        ensure!(self.code == Some(0), "the command failed: {self}");
+        Ok(self.stdout.trim_end())
     }
 
     /// Checks that it failed with this exit code, and that it said all of `words` and did not panic.
@@ -553,7 +594,7 @@ mod tests {
     fn where_a_run_started_from_is_in_its_log() {
         let log =
             "INFO job default/x: checkpoints in y\nINFO restored the newest checkpoint checkpoint=17\n".to_owned();
-        let ended = Ended { code: None, signal: Some(9), summary: None, log };
+        let ended = Ended { code: None, signal: Some(9), summary: None, stdout: String::new(), log };
         assert!(ended.killed());
         assert_eq!(ended.restored_from(), Some(17));
     }
