@@ -116,7 +116,7 @@ fn many(arguments: &Arguments) -> ExitCode {
     });
     let total = total.into_inner().unwrap_or_else(PoisonError::into_inner);
     eprintln!();
-    summary(&total, clock.monotonic())
+    summary(&total, clock.monotonic(), if arguments.calm { " --calm" } else { "" })
 }
 
 fn take(total: &mut Total, report: Report) {
@@ -131,7 +131,7 @@ fn take(total: &mut Total, report: Report) {
     }
 }
 
-fn summary(total: &Total, took: Duration) -> ExitCode {
+fn summary(total: &Total, took: Duration, calm: &str) -> ExitCode {
     for (what, count) in &total.counts {
         println!("{count:>12} {what}");
     }
@@ -143,7 +143,7 @@ fn summary(total: &Total, took: Duration) -> ExitCode {
         took.as_secs_f64()
     );
     for report in &total.failed {
-        println!("\nFAILED. To see how: cargo run -p floodmark-simulation -- --seed {} --trace", report.seed);
+        println!("\nFAILED. To see how: cargo run -p floodmark-simulation -- --seed {}{calm} --trace", report.seed);
         print(report);
     }
     if total.failed.is_empty() {

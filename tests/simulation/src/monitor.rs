@@ -12,7 +12,7 @@ use floodmark_snapshot::{
     manifest::{ShardStatus, hash_hex},
 };
 
-use crate::{broker::Broker, executor::Pid, jobs::FOLDER};
+use crate::{broker::Broker, executor::Pid, jobs::FOLDER, plan::CHECKPOINTS_TO_CLEAN_UP};
 
 /// Violations that are worth reading.
 const VIOLATIONS_MAX: usize = 8;
@@ -34,6 +34,10 @@ pub(crate) struct Monitor {
     next_seq: u64,
     /// Whether it was ever said that the job is finished.
     finished: bool,
+    /// Checkpoints in a row of one process, without faults.
+    undisturbed: u32,
+    /// Files that no checkpoint named when those began.
+    unnamed: BTreeSet<String>,
     /// Checkpoints that exist: completed, and not released.
     live: BTreeMap<Epoch, Manifest>,
     /// Snapshots from elsewhere that the job went on from, and still counts on.
@@ -69,7 +73,14 @@ impl Monitor {
     }
 
     /// An object was created that was not there before.
-    pub(crate) fn created(&mut self, path: &str, bytes: &Bytes, objects: &BTreeMap<String, Bytes>, broker: &Broker) {
+    pub(crate) fn created(
+        &mut self,
+        path: &str,
+        bytes: &Bytes,
+        objects: &BTreeMap<String, Bytes>,
+        broker: &Broker,
+        rough: bool,
+    ) {
         let Some(name) = path.strip_prefix(FOLDER).and_then(|p| p.strip_prefix("/log/")) else { return };
         let Ok(seq) = name.trim_end_matches(".json").parse::<u64>() else {
             return self.violation(format!("a file in the log's folder that is no entry: {path}"));
@@ -96,7 +107,31 @@ impl Monitor {
             ));
         }
         (self.generation, self.attempt) = (entry.generation, entry.attempt);
+        let completes = matches!(entry.event, Event::Completed { .. });
         self.event(seq, entry.event, objects, broker);
+        if opens || rough {
+            self.undisturbed = 0;
+        } else if completes {
+            self.cleaned_up(objects);
+        }
+    }
+
+    /// Whether what nobody names is gone in time.
+    fn cleaned_up(&mut self, objects: &BTreeMap<String, Bytes>) {
+        self.undisturbed += 1;
+        let named = self.named();
+        let left = |path: &&String| path.contains("/blobs/") && !named.contains(*path);
+        if self.undisturbed == 1 {
+            self.unnamed = objects.keys().filter(left).cloned().collect();
+        }
+        if self.undisturbed == CHECKPOINTS_TO_CLEAN_UP {
+            self.count("times that all orphans had to be gone");
+            let left: Vec<&String> = self.unnamed.iter().filter(|p| objects.contains_key(*p)).filter(left).collect();
+            if !left.is_empty() {
+                let left = format!("{left:?}");
+                self.violation(format!("{CHECKPOINTS_TO_CLEAN_UP} checkpoints later nobody has deleted {left}"));
+            }
+        }
     }
 
     fn event(&mut self, seq: u64, event: Event, objects: &BTreeMap<String, Bytes>, broker: &Broker) {

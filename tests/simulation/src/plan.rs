@@ -10,6 +10,9 @@ use crate::{jobs::Topology, random::Random};
 /// Faults cease at the latest by then, in virtual time.
 const FAULTS_UNTIL_MAX: Duration = Duration::from_secs(60);
 
+/// Checkpoints in a row, undisturbed, after which nothing may be left of what was there before and no checkpoint names.
+pub(crate) const CHECKPOINTS_TO_CLEAN_UP: u32 = 36;
+
 /// How often each kind of fault strikes: probabilities per request, poll or step.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Faults {
@@ -199,7 +202,7 @@ impl Plan {
             unaligned_after: random.chance(0.5).then(|| random.spread(ms(1), ms(500))),
             exactly_once: random.chance(0.9),
         };
-        Self {
+        let mut plan = Self {
             seed,
             topology,
             partitions: random.between(1, 5) as usize,
@@ -216,7 +219,20 @@ impl Plan {
             at_steps,
             restart_delay: random.spread(ms(5), ms(3000)),
             transaction_timeout: random.spread(ms(1000), ms(60_000)),
+        };
+        if random.chance(0.08) {
+            plan.outlast_faults();
         }
+        plan
+    }
+
+    /// Lets the input go on for many checkpoints after the faults: time to clean up.
+    fn outlast_faults(&mut self) {
+        let settings = &mut self.checkpoints;
+        settings.interval = settings.interval.min(Duration::from_millis(60));
+        settings.min_pause = Duration::ZERO;
+        self.arrival =
+            self.faults_until + (settings.interval + Duration::from_millis(60)) * CHECKPOINTS_TO_CLEAN_UP * 2;
     }
 
     /// The same job without faults, and with no other actions than savepoints and stops.

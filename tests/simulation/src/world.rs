@@ -353,7 +353,10 @@ impl World {
         let old = objects.insert(path.to_owned(), bytes.clone());
         match old {
             Some(old) => self.monitor().overwriting(path, old == bytes, pid),
-            None => self.monitor().created(path, &bytes, objects, &self.broker()),
+            None => {
+                let rough = self.rough();
+                self.monitor().created(path, &bytes, objects, &self.broker(), rough);
+            }
         }
     }
 }
