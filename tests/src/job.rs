@@ -140,6 +140,14 @@ impl Job {
     /// # Errors
     /// When it can't be started, or doesn't end within [`PATIENCE`].
     pub fn command(&self, words: &[&str]) -> Result<Ended> {
+        self.start_command(words)?.wait(PATIENCE)
+    }
+
+    /// As [`Job::command`], without waiting for its end.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn start_command(&self, words: &[&str]) -> Result<Run> {
         let manifest = self.write_manifest()?.display().to_string();
         let mut command = leashed(&floodmark()?);
         let words = words.iter().map(|word| match *word {
@@ -149,7 +157,7 @@ impl Job {
         });
         command.args(words).current_dir(&self.folder).envs(&self.env).env_remove("FLOODMARK_CRASH");
         let number = self.runs.fetch_add(1, Ordering::Relaxed);
-        Paths::of(&self.folder, &format!("{}-command", self.name), number).start(command)?.wait(PATIENCE)
+        Paths::of(&self.folder, &format!("{}-command", self.name), number).start(command)
     }
 
     /// Starts the job.

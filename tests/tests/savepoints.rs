@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs,
     path::Path,
+    thread::sleep,
     time::Duration,
 };
 
@@ -20,6 +21,7 @@ use floodmark_tests::{
     job::{Job, PATIENCE, Run, lines_of},
     oracle::bids_per_auction,
 };
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// Events at 20 000 a second: a job that nobody ends runs for 15 seconds, more than any test needs it.
@@ -124,6 +126,27 @@ fn a_savepoint_without_a_stop_holds_exactly_what_had_been_processed() -> Result<
     second.parallelism = 3;
     finish(&second)?;
     check_all(folder.path())
+}
+
+#[test]
+fn a_savepoint_is_taken_although_its_asker_no_longer_waits() -> Result<()> {
+    let folder = scratch::folder("job-")?;
+    let first = job(folder.path(), "first")?;
+    let mut run = first.start()?;
+    until_checkpoints(&first, &mut run, 1)?;
+    // While the job's process stands still, the savepoint can't be taken.
+    run.signal(Signal::SIGSTOP)?;
+    let mut asked = first.start_command(&["savepoint", "JOB", "slow", "--storage", "STORAGE"])?;
+    sleep(Duration::from_millis(1_500));
+    ensure!(asked.is_running()?, "it does not wait: {}", asked.log());
+    asked.signal(Signal::SIGINT)?;
+    asked.wait(PATIENCE)?.refused(130, &["no longer waiting", "goes on taking savepoint slow"])?;
+    run.signal(Signal::SIGCONT)?;
+    let manifest = first.checkpoint_folder().join("savepoints/slow/_manifest.json");
+    run.until("the savepoint was complete", PATIENCE, || Ok(manifest.exists()))?;
+    run.signal(Signal::SIGTERM)?;
+    run.wait(PATIENCE)?.ok("stopped")?;
+    Ok(())
 }
 
 #[test]

@@ -94,7 +94,8 @@ async fn turned(ended: &mut watch::Receiver<bool>) {
 /// Answers one request. A client that breaks off has had its answer, or wants none.
 async fn answer(router: Router, stream: UnixStream) {
     let mut http = http1::Builder::new();
-    http.keep_alive(false).timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    // Half-closed connections stay: a request is carried out although its asker has gone.
+    http.keep_alive(false).half_close(true).timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
     if let Err(error) = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)).await {
         tracing::debug!(%error, "a connection on the job's socket broke off");
     }
