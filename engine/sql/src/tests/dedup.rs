@@ -154,6 +154,22 @@ fn all_types_are_kept() {
 }
 
 #[test]
+fn the_last_window_of_each_key_is_found() {
+    check(
+        &format!(
+            "{T} INSERT INTO log SELECT k, CAST(n AS STRING), window_time FROM
+             (SELECT *, ROW_NUMBER() OVER (PARTITION BY k ORDER BY window_time DESC) AS rn FROM
+              (SELECT k, count(*) AS n, window_start, window_end, window_time
+               FROM TABLE(TUMBLE(TABLE t, DESCRIPTOR(at), INTERVAL '2' SECOND))
+               WHERE v IS NOT NULL GROUP BY k, window_start, window_end, window_time))
+             WHERE rn = 1"
+        ),
+        // Only the end of the input lets the window of 12 s fire.
+        &["log +I 1 2 00:00:11.999", "log +I 2 1 00:00:11.999", "log -U 1 2 00:00:11.999", "log +U 1 2 00:00:13.999"],
+    );
+}
+
+#[test]
 fn two_sinks_share_one_deduplication() {
     check_in_order(
         &format!(
