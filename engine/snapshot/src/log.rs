@@ -352,6 +352,10 @@ fn fold(entries: Vec<(u64, Result<Entry>)>) -> LogState {
     };
     let oldest = entries.iter().filter_map(released).max().unwrap_or(0);
     let mut state = LogState::default();
+    // Entries are deleted only once a later one says so: what else is missing before the first is lost.
+    if let Some((first, _)) = entries.first().filter(|(first, _)| *first > oldest) {
+        state.damage(first - 1, "the entry is missing, and so is whatever came before it".to_owned());
+    }
     for (seq, entry) in entries.into_iter().filter(|(seq, _)| *seq >= oldest) {
         state.apply(seq, entry);
     }
@@ -690,6 +694,27 @@ mod tests {
             assert_eq!(state.retained.len(), if seq == 0 { 3 } else { 2 }, "{seq}");
             storage.put(&path, good).await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn an_entry_that_is_missing_is_damage_and_one_that_was_trimmed_is_not() {
+        let storage = storage::open("memory://").unwrap();
+        let (mut log, _) = open(&storage, "a:1").await;
+        for epoch in 1..=3 {
+            log.append(Event::Completed { manifest: manifest(epoch) }).await.unwrap();
+        }
+        let path = log.folder().entry(2);
+        let kept = storage.get(&path).await.unwrap().unwrap();
+        storage.delete(&path).await.unwrap();
+        let state = read(&*storage, log.folder()).await.unwrap();
+        assert_eq!((state.damaged.len(), state.damaged[0].seq), (1, 2), "{:?}", state.damaged);
+        assert!(state.has_history() && state.last_epoch >= Epoch(1 << 20), "{state:?}");
+        storage.put(&path, kept).await.unwrap();
+        log.append(Event::Released { epochs: vec![Epoch(1)], oldest_seq: 2 }).await.unwrap();
+        for seq in 0..2 {
+            storage.delete(&log.folder().entry(seq)).await.unwrap();
+        }
+        assert_eq!(read(&*storage, log.folder()).await.unwrap().damaged, []);
     }
 
     #[test]
