@@ -1,7 +1,8 @@
 //! `floodmark`: runs stream jobs from their manifests, and checks them.
 //!
 //! Reads arguments and hands over: [`job`] reads manifests and plans them, [`run`] runs them in this process, [`check`] shows
-//! what would run, [`checkpoints`] what there is to start from. Results go to standard output; logs and progress to standard error.
+//! what would run, [`checkpoints`] what there is to start from, [`plan`] what would become of it, [`state`] what is in it; [`savepoint`]
+//! asks a running job through [`control`]. Results go to standard output; logs and progress to standard error.
 //!
 //! Invariant: every way out ends with one of the codes of [`exit::Exit`], and every failure with a message.
 
