@@ -170,6 +170,29 @@ fn the_last_window_of_each_key_is_found() {
 }
 
 #[test]
+fn maps_and_bytes_and_times_of_day_are_kept() {
+    check_in_order(
+        r#"CREATE TABLE n (k BIGINT, m MAP<STRING, INT>, y BYTES, c TIME, at TIMESTAMP(3), WATERMARK FOR at AS at)
+           WITH ('connector' = 'rows', 'rows' = '
+             {"k": 1, "m": {"a": 1, "b": null}, "y": "00ff", "c": "01:02:03", "at": "2026-01-01T00:00:01"}
+             {"k": 2, "m": {}, "y": "", "c": null, "at": "2026-01-01T00:00:01"}
+             {"k": 1, "m": null, "y": null, "c": null, "at": "2026-01-01T00:00:02"}
+             {"k": 2, "m": null, "y": null, "c": null, "at": "2026-01-01T00:00:02"}
+           ');
+           CREATE TABLE p (k BIGINT, m MAP<STRING, INT>, y BYTES, c TIME) WITH ('connector' = 'rows');
+           INSERT INTO p SELECT k, m, y, c FROM (SELECT *, ROW_NUMBER() OVER (PARTITION BY k ORDER BY at DESC) AS rn FROM n) WHERE rn <= 1"#,
+        &[
+            "p +I 1 {a: 1, b: null} 00ff 01:02:03",
+            "p +I 2 {}  null",
+            "p -U 1 {a: 1, b: null} 00ff 01:02:03",
+            "p +U 1 null null null",
+            "p -U 2 {}  null",
+            "p +U 2 null null null",
+        ],
+    );
+}
+
+#[test]
 fn two_sinks_share_one_deduplication() {
     check_in_order(
         &format!(
