@@ -129,10 +129,12 @@ impl Mailbox {
     }
 }
 
-/// Starts a committer: it opens, commits what `restored` says is pending, and then follows the events.
+/// Starts a committer: it opens, commits what `restored` says is pending, and then follows the events. `last_epoch` is the
+/// greatest that was ever used, as far as the log knows.
 pub(crate) fn start(
     id: CommitterId,
     committer: Box<dyn Committer>,
+    last_epoch: Epoch,
     restored: Option<(Epoch, Vec<(Epoch, StagedShard)>)>,
     env: &Env,
     report: Report,
@@ -154,6 +156,7 @@ pub(crate) fn start(
         env: env.clone(),
         report,
         mailbox: mailbox.clone(),
+        unopened: Some(last_epoch),
         effect: Some(first),
         waits_until: None,
     };
@@ -169,6 +172,8 @@ struct Driven {
     env: Env,
     report: Report,
     mailbox: Arc<Mailbox>,
+    /// Until the first open: the greatest epoch that the log knows of.
+    unopened: Option<Epoch>,
     /// What is to be done next.
     effect: Option<Effect>,
     /// The end of the delay between two attempts, by the monotonic clock.
@@ -217,7 +222,15 @@ impl Driven {
     fn carry_out(&mut self, effect: Effect) -> Turn {
         let event = match effect {
             Effect::Open => Some(match self.committer.open() {
-                Ok(marker) => Event::Opened { marker },
+                Ok(marker) => match self.unopened.take().zip(marker).filter(|(last, marker)| marker > last) {
+                    // Records of this run would be taken for those that are visible, and lost.
+                    Some((last, marker)) => Event::Failed(Error::corrupt(format!(
+                        "output up to checkpoint {marker} is visible, and the checkpoint log knows of none after {last}: its \
+                         newest entries are lost; bring them back, or remove the job's folder from the storage, so that the job \
+                         begins anew and writes its output again"
+                    ))),
+                    None => Event::Opened { marker },
+                },
                 Err(error) => self.failed("open", error),
             }),
             Effect::Write { above, up_to } => {

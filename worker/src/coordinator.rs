@@ -62,7 +62,8 @@ pub(crate) async fn run(
         let to = running.sender.clone();
         let report = Box::new(move |report| drop(to.send(Event::Committer(report))));
         let id = committing.id.clone();
-        let handle = committers::start(committing.id, committing.committer, committing.restored, &env, report);
+        let last = state.last_epoch;
+        let handle = committers::start(committing.id, committing.committer, last, committing.restored, &env, report);
         running.committers.insert(id, handle.map_err(RunError::Failed)?);
     }
     for deployed in tasks {

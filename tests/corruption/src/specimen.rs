@@ -27,12 +27,14 @@ struct Done {
     committed: usize,
 }
 
-/// Runs a process from nothing until `gone` says that it is; asked whenever there are more files, or fewer.
+/// Runs a process from nothing until `gone` says that it is; asked whenever there are more
+/// files or fewer, or more output.
 fn cut_off(start: &Start, mut gone: impl FnMut(&mut Reins, &Objects, Done) -> bool) -> Left {
-    let mut seen = usize::MAX;
+    let mut seen = (usize::MAX, 0);
     let watch = |reins: &mut Reins| {
         let objects = reins.storage.objects();
-        if std::mem::replace(&mut seen, objects.len()) == objects.len() {
+        let now = (objects.len(), reins.topic.lock().markers.values().map(|m| m.0).sum());
+        if std::mem::replace(&mut seen, now) == now {
             return false;
         }
         let entries = entries(&objects);
@@ -123,6 +125,26 @@ impl Specimen {
         let lost = left.objects.iter().find(|(path, _)| path.contains("/blobs/")).map(|(_, bytes)| bytes.clone());
         left.objects.insert(folder.path("blobs/1/2-01LOST0000000000000000000.state"), lost.unwrap_or_default());
         Self::of(left.objects, left.topic, saving.topic)
+    }
+
+    /// The same job at another moment: everything that is complete is visible, and the log does not say so of the last
+    /// checkpoint yet.
+    ///
+    /// # Panics
+    /// When the job does not get there: a defect.
+    #[must_use]
+    pub fn visible_and_not_said(backend: &Arc<dyn StateBackend>) -> Self {
+        let start = Start { interval: Duration::from_micros(4000), pauses: 16, process: 1, ..Start::again(backend) };
+        let left = cut_off(&start, |reins, _, done| {
+            let markers: Vec<Epoch> = reins.topic.lock().markers.values().copied().collect();
+            let visible =
+                markers.len() == start.parallelism as usize && markers.iter().all(|m| m.0 == done.completed as u64);
+            done.completed > COMMITTED && visible && done.committed < done.completed
+        });
+        let made = Self::make(backend);
+        let savepoint = savepoint::folder(&JobFolder::of(&job_id()), SAVEPOINT);
+        let kept = made.objects.into_iter().filter(|(path, _)| path.starts_with(&savepoint));
+        Self::of(left.objects.into_iter().chain(kept).collect(), left.topic, made.savepoint_topic)
     }
 
     /// What this storage and topic mean.
