@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check simulate bench generate fmt
+.PHONY: help build demo test check simulate fuzz bench generate fmt
 
 # Built files and fetched tools live outside the clone, so that several clones share them.
 export FLOODMARK_CACHE ?= $(HOME)/.cache/floodmark
@@ -41,6 +41,12 @@ SEEDS ?= 10000
 simulate: ## Run SEEDS=10000 random lives of jobs with faults of every kind, on all cores, and sum up what was found
 	@scripts/setup-build.sh
 	cargo run --release --quiet --locked -p floodmark-simulation -- --seeds $(SEEDS)
+
+# Seconds for each fuzz target.
+TIME ?= 60
+fuzz: ## Fuzz every reader of stored bytes for TIME=60 seconds each (needs a nightly toolchain)
+	@scripts/setup-build.sh
+	@fuzz/run.sh $(TIME)
 
 bench: build ## Measure CPU-seconds per million events against a real Kafka broker
 	@scripts/setup-test.sh
