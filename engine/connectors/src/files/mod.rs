@@ -25,9 +25,28 @@ use crate::{
 pub struct Files;
 
 /// A runtime in which the calling thread waits for storage. Sources and committers have threads of their own to wait in.
-pub(crate) fn blocking() -> Result<Runtime> {
+pub(crate) struct Blocking(Option<Runtime>);
+
+impl Blocking {
+    /// Waits for a future. Not inside of another runtime.
+    pub(crate) fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.0.as_ref().expect("the runtime is taken only when this is dropped").block_on(future)
+    }
+}
+
+/// It may be dropped anywhere: also where an attempt is given up before it has run, inside of another runtime.
+impl Drop for Blocking {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// See [`Blocking`].
+pub(crate) fn blocking() -> Result<Blocking> {
     let runtime = Builder::new_current_thread().enable_all().build();
-    runtime.map_err(|e| Error::abort(format!("start a runtime for storage: {e}")))
+    runtime.map(|r| Blocking(Some(r))).map_err(|e| Error::abort(format!("start a runtime for storage: {e}")))
 }
 
 impl Connector for Files {

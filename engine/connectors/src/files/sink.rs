@@ -16,9 +16,8 @@ use floodmark_snapshot::{
     block::{BlockWriter, read_blocks},
     storage::{self, Storage},
 };
-use tokio::runtime::Runtime;
 
-use super::blocking;
+use super::{Blocking, blocking};
 use crate::format::Format;
 
 const STAGED: &str = "staged-lines";
@@ -77,7 +76,7 @@ struct Lines {
     text: Vec<u8>,
     rows: u64,
     /// Where to write as it goes; `None` if a committer does.
-    direct: Option<(Arc<dyn Storage>, Runtime)>,
+    direct: Option<(Arc<dyn Storage>, Blocking)>,
     context: SubtaskContext,
 }
 
@@ -126,7 +125,7 @@ impl Lines {
 /// Publishes staged lines.
 struct Publish {
     storage: Arc<dyn Storage>,
-    runtime: Runtime,
+    runtime: Blocking,
     name: String,
     ending: &'static str,
 }

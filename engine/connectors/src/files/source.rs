@@ -20,10 +20,9 @@ use floodmark_snapshot::{
     storage::{self, ObjectInfo, Storage},
 };
 use serde_json::json;
-use tokio::runtime::Runtime;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::blocking;
+use super::{Blocking, blocking};
 use crate::format::{BATCH_ROWS, BadRecords, Decoder, Format, Place, bad::BadRecordHandler};
 
 /// Bytes read at once.
@@ -172,7 +171,7 @@ impl File {
 
 struct Reader {
     place: Location,
-    runtime: Runtime,
+    runtime: Blocking,
     decoder: Decoder,
     /// Offsets of the lines that the decoder holds.
     starts: Vec<u64>,
