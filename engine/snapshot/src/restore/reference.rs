@@ -32,7 +32,7 @@ impl FromStr for Reference {
         match text {
             "latest" => Ok(Self::Latest),
             "none" => Ok(Self::Nothing),
-            _ if text.contains('/') => Ok(Self::Location(text.trim_end_matches('/').to_owned())),
+            _ if text.contains('/') => Ok(Self::Location(location(text))),
             _ if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
                 let epoch = text.parse().map_err(|_| Error::abort(format!("{text} is too great for a checkpoint")))?;
                 Ok(Self::Checkpoint(Epoch(epoch)))
@@ -44,6 +44,17 @@ impl FromStr for Reference {
                 ))
             }),
         }
+    }
+}
+
+/// A location without slashes at its end, but with one at least: what is written of it is read as a location again.
+fn location(text: &str) -> String {
+    let trimmed = text.trim_end_matches('/');
+    match trimmed {
+        "" => "/".to_owned(),
+        _ if trimmed.contains('/') => trimmed.to_owned(),
+        _ if text.contains("://") => text.to_owned(),
+        _ => format!("./{trimmed}"),
     }
 }
 
@@ -217,4 +228,27 @@ pub(super) fn own_checkpoint(
         None => Snapshot::new(manifest, storage.clone(), folder.root()),
     };
     Ok(Found { snapshot, own: true, committed })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_location_stays_one_when_it_is_written_and_read_again() {
+        let cases = [
+            ("s3://bucket/folder/", "s3://bucket/folder"),
+            ("/a/b//", "/a/b"),
+            ("kept/", "./kept"),
+            ("/", "/"),
+            ("//", "/"),
+            ("./", "./."),
+            ("file:///", "file:///"),
+        ];
+        for (text, location) in cases {
+            let read: Reference = text.parse().unwrap();
+            assert_eq!(read, Reference::Location(location.to_owned()));
+            assert_eq!(read.to_string().parse::<Reference>().unwrap(), read, "{text}");
+        }
+    }
 }
