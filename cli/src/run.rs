@@ -2,11 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use floodmark_crds::{CheckpointMode as Mode, CheckpointSpec, HumanDuration, StateBackend as Backend, StateSpec};
+use floodmark_crds::{CheckpointMode as Mode, CheckpointSpec, HumanDuration, StateBackend as Backend, StreamJobSpec};
 use floodmark_dataflow::{JobGraph, graph::NodeKind};
 use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
-use floodmark_state::{Heap, StateBackend, StateSettings};
+use floodmark_state::{Heap, StateBackend, StateSettings, Whole};
 use floodmark_worker::{
     CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RunError, RunSpec, Summary,
     api::{self, JobApi},
@@ -80,7 +80,7 @@ fn run_spec(args: &RunArgs, job: Job, env: &Env) -> Result<(RunSpec, Place), Fai
     job::runtime()?.block_on(plan::admit(&job, &location, &restore, initial.as_ref()))?;
     let spec = job.manifest.spec;
     let place = Place::of(&job.id, &location);
-    let state = state_settings(args, &spec.state, env)?;
+    let state = state_settings(args, &spec, env)?;
     let spec = RunSpec {
         job: job.id,
         graph: job.graph,
@@ -97,15 +97,16 @@ fn run_spec(args: &RunArgs, job: Job, env: &Env) -> Result<(RunSpec, Place), Fai
     Ok((spec, place))
 }
 
-fn state_settings(args: &RunArgs, spec: &StateSpec, env: &Env) -> Result<StateSettings, Failure> {
-    let backend: Arc<dyn StateBackend> = match spec.backend {
+fn state_settings(args: &RunArgs, spec: &StreamJobSpec, env: &Env) -> Result<StateSettings, Failure> {
+    let backend: Arc<dyn StateBackend> = match spec.state.backend {
         Backend::Heap => Arc::new(Heap),
         Backend::RocksDb => {
             let folder = args.work_dir.clone().unwrap_or_else(|| std::env::temp_dir().join(WORK_FOLDER));
             Arc::new(RocksDb::open(&Settings::new(folder), env).map_err(|e| Failure::new(Exit::Storage, e))?)
         }
     };
-    Ok(StateSettings { backend, ttl: spec.ttl.map(HumanDuration::get), ..StateSettings::default() })
+    let backend = if spec.checkpoints.incremental { backend } else { Arc::new(Whole(backend)) };
+    Ok(StateSettings { backend, ttl: spec.state.ttl.map(HumanDuration::get), ..StateSettings::default() })
 }
 
 fn checkpoint_settings(spec: &CheckpointSpec) -> CheckpointSettings {

@@ -515,14 +515,28 @@ impl CheckpointLog {
         splits.into_iter().flatten().filter_map(named).collect()
     }
 
-    /// Paths, relative to the job's folder, of all shards of the newest completed checkpoint.
+    /// Paths, relative to the job's folder, of the shards of the newest completed checkpoint that the one before does not name.
     #[must_use]
-    pub fn shards(&self) -> Vec<String> {
-        let Some((_, manifest)) = self.completed().next_back() else { return Vec::new() };
-        let operators = manifest["operators"].as_object();
-        let shards = operators.into_iter().flat_map(|o| o.values()).filter_map(|o| o["shards"].as_array()).flatten();
-        shards.filter_map(|s| s["path"].as_str().map(str::to_owned)).collect()
+    pub fn shards_of_newest_alone(&self) -> Vec<String> {
+        let mut manifests = self.completed().rev().map(|(_, manifest)| manifest);
+        let Some(newest) = manifests.next() else { return Vec::new() };
+        let before = manifests.next().map_or_else(Vec::new, shards_of);
+        shards_of(newest).into_iter().filter(|path| !before.contains(path)).collect()
     }
+
+    /// Paths, relative to the job's folder, of the shards that all completed checkpoints name.
+    #[must_use]
+    pub fn shared_shards(&self) -> Vec<String> {
+        let all: Vec<Vec<String>> = self.completed().map(|(_, manifest)| shards_of(manifest)).collect();
+        let Some((first, others)) = all.split_first() else { return Vec::new() };
+        first.iter().filter(|path| others.iter().all(|o| o.contains(path))).cloned().collect()
+    }
+}
+
+fn shards_of(manifest: &Value) -> Vec<String> {
+    let operators = manifest["operators"].as_object();
+    let shards = operators.into_iter().flat_map(|o| o.values()).filter_map(|o| o["shards"].as_array()).flatten();
+    shards.filter_map(|s| s["path"].as_str().map(str::to_owned)).collect()
 }
 
 /// Turns over one bit in the middle of a file.

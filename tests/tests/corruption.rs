@@ -19,10 +19,11 @@ const COLUMNS: [Column; 4] =
 
 /// A job that died right after its fourth checkpoint became durable: its sinks have not committed it yet.
 fn crashed_job(folder: &Path) -> Result<Job> {
-    crashed_at(folder, "after-log-entry:+4")
+    crashed_at(folder, "after-log-entry:+4", "ExactlyOnce")
 }
 
-fn crashed_at(folder: &Path, step: &str) -> Result<Job> {
+/// `mode`, and whatever else follows it in the checkpoints' settings.
+fn crashed_at(folder: &Path, step: &str, mode: &str) -> Result<Job> {
     let sql = format!(
         "CREATE TABLE nexmark ({NEXMARK_COLUMNS}) WITH ('connector' = 'nexmark', 'events' = '{EVENTS}', 'event-rate' = '1000', 'rate' = '50000');
 CREATE TABLE busy (window_end TIMESTAMP(3), auction BIGINT, bids BIGINT, highest BIGINT)
@@ -34,6 +35,7 @@ INSERT INTO busy SELECT window_end, bid.auction, count(*), max(bid.price)
     );
     let mut job = Job::new(folder, "busy", sql);
     job.interval = "300ms".to_owned();
+    mode.clone_into(&mut job.mode);
     let ended = job.start_with(Some(step))?.wait(Duration::from_secs(60))?;
     ensure!(ended.killed(), "it was not killed: {ended}");
     Ok(job)
@@ -71,8 +73,8 @@ fn a_turned_bit_in_a_shard_is_found_and_the_checkpoint_before_is_used() -> Resul
     let folder = scratch::folder("job-")?;
     let job = crashed_job(folder.path())?;
     let (newest, before) = newest_two(&job)?;
-    let shards = job.log()?.shards();
-    let shard = shards.first().context("the checkpoint has no shard")?;
+    let shards = job.log()?.shards_of_newest_alone();
+    let shard = shards.first().context("the checkpoint has no shard of its own")?;
     flip_a_byte(&job.checkpoint_folder().join(shard))?;
     let ended = finish(&job)?;
     says_so(&ended, before)?;
@@ -86,8 +88,8 @@ fn a_missing_shard_is_found_and_the_checkpoint_before_is_used() -> Result<()> {
     let folder = scratch::folder("job-")?;
     let job = crashed_job(folder.path())?;
     let (_, before) = newest_two(&job)?;
-    let shards = job.log()?.shards();
-    fs::remove_file(job.checkpoint_folder().join(shards.first().context("the checkpoint has no shard")?))?;
+    let shards = job.log()?.shards_of_newest_alone();
+    fs::remove_file(job.checkpoint_folder().join(shards.first().context("the checkpoint has no shard of its own")?))?;
     let ended = finish(&job)?;
     says_so(&ended, before)?;
     check_output(folder.path())
@@ -109,10 +111,10 @@ fn a_turned_bit_in_a_log_entry_is_found_and_the_checkpoint_before_is_used() -> R
 #[test]
 fn a_damaged_checkpoint_that_was_committed_loses_nothing_and_the_log_warns_of_repeats() -> Result<()> {
     let folder = scratch::folder("job-")?;
-    let job = crashed_at(folder.path(), "after-committed-entry:+4")?;
+    let job = crashed_at(folder.path(), "after-committed-entry:+4", "ExactlyOnce")?;
     let (_, before) = newest_two(&job)?;
-    let shards = job.log()?.shards();
-    flip_a_byte(&job.checkpoint_folder().join(shards.first().context("the checkpoint has no shard")?))?;
+    let shards = job.log()?.shards_of_newest_alone();
+    flip_a_byte(&job.checkpoint_folder().join(shards.first().context("the checkpoint has no shard of its own")?))?;
     let ended = finish(&job)?;
     says_so(&ended, before)?;
     let warning = format!("output after checkpoint {before} may have been committed already");
@@ -121,6 +123,24 @@ fn a_damaged_checkpoint_that_was_committed_loses_nothing_and_the_log_warns_of_re
         assert_eq!(difference.missing(), 0, "{difference}");
     }
     Ok(())
+}
+
+/// Incremental checkpoints name files of each other. Without `incremental` each has its own.
+#[test]
+fn damage_in_a_file_that_all_checkpoints_share_is_said_and_harms_no_whole_ones() -> Result<()> {
+    let folder = scratch::folder("job-")?;
+    let job = crashed_job(folder.path())?;
+    let shared = job.log()?.shared_shards();
+    let shard = shared.first().context("no file is shared")?;
+    flip_a_byte(&job.checkpoint_folder().join(shard))?;
+    job.start()?.wait(PATIENCE)?.refused(4, &["no checkpoint of default/busy/local", "is intact", shard])?;
+
+    let folder = scratch::folder("job-")?;
+    let job = crashed_at(folder.path(), "after-log-entry:+4", "ExactlyOnce\n    incremental: false")?;
+    assert_eq!(job.log()?.shared_shards(), Vec::<String>::new());
+    let ended = finish(&job)?;
+    ended.ok("finished")?;
+    check_output(folder.path())
 }
 
 #[test]

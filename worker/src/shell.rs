@@ -236,11 +236,11 @@ impl Shell {
         let again = |s: &&Shard| s.status == ShardStatus::Reused;
         let mut named = parts.iter().flat_map(|(_, part)| &part.shards).filter(again).peekable();
         named.peek()?;
-        let base = self.machine.base(epoch);
-        let kept = self.state.retained.iter().filter(|r| r.from.is_none() && Some(r.manifest.epoch) >= base);
-        let standing: BTreeSet<&str> = kept.flat_map(|r| r.manifest.shards()).map(|s| s.path.as_str()).collect();
         // Of a checkpoint that is not under way any more nothing will be named.
-        named.find(|s| base.is_none() || !standing.contains(s.path.as_str())).map(|s| s.path.as_str())
+        let base = self.machine.base(epoch)?;
+        let kept = self.state.retained.iter().filter(|r| r.from.is_none() && r.manifest.epoch >= base);
+        let standing: BTreeSet<&str> = kept.flat_map(|r| r.manifest.shards()).map(|s| s.path.as_str()).collect();
+        named.find(|s| !standing.contains(s.path.as_str())).map(|s| s.path.as_str())
     }
 
     async fn carry_out(&mut self, decision: Decision, running: &mut Running) -> Result<After> {

@@ -3,7 +3,8 @@
 //! [`keyed`] is the contract of keyed state, and [`snapshot`] what a snapshot is before it is written. [`table`] keeps a row of
 //! accumulator columns per key in memory: a barrier clones the pointers to its chunks. [`shard`] is the file format, neutral to
 //! back ends: Arrow IPC in checksummed blocks; [`neutral`] is how rows get into it and out. [`heap`] is the back end that keeps
-//! all in memory; [`conformance`] is what it and every other passes. [`timers`] and [`list`] are built on these.
+//! all in memory; [`conformance`] is what it and every other passes. [`timers`] and [`list`] are built on these;
+//! [`whole`] makes checkpoints of any back end share no files.
 //!
 //! Invariant: a snapshot never changes once taken, whatever is written afterwards.
 
@@ -16,6 +17,7 @@ pub mod shard;
 pub mod snapshot;
 pub mod table;
 pub mod timers;
+pub mod whole;
 
 pub use heap::Heap;
 pub use keyed::{KeyedState, Layout, NO_SLOT, RowKeys, Slots, StateBackend, StateSettings, StateSpec, holds};
@@ -23,3 +25,4 @@ pub use list::{Dealing, OperatorState};
 pub use snapshot::{Encode, Expand, PendingShard, RestoredShard, StateSnapshot, Uploaded};
 pub use table::{Chunk, Column, ColumnType, Rows, Table};
 pub use timers::Timers;
+pub use whole::Whole;

@@ -36,8 +36,9 @@ const ABORTED_REMEMBERED_MAX: usize = 64;
 #[derive(Debug)]
 struct Flight {
     barrier: Barrier,
-    /// The newest checkpoint that was complete when the barrier went out: its files, and later ones, may be named again.
-    base: Option<Epoch>,
+    /// The newest checkpoint that was complete when the barrier went out, 0 if none was: its files, and later ones, may be
+    /// named again.
+    base: Epoch,
     end_of_input: bool,
     savepoints: Vec<SavepointId>,
     triggered: Time,
@@ -94,7 +95,7 @@ pub struct Coordinator {
     restored: Option<Epoch>,
     last_epoch: Epoch,
     /// The newest completed checkpoint whose files later ones may name again: one that was not whole.
-    newest_base: Option<Epoch>,
+    newest_base: Epoch,
     last_trigger: Duration,
     last_end: Duration,
     failures: u32,
@@ -122,7 +123,7 @@ impl Coordinator {
             aborted: BTreeMap::new(),
             last_epoch: start.last_epoch.max(start.restored.unwrap_or_default()),
             restored,
-            newest_base: start.restored,
+            newest_base: start.restored.unwrap_or_default(),
             last_trigger: now.monotonic,
             last_end: now.monotonic,
             failures: 0,
@@ -150,15 +151,16 @@ impl Coordinator {
     /// Checkpoints whose files must not be deleted, although they may be past the newest few: one under way, or the next, may
     /// name them again.
     pub fn pinned(&self) -> impl Iterator<Item = Epoch> {
-        let bases = self.flights.values().filter_map(|f| f.base);
+        let bases = self.flights.values().map(|f| f.base);
         let uncommitted = self.uncommitted.iter().map(|c| c.epoch);
-        self.exporting.iter().copied().chain(uncommitted).chain(bases).chain(self.newest_base)
+        let next = (self.newest_base > Epoch(0)).then_some(self.newest_base);
+        self.exporting.iter().copied().chain(uncommitted).chain(bases).chain(next)
     }
 
     /// The oldest checkpoint whose files the checkpoint `epoch` may name again; `None` if it may name none.
     #[must_use]
     pub fn base(&self, epoch: Epoch) -> Option<Epoch> {
-        self.flights.get(&epoch)?.base
+        self.flights.get(&epoch).map(|f| f.base)
     }
 
     /// The oldest checkpoint that is not complete yet, or the next: files of it and of later ones may wait to be named.
@@ -381,7 +383,7 @@ impl Coordinator {
                 self.failures = 0;
                 // What was made whole for a savepoint is named by nobody again: they go on from what was before.
                 if completed.savepoints.is_empty() {
-                    self.newest_base = Some(completed.epoch);
+                    self.newest_base = completed.epoch;
                 }
                 out.push(Decision::Announce(completed.epoch));
                 self.uncommitted.push(completed);

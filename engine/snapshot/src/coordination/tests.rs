@@ -525,3 +525,22 @@ fn behind_a_savepoint_checkpoints_go_on_from_the_one_before_it_whose_files_are_k
     complete(&mut machine, 31, 3, &mut step);
     assert_eq!(machine.pinned().collect::<Vec<_>>(), [Epoch(3)]);
 }
+
+#[test]
+fn all_that_a_checkpoint_under_way_may_name_again_stays() {
+    let mut machine = scheduled(PIPELINED, &[], StartingPoint::default());
+    let at = |seconds: u32| Time { monotonic: seconds * SECOND, wall_ms: 0 };
+    let acknowledged = |epoch, subtask| Event::Acknowledged { epoch: Epoch(epoch), subtask, parts: Vec::new() };
+    machine.step(Event::Tick, at(10));
+    machine.step(Event::Tick, at(20));
+    machine.step(acknowledged(1, A), at(21));
+    machine.step(acknowledged(1, B), at(21));
+    machine.step(Event::Appended, at(21));
+    // Checkpoint 2 went out before any was complete, and its tasks may have heard of checkpoint 1 since.
+    assert_eq!(machine.base(Epoch(2)), Some(Epoch(0)));
+    assert_eq!(machine.pinned().min(), Some(Epoch(0)));
+    machine.step(acknowledged(2, A), at(22));
+    machine.step(acknowledged(2, B), at(22));
+    machine.step(Event::Appended, at(22));
+    assert_eq!((machine.base(Epoch(2)), machine.pinned().min()), (None, Some(Epoch(2))));
+}
