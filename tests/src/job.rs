@@ -606,7 +606,7 @@ mod tests {
         entry(2, serde_json::json!({ "type": "completed", "manifest": { "epoch": 4, "operators": operators } }))?;
         let log = CheckpointLog::read(folder.path())?;
         assert_eq!((log.entries.len(), log.last_epoch()), (3, 4));
-        assert_eq!(log.shards(), ["blobs/1/x.state"]);
+        assert_eq!(log.shards_of_newest_alone(), ["blobs/1/x.state"]);
         assert_eq!(log.positions("orders")["orders-0"]["offset"], 5);
         assert_eq!(CheckpointLog::read(Path::new("/nowhere"))?.last_epoch(), 0);
         Ok(())
