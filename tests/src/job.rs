@@ -551,7 +551,7 @@ pub fn flip_a_byte(path: &Path) -> Result<()> {
     fs::write(path, bytes).with_context(|| format!("write {}", path.display()))
 }
 
-/// The lines of all files in a folder and the folders in it, file by file in the order of their names.
+/// The lines of all published files in a folder and the folders in it, file by file in the order of their names.
 ///
 /// # Errors
 /// When they can't be read.
@@ -563,7 +563,9 @@ pub fn lines_of(folder: &Path) -> Result<Vec<String>> {
     };
     paths.sort();
     for path in paths {
-        let hidden = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
+        // A process that is killed while it publishes leaves `name.json#1` behind: what has another ending is not published.
+        let unpublished = |n: &str| n.starts_with('.') || n.rsplit_once('#').is_some();
+        let hidden = path.file_name().is_some_and(|n| unpublished(&n.to_string_lossy()));
         if path.is_dir() {
             lines.extend(lines_of(&path)?);
         } else if !hidden {
