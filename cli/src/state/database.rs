@@ -376,11 +376,7 @@ mod tests {
         array::{BooleanArray, Int64Array, StringArray, TimestampMillisecondArray},
         datatypes::{Field, Schema, TimeUnit},
     };
-    use floodmark_snapshot::{
-        Attempt, Epoch, Generation, JobId, OperatorSnapshot, SplitState,
-        manifest::{MANIFEST_FORMAT, hash_hex},
-        storage,
-    };
+    use floodmark_snapshot::{Epoch, JobId, OperatorSnapshot, SplitState, manifest::hash_hex, storage};
     use floodmark_state::shard::Writer;
 
     use super::*;
@@ -441,20 +437,9 @@ mod tests {
             storage.put(&path, bytes).await.unwrap();
             operator.shards.push(shard);
         }
-        let manifest = Manifest {
-            format: MANIFEST_FORMAT,
-            job: JobId { namespace: "n".into(), name: "j".into(), uid: "u".into() },
-            epoch: Epoch(1),
-            generation: Generation(1),
-            attempt: Attempt(1),
-            triggered_at_ms: 0,
-            duration_ms: 0,
-            max_parallelism: 128,
-            plan: String::new(),
-            origin: None,
-            end_of_input: false,
-            operators: BTreeMap::from([("hot/window-1".into(), operator)]),
-        };
+        let job = JobId { namespace: "n".into(), name: "j".into(), uid: "u".into() };
+        let mut manifest = Manifest::new(job, Epoch(1));
+        manifest.operators.insert("hot/window-1".into(), operator);
         Snapshot::new(Arc::new(manifest), storage, "")
     }
 

@@ -59,6 +59,26 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// A snapshot of this job and epoch with nothing in it: of the first generation and attempt, with one key group; the rest
+    /// is empty.
+    #[must_use]
+    pub fn new(job: JobId, epoch: Epoch) -> Self {
+        Self {
+            format: MANIFEST_FORMAT,
+            job,
+            epoch,
+            generation: Generation(1),
+            attempt: Attempt(1),
+            triggered_at_ms: 0,
+            duration_ms: 0,
+            max_parallelism: 1,
+            plan: String::new(),
+            origin: None,
+            end_of_input: false,
+            operators: BTreeMap::new(),
+        }
+    }
+
     /// Bytes of all shards.
     #[must_use]
     pub fn size(&self) -> u64 {
