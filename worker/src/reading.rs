@@ -83,8 +83,8 @@ mod tests {
 
     use arrow::{array::Int64Array, record_batch::RecordBatch};
     use floodmark_snapshot::{
-        Disposition, JobId, KeyGroup, Manifest,
-        manifest::{MANIFEST_FORMAT, hash_hex},
+        Disposition, Epoch, JobId, KeyGroup, Manifest,
+        manifest::hash_hex,
         storage::{self, Storage},
     };
     use floodmark_state::shard::{Header, Writer};
@@ -111,20 +111,8 @@ mod tests {
     async fn stored(bytes: &Bytes) -> (Arc<dyn Storage>, Snapshot, Shard) {
         let storage = storage::open("memory://").unwrap();
         storage.put("a.state", bytes.clone()).await.unwrap();
-        let manifest = Manifest {
-            format: MANIFEST_FORMAT,
-            job: JobId { namespace: "n".into(), name: "j".into(), uid: "u".into() },
-            epoch: Default::default(),
-            generation: Default::default(),
-            attempt: Default::default(),
-            triggered_at_ms: 0,
-            duration_ms: 0,
-            max_parallelism: GROUPS,
-            plan: String::new(),
-            origin: None,
-            end_of_input: false,
-            operators: Default::default(),
-        };
+        let job = JobId { namespace: "n".into(), name: "j".into(), uid: "u".into() };
+        let manifest = Manifest { max_parallelism: GROUPS, ..Manifest::new(job, Epoch(1)) };
         let shard = Shard {
             size: bytes.len() as u64,
             hash: hash_hex(bytes),

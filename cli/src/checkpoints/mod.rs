@@ -213,18 +213,10 @@ mod tests {
     fn retained(seq: u64, epoch: u64) -> Retained {
         let job = JobId { namespace: "n".into(), name: "j".into(), uid: "u".into() };
         let manifest = Manifest {
-            format: 1,
-            job,
-            epoch: Epoch(epoch),
-            generation: Default::default(),
-            attempt: Default::default(),
             triggered_at_ms: 1_000 * epoch as i64,
             duration_ms: 25,
-            max_parallelism: 128,
-            plan: String::new(),
-            origin: None,
             end_of_input: epoch == 3,
-            operators: Default::default(),
+            ..Manifest::new(job, Epoch(epoch))
         };
         Retained { seq, manifest, from: None }
     }

@@ -504,8 +504,6 @@ impl CheckpointLog {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
@@ -583,20 +581,7 @@ mod tests {
     }
 
     fn manifest(epoch: u64) -> Box<Manifest> {
-        Box::new(Manifest {
-            format: 1,
-            job: job(),
-            epoch: Epoch(epoch),
-            generation: Generation(1),
-            attempt: Attempt(1),
-            triggered_at_ms: 0,
-            duration_ms: 1,
-            max_parallelism: 128,
-            plan: String::new(),
-            origin: None,
-            end_of_input: false,
-            operators: BTreeMap::new(),
-        })
+        Box::new(Manifest { duration_ms: 1, max_parallelism: 128, ..Manifest::new(job(), Epoch(epoch)) })
     }
 
     fn epochs(retained: &[Retained]) -> Vec<u64> {

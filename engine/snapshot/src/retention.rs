@@ -123,32 +123,16 @@ pub async fn trim(storage: &dyn Storage, folder: &JobFolder, oldest_seq: u64) ->
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
-    use crate::{Generation, JobId, Manifest, OperatorSnapshot, Shard, ShardKind, manifest::MANIFEST_FORMAT};
+    use crate::{JobId, Manifest, OperatorSnapshot, Shard, ShardKind};
 
     fn checkpoint(seq: u64, epoch: u64, paths: &[&str]) -> Retained {
         let shard = |path: &&str| Shard { size: 1, ..Shard::new(*path, ShardKind::Keyed) };
         let operator = OperatorSnapshot { shards: paths.iter().map(shard).collect(), ..OperatorSnapshot::default() };
-        Retained {
-            seq,
-            manifest: Manifest {
-                format: MANIFEST_FORMAT,
-                job: JobId { namespace: "n".into(), name: "j".into(), uid: "u".into() },
-                epoch: Epoch(epoch),
-                generation: Generation(1),
-                attempt: Attempt(1),
-                triggered_at_ms: 0,
-                duration_ms: 0,
-                max_parallelism: 128,
-                plan: String::new(),
-                origin: None,
-                end_of_input: false,
-                operators: BTreeMap::from([("op".into(), operator)]),
-            },
-            from: None,
-        }
+        let job = JobId { namespace: "n".into(), name: "j".into(), uid: "u".into() };
+        let mut manifest = Manifest::new(job, Epoch(epoch));
+        manifest.operators.insert("op".into(), operator);
+        Retained { seq, manifest, from: None }
     }
 
     fn unpinned() -> impl Iterator<Item = Epoch> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use floodmark_snapshot::{
-    Disposition, Error, Result, Shard, ShardKind,
+    Disposition, Epoch, Error, Manifest, Result, Shard, ShardKind,
     block::read_blocks,
     log,
     restore::Snapshot,
@@ -52,7 +52,7 @@ pub fn damage_of(specimen: &Specimen, path: &str, role: &Role, bytes: &Bytes, re
 fn verify(shard: &Shard, bytes: &Bytes, replaced: bool) -> Option<Error> {
     let alone = Shard { path: ALONE.to_owned(), ..shard.clone() };
     let storage = MapStorage::of(Objects::from([(ALONE.to_owned(), bytes.clone())]));
-    let mut manifest = empty();
+    let mut manifest = Manifest::new(crate::run::job_id(), Epoch(1));
     manifest.operators.entry("one".into()).or_default().shards.push(alone.clone());
     let snapshot = Snapshot::new(Arc::new(manifest), storage, "");
     let verified = block_on(snapshot.verify()).expect("a storage in memory can be read");
@@ -72,22 +72,5 @@ fn opened(kind: ShardKind, bytes: &Bytes) -> Option<Result<()>> {
         ShardKind::Channel => Some(read_blocks("rows", bytes).map(drop)),
         ShardKind::Staged => Some(read_blocks(STAGED, bytes).map(drop)),
         ShardKind::RocksDb | ShardKind::Split | ShardKind::Union | ShardKind::Broadcast => None,
-    }
-}
-
-fn empty() -> floodmark_snapshot::Manifest {
-    floodmark_snapshot::Manifest {
-        format: floodmark_snapshot::manifest::MANIFEST_FORMAT,
-        job: crate::run::job_id(),
-        epoch: floodmark_snapshot::Epoch(1),
-        generation: floodmark_snapshot::Generation(1),
-        attempt: floodmark_snapshot::Attempt(1),
-        triggered_at_ms: 0,
-        duration_ms: 0,
-        max_parallelism: crate::run::MAX_PARALLELISM,
-        plan: String::new(),
-        origin: None,
-        end_of_input: false,
-        operators: std::collections::BTreeMap::new(),
     }
 }

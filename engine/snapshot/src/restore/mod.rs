@@ -131,13 +131,11 @@ pub fn nothing_intact(storage: &dyn Storage, job: &JobId, state: &LogState, reje
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use bytes::Bytes;
 
     use super::*;
     use crate::{
-        Attempt, Generation, OperatorSnapshot, Shard,
+        OperatorSnapshot, Shard,
         log::{Damaged, Event},
         manifest::hash_hex,
         savepoint, storage,
@@ -160,20 +158,8 @@ mod tests {
             splits: Vec::new(),
             shards: vec![shard],
         };
-        let manifest = Manifest {
-            format: MANIFEST_FORMAT,
-            job: job(),
-            epoch: Epoch(epoch),
-            generation: Generation(1),
-            attempt: Attempt(1),
-            triggered_at_ms: 0,
-            duration_ms: 0,
-            max_parallelism: 128,
-            plan: String::new(),
-            origin: None,
-            end_of_input: false,
-            operators: BTreeMap::from([("hot/window-1".into(), operator)]),
-        };
+        let mut manifest = Manifest::new(job(), Epoch(epoch));
+        manifest.operators.insert("hot/window-1".into(), operator);
         Retained { seq: epoch, manifest, from: None }
     }
 

@@ -245,7 +245,7 @@ mod tests {
     use expect_test::{Expect, expect};
 
     use super::*;
-    use crate::{Attempt, Generation, JobId, Shard, StateColumn, manifest::MANIFEST_FORMAT};
+    use crate::{JobId, Shard, StateColumn};
 
     fn schema(values: &[&str]) -> StateSchema {
         let value = |name: &&str| StateColumn { name: (*name).to_owned(), data_type: "Int64".into(), optional: true };
@@ -269,20 +269,9 @@ mod tests {
             ("old", state("group aggregate", schema(&["count"]), keyed(1))),
             ("out", state("kafka sink", StateSchema::default(), vec![shard(ShardKind::Staged, 7, 4)])),
         ];
-        Manifest {
-            format: MANIFEST_FORMAT,
-            job: JobId { namespace: "default".into(), name: "j".into(), uid: "local".into() },
-            epoch: Epoch(4),
-            generation: Generation(1),
-            attempt: Attempt(1),
-            triggered_at_ms: 0,
-            duration_ms: 0,
-            max_parallelism: 128,
-            plan: String::new(),
-            origin: None,
-            end_of_input: false,
-            operators: operators.map(|(uid, o)| (uid.into(), o)).into(),
-        }
+        let job = JobId { namespace: "default".into(), name: "j".into(), uid: "local".into() };
+        let operators = operators.map(|(uid, o)| (uid.into(), o)).into();
+        Manifest { max_parallelism: 128, operators, ..Manifest::new(job, Epoch(4)) }
     }
 
     fn taker(uid: &str, kind: &str, schema: Option<StateSchema>) -> Taker {
