@@ -296,6 +296,7 @@ impl Builder<'_> {
             parallelism: self.parallelism,
             input,
             replay,
+            arrivals: None,
             chain,
             outputs: ends.outputs,
             snapshots,

@@ -105,14 +105,24 @@ impl Inbox {
 
     /// Takes the next frame of a channel that is not blocked, the channels in turn.
     pub fn try_recv(&mut self, blocked: impl Fn(usize) -> bool) -> Option<(usize, Frame)> {
+        self.recv_if(|channel, _| !blocked(channel))
+    }
+
+    /// Takes the next rows of a channel that has no other frame before them, the channels in turn.
+    pub fn try_recv_rows(&mut self) -> Option<(usize, Batch)> {
+        match self.recv_if(|_, frame| matches!(frame, Frame::Batch(_)))? {
+            (channel, Frame::Batch(batch)) => Some((channel, batch)),
+            (_, Frame::Watermark(_) | Frame::Barrier(_) | Frame::Overtaking(_) | Frame::Idle | Frame::End) => None,
+        }
+    }
+
+    /// Takes the first frame of the next channel where it is `wanted`.
+    fn recv_if(&mut self, wanted: impl Fn(usize, &Frame) -> bool) -> Option<(usize, Frame)> {
         let mut queues = lock(&self.shared.queues);
         for step in 0..self.channels {
             let channel = (self.next + step) % self.channels;
-            if blocked(channel) {
-                continue;
-            }
             let queue = &mut queues[channel];
-            if let Some((frame, weight)) = queue.frames.pop_front() {
+            if let Some((frame, weight)) = queue.frames.pop_front_if(|(frame, _)| wanted(channel, frame)) {
                 queue.bytes -= weight;
                 let wake = if queue.bytes < self.shared.bound { queue.waiting.take() } else { None };
                 self.next = (channel + 1) % self.channels;

@@ -6,9 +6,8 @@
 //! overtake: so a channel exceeds its bound by that much at most.
 //! Invariant: the frames of one target arrive in the order in which they were routed.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::collections::VecDeque;
 
-use arrow::{array::UInt32Array, compute::take_record_batch};
 use floodmark_snapshot::{Epoch, Error, KeyGroup, Result};
 
 use crate::{
@@ -56,7 +55,7 @@ impl Router {
             Exchange::Hash(columns) => {
                 let keys: Vec<_> = columns.iter().map(|c| batch.rows.column(*c).clone()).collect();
                 let hashes = hash_keys(&keys, batch.len())?;
-                self.by_key(batch, hashes)?;
+                self.by_key(Batch { rows: batch.rows, hashes: Some(hashes.into()) })?;
             }
         }
         Ok(())
@@ -123,16 +122,17 @@ impl Router {
         self.targets[target].waiting.push_back(Frame::Batch(batch));
     }
 
-    fn by_key(&mut self, batch: Batch, hashes: Vec<u64>) -> Result<()> {
+    /// Deals rows with their hashes out.
+    fn by_key(&mut self, batch: Batch) -> Result<()> {
         let targets = self.targets.len();
         if targets == 1 {
-            self.push(0, Batch { rows: batch.rows, hashes: Some(hashes.into()) });
+            self.push(0, batch);
             return Ok(());
         }
         let owner =
             |hash: u64| KeyGroup::of(hash, self.max_parallelism).subtask(targets as u32, self.max_parallelism) as usize;
         // A counting sort of the row numbers by target: one permutation, then one gather per target.
-        let owners: Vec<u16> = hashes.iter().map(|h| owner(*h) as u16).collect();
+        let owners: Vec<u16> = batch.hashes.iter().flat_map(|h| h.iter()).map(|h| owner(*h) as u16).collect();
         let mut ends = vec![0_usize; targets];
         for target in &owners {
             ends[usize::from(*target)] += 1;
@@ -154,10 +154,8 @@ impl Router {
             if rows.is_empty() {
                 continue;
             }
-            let hashes: Arc<[u64]> = rows.iter().map(|r| hashes[*r as usize]).collect();
-            let rows = take_record_batch(&batch.rows, &UInt32Array::from(rows.to_vec()))
-                .map_err(|e| Error::abort(format!("deal rows out: {e}")))?;
-            self.push(target, Batch { rows, hashes: Some(hashes) });
+            let part = batch.take(rows.to_vec())?;
+            self.push(target, part);
         }
         Ok(())
     }
@@ -169,6 +167,8 @@ fn gone() -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use arrow::{
         array::{AsArray, Int64Array},
         datatypes::Int64Type,

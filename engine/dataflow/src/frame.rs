@@ -2,9 +2,13 @@
 
 use std::sync::Arc;
 
-use arrow::{array::Array, record_batch::RecordBatch};
-use floodmark_snapshot::TimestampMs;
+use arrow::{
+    array::{Array, UInt32Array},
+    compute::take_record_batch,
+    record_batch::RecordBatch,
+};
 pub use floodmark_snapshot::coordination::{Barrier, BarrierKind};
+use floodmark_snapshot::{Error, Result, TimestampMs};
 
 /// Name of the column that makes a stream a changelog: `Int8`, always the last column, values of [`RowKind`].
 /// A stream without it holds insertions only.
@@ -69,6 +73,18 @@ impl Batch {
     #[must_use]
     pub fn new(rows: RecordBatch) -> Self {
         Self { rows, hashes: None }
+    }
+
+    /// Some of the rows, by their numbers, with their hashes.
+    ///
+    /// # Errors
+    /// When a number is none of a row.
+    pub fn take(&self, rows: Vec<u32>) -> Result<Self> {
+        let hashes =
+            self.hashes.as_ref().map(|all| rows.iter().filter_map(|r| all.get(*r as usize)).copied().collect());
+        let rows = take_record_batch(&self.rows, &UInt32Array::from(rows))
+            .map_err(|e| Error::abort(format!("pick rows of a batch: {e}")))?;
+        Ok(Self { rows, hashes })
     }
 
     /// Number of rows.

@@ -7,6 +7,7 @@
 //!
 //! Invariant: no record that came after barrier *n* on a channel is in snapshot *n* (exactly-once mode).
 
+pub mod arrival;
 pub mod channel;
 pub mod connector;
 pub mod exchange;

@@ -68,6 +68,19 @@ pub trait Operator: Send {
         Ok(())
     }
 
+    /// Whether rows may come when only the state of their key groups is there: then [`Operator::restore`] gets all that there
+    /// is of some key groups (cuts of the shards), then [`Operator::arrived`] is called, then rows of these and earlier key
+    /// groups may come, then the next key groups, and in the end [`Operator::restored`]. Until then come no watermark, barrier
+    /// or flush.
+    fn restores_by_key_group(&self) -> bool {
+        false
+    }
+
+    /// The state of some key groups has been handed over. See [`Operator::restores_by_key_group`].
+    fn arrived(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// All state has been handed to [`Operator::restore`]. Called before the first batch if there was any.
     fn restored(&mut self) -> Result<()> {
         Ok(())

@@ -5,7 +5,7 @@ use std::sync::{Arc, atomic::Ordering};
 use floodmark_snapshot::{Epoch, OperatorUid, Result, StateSchema, TimestampMs};
 
 use super::OperatorPart;
-use crate::{Barrier, Batch, Operator, OperatorMetrics, Output, Port, StateSnapshot, metrics::add};
+use crate::{Barrier, Batch, Operator, OperatorMetrics, Output, Port, RestoredShard, StateSnapshot, metrics::add};
 
 /// An operator in its chain.
 pub struct ChainedOperator {
@@ -37,6 +37,14 @@ impl Chain {
     /// The first operator.
     pub(super) fn first(&self) -> Option<&ChainedOperator> {
         self.operators.first()
+    }
+
+    /// Hands the first operator a slice of its state; the last one completes it.
+    pub(super) fn restore_first(&mut self, shards: Vec<RestoredShard>, last: bool) -> Result<()> {
+        let Some(first) = self.operators.first_mut() else { return Ok(()) };
+        let operator = &mut first.operator;
+        let taken = operator.restore(shards).and_then(|()| if last { operator.restored() } else { operator.arrived() });
+        taken.map_err(|e| e.context(format!("restore {}", first.uid)))
     }
 
     /// A batch comes into `port` of the first operator.

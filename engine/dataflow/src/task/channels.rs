@@ -25,7 +25,7 @@ pub const CHANNEL_STATE_BYTES_MAX: usize = 256 << 20;
 
 /// See the header of this file.
 pub(super) struct ChannelHead {
-    inbox: Inbox,
+    pub(super) inbox: Inbox,
     inputs: Vec<InputChannel>,
     pub(super) aligner: Aligner,
     pub(super) watermarks: InputWatermarks,

@@ -12,6 +12,7 @@
 //! A barrier that overtakes may come before barriers that must stay in order behind rows; these rows are then processed
 //! though output waits for room.
 
+mod arriving;
 mod chain;
 mod channels;
 mod source;
@@ -28,12 +29,14 @@ use floodmark_snapshot::{
 };
 
 use self::{
+    arriving::Arriving,
     chain::Chain,
     channels::{ChannelHead, Early, Report},
     source::SourceHead,
 };
 use crate::{
     Barrier, BarrierKind, Batch, Frame, OperatorMetrics, PendingShard, Port, WATERMARK_MAX,
+    arrival::Arrivals,
     channel::{Inbox, Signal},
     exchange::Router,
     inflight::{InFlight, InputChannel},
@@ -41,7 +44,7 @@ use crate::{
     watermark::Combined,
 };
 
-pub use self::{chain::ChainedOperator, channels::CHANNEL_STATE_BYTES_MAX};
+pub use self::{arriving::HELD_BYTES_MAX, chain::ChainedOperator, channels::CHANNEL_STATE_BYTES_MAX};
 
 /// How long a source waits for rows before its task looks for commands, at most.
 pub const SOURCE_POLL_MAX: Duration = Duration::from_millis(10);
@@ -59,6 +62,8 @@ pub struct SubtaskSpec {
     /// Rows that were in flight at the restored snapshot: processed before anything that the channels bring. See
     /// [`crate::inflight::share`].
     pub replay: Vec<InFlight>,
+    /// State of the first operator that comes while the task runs, if any does ([`crate::Operator::restores_by_key_group`]).
+    pub arrivals: Option<Arrivals>,
     /// The operators behind the source, or all.
     pub chain: Vec<ChainedOperator>,
     /// Where rows go.
@@ -149,6 +154,8 @@ pub enum TaskEvent {
         /// Why.
         reason: String,
     },
+    /// All state that was on its way ([`SubtaskSpec::arrivals`]) is there.
+    Restored,
     /// The source has read all its input. It goes on answering triggers.
     Exhausted,
     /// The task has sent its last frame.
@@ -186,6 +193,10 @@ impl Commands {
     fn next(&self) -> Option<Command> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
+
+    fn cancelled(&self) -> bool {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).contains(&Command::Cancel)
+    }
 }
 
 enum Input {
@@ -202,6 +213,8 @@ pub struct Task {
     parallelism: u32,
     commands: Commands,
     env: Env,
+    /// While state is on its way.
+    arriving: Option<Arriving>,
     /// Checkpoints whose end the operators have been told, newest last.
     aborted: VecDeque<Epoch>,
     /// `End` has been routed: once it has left, the task is done.
@@ -212,7 +225,7 @@ impl Task {
     /// A task that has done nothing yet.
     #[must_use]
     pub fn new(spec: SubtaskSpec, env: Env) -> Self {
-        let SubtaskSpec { index: _, parallelism, input, replay, chain, outputs, snapshots, signal } = spec;
+        let SubtaskSpec { index: _, parallelism, input, replay, arrivals, chain, outputs, snapshots, signal } = spec;
         let input = match input {
             TaskInput::Source(spec) => Input::Source(Box::new(SourceHead::new(spec, env.clock.monotonic()))),
             TaskInput::Channels(inbox, inputs) => {
@@ -229,6 +242,7 @@ impl Task {
             parallelism,
             commands,
             env,
+            arriving: arrivals.map(Arriving::new),
             aborted: VecDeque::new(),
             ended: false,
         }
@@ -264,6 +278,9 @@ impl Task {
                 return Ok(Progress::Done);
             }
             return Ok(Progress::Waiting { until: None });
+        }
+        if self.arriving.is_some() {
+            return self.step_arriving(flushed, events);
         }
         if let Some(command) = self.commands.next() {
             return self.command(command, events);

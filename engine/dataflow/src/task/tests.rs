@@ -83,6 +83,7 @@ fn diamond(mode: AlignmentMode) -> Vec<Task> {
         parallelism: 1,
         input,
         replay: Vec::new(),
+        arrivals: None,
         chain,
         outputs,
         snapshots: Some(mode),
@@ -150,7 +151,7 @@ fn check_cuts(seed: u64, mode: AlignmentMode, check: impl Fn(u64, i64, i64, i64)
         for event in events {
             match event {
                 TaskEvent::Exhausted => exhausted += 1,
-                TaskEvent::Ended | TaskEvent::Declined { .. } => {}
+                TaskEvent::Restored | TaskEvent::Ended | TaskEvent::Declined { .. } => {}
                 TaskEvent::Snapshot { barrier, parts } => {
                     let snapshot = snapshots.get_mut(&barrier.epoch).unwrap();
                     snapshot.3 += 1;
@@ -208,6 +209,7 @@ fn one_input(replay: Vec<InFlight>, outputs: Vec<Router>) -> (Task, crate::chann
         parallelism: 1,
         input: TaskInput::Channels(inbox, vec![up()]),
         replay,
+        arrivals: None,
         chain: vec![sum("sum")],
         outputs,
         snapshots: Some(AlignmentMode::ExactlyOnce),
@@ -322,6 +324,7 @@ fn one_source(completed: Arc<Mutex<Vec<(Epoch, serde_json::Value)>>>) -> (Task, 
         parallelism: 1,
         input: TaskInput::Source(source),
         replay: Vec::new(),
+        arrivals: None,
         chain: Vec::new(),
         outputs: vec![Router::new(Exchange::Rebalance, 128, vec![next.channel(signal.clone())])],
         snapshots: Some(AlignmentMode::ExactlyOnce),

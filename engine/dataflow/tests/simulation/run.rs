@@ -259,7 +259,7 @@ impl Run {
                     }
                 }
                 TaskEvent::Exhausted => self.exhausted += 1,
-                TaskEvent::Ended => {}
+                TaskEvent::Restored | TaskEvent::Ended => {}
             }
         }
     }
@@ -506,6 +506,7 @@ impl Run {
             parallelism,
             input: input.unwrap_or(TaskInput::Channels(inbox, channels)),
             replay,
+            arrivals: None,
             chain: chain.into_iter().map(chained).collect(),
             outputs,
             snapshots: Some(AlignmentMode::ExactlyOnce),
