@@ -148,7 +148,11 @@ pub async fn find(reference: &Reference, scope: Scope<'_>) -> Result<Found> {
             }
         }
         Reference::Location(location) => {
-            let found = at(location).await?;
+            // What lies in the job's own storage is read by the client that is at hand.
+            let found = match inside(storage, location) {
+                Some(path) => within(storage.clone(), path, location).await?,
+                None => at(location).await?,
+            };
             let same = |r: &&Retained| r.from.is_none() && r.manifest == *found.snapshot.manifest;
             match state.retained.iter().chain(&state.abandoned).find(same) {
                 Some(own_checkpoint) => own(own_checkpoint),
@@ -163,36 +167,40 @@ pub async fn find(reference: &Reference, scope: Scope<'_>) -> Result<Found> {
 /// # Errors
 /// When there is none, or it is damaged.
 pub async fn at(location: &str) -> Result<Found> {
-    if let Some((folder, entry)) = location.rsplit_once("/log/").filter(|(_, entry)| entry.ends_with(".json")) {
-        let storage = storage::open_existing(folder)?;
-        let path = format!("log/{entry}");
-        let bytes = storage.get(&path).await?.ok_or_else(|| Error::abort(format!("there is no {location}")))?;
+    match location.rsplit_once("/log/").filter(|(_, entry)| entry.ends_with(".json")) {
+        Some((folder, entry)) => within(storage::open_existing(folder)?, &format!("log/{entry}"), location).await,
+        None => within(storage::open_existing(location)?, "", location).await,
+    }
+}
+
+/// Finds the snapshot at a path of a storage, which is called `location`.
+async fn within(storage: Arc<dyn Storage>, path: &str, location: &str) -> Result<Found> {
+    let log = path.starts_with("log/").then_some("").or_else(|| path.rsplit_once("/log/").map(|(folder, _)| folder));
+    let entry_of = log.filter(|_| path.ends_with(".json"));
+    let folder = entry_of.unwrap_or(path);
+    let checkpoint = |manifest: Manifest, state: &LogState| Found {
+        snapshot: Snapshot::new(Arc::new(manifest), storage.clone(), folder),
+        own: false,
+        committed: state.committed,
+    };
+    if entry_of.is_some() {
+        let bytes = storage.get(path).await?.ok_or_else(|| Error::abort(format!("there is no {location}")))?;
         let entry = log::decode(&bytes).map_err(|e| e.context(location))?;
         let manifest = match entry.event {
             Event::Completed { manifest } => *manifest,
             _ => return Err(Error::abort(format!("{location} is an entry of a log, but no completed checkpoint"))),
         };
-        let state = log::read_folder(&*storage, "").await?;
-        return Ok(Found {
-            snapshot: Snapshot::new(Arc::new(manifest), storage, ""),
-            own: false,
-            committed: state.committed,
-        });
+        return Ok(checkpoint(manifest, &log::read_folder(&*storage, folder).await?));
     }
-    let storage = storage::open_existing(location)?;
-    if let Some(savepoint) = savepoint::read(&*storage, "").await? {
-        return Ok(exported(storage, String::new(), savepoint.manifest));
+    if let Some(savepoint) = savepoint::read(&*storage, folder).await? {
+        return Ok(exported(storage, folder.to_owned(), savepoint.manifest));
     }
-    let state = log::read_folder(&*storage, "").await?;
+    let state = log::read_folder(&*storage, folder).await?;
     match state.retained.last() {
         Some(Retained { from: Some(from), .. }) => Err(Error::abort(format!(
             "the job at {location} has not completed a checkpoint of its own since it started from {from}; name that instead"
         ))),
-        Some(newest) => Ok(Found {
-            snapshot: Snapshot::new(Arc::new(newest.manifest.clone()), storage, ""),
-            own: false,
-            committed: state.committed,
-        }),
+        Some(newest) => Ok(checkpoint(newest.manifest.clone(), &state)),
         None => Err(Error::abort(format!(
             "there is no snapshot at {location}: name the folder of a savepoint (with {}), the folder of a job (with log/), \
              or an entry of its log",
