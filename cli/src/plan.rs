@@ -121,7 +121,8 @@ impl Start {
         let original = &found.snapshot.manifest;
         restore::check_format(original).map_err(unusable)?;
         let manifest = if found.own { (**original).clone() } else { found.adopted_as(next) };
-        let mut plan = StatePlan::new(&manifest, takers, job.manifest.spec.max_parallelism, committed);
+        let (fingerprint, max_parallelism) = (&job.graph.fingerprint, job.manifest.spec.max_parallelism);
+        let mut plan = StatePlan::new(&manifest, takers, fingerprint, max_parallelism, committed);
         plan.snapshot = format!("checkpoint {} of {}", original.epoch, original.job);
         Ok(Self { location: Some(found.snapshot.location()), manifest: Some(manifest), plan, finished: false })
     }

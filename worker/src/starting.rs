@@ -189,9 +189,9 @@ impl Starter<'_> {
         let Self { spec, env, metrics, log, state } = self;
         let manifest = candidate.map(|c| c.snapshot.manifest.clone());
         if let Some(manifest) = &manifest {
-            let plan = StatePlan::new(manifest, &takers(&spec.graph), spec.max_parallelism, state.committed);
+            let (takers, plan) = (takers(&spec.graph), &spec.graph.fingerprint);
+            let plan = StatePlan::new(manifest, &takers, plan, spec.max_parallelism, state.committed);
             plan.admit(spec.allow_dropped_state).map_err(Failure::Snapshot)?;
-            restore::check_in_flight(manifest, &spec.graph.fingerprint).map_err(Failure::Snapshot)?;
         }
         let restored =
             candidate.map(|c| Restored { snapshot: &c.snapshot, owned: c.owned, committed: state.committed });

@@ -15,7 +15,7 @@ pub use self::{
     source::Snapshot,
 };
 use crate::{
-    Disposition, Epoch, Error, JobId, Manifest, Result, ShardKind,
+    Disposition, Epoch, Error, JobId, Manifest, Result,
     log::{JobFolder, LogState, Retained},
     manifest::MANIFEST_FORMAT,
     storage::Storage,
@@ -71,22 +71,6 @@ pub fn check_format(manifest: &Manifest) -> Result<()> {
     Err(Error::abort(format!("its format is {format}, and this program reads {MANIFEST_FORMAT}")))
 }
 
-/// Whether rows in flight that a snapshot holds can go on in a job of this plan: only in the very one that they come from.
-///
-/// # Errors
-/// Says what to do before the plan is changed.
-pub fn check_in_flight(manifest: &Manifest, plan: &str) -> Result<()> {
-    let rows: u64 = manifest.shards().filter(|s| s.kind == ShardKind::Channel).map(|s| s.rows).sum();
-    if rows == 0 || manifest.plan == plan {
-        return Ok(());
-    }
-    Err(Error::abort(format!(
-        "checkpoint {} of {} holds {rows} rows that were on their way between operators, and the job's plan is another now; \
-         run the job as it was, and stop it with a savepoint, which leaves no rows on their way",
-        manifest.epoch, manifest.job
-    )))
-}
-
 /// Starts from the first candidate whose files are intact: `start` reads and takes over what it needs, and fails as `Corrupt`
 /// if something is damaged. Answers with what `start` answered, and with the candidates passed over.
 ///
@@ -135,7 +119,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        OperatorSnapshot, Shard,
+        OperatorSnapshot, Shard, ShardKind,
         log::{Damaged, Event},
         manifest::hash_hex,
         savepoint, storage,
@@ -218,18 +202,6 @@ mod tests {
         state.retained[2].manifest.job.name = "other".into();
         let error = restore(&storage, &state).await.unwrap_err().to_string();
         assert_eq!(error, "restore checkpoint 3: it belongs to job default/other/local, not to default/j/local");
-    }
-
-    #[tokio::test]
-    async fn rows_in_flight_go_on_only_in_the_plan_that_they_come_from() {
-        let mut manifest = three().await.1.retained.remove(0).manifest;
-        manifest.plan = "a".into();
-        assert_eq!(check_in_flight(&manifest, "b").map_err(|e| e.to_string()), Ok(()));
-        let operator = manifest.operators.values_mut().next().unwrap();
-        operator.shards.push(Shard { rows: 3, ..Shard::new("x", ShardKind::Channel) });
-        assert!(check_in_flight(&manifest, "a").is_ok());
-        let error = check_in_flight(&manifest, "b").unwrap_err().to_string();
-        assert!(error.contains("holds 3 rows that were on their way"), "{error}");
     }
 
     fn found(reference: &str, error: &str, result: &Result<Found>) {

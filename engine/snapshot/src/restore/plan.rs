@@ -61,11 +61,17 @@ pub struct StatePlan {
 }
 
 impl StatePlan {
-    /// What `manifest` becomes in a job of these operators. Output staged up to `committed` is visible already, and needs
-    /// nobody to take it.
+    /// What `manifest` becomes in a job of these operators, whose plan has this `fingerprint`. Output staged up to `committed`
+    /// is visible already, and needs nobody to take it.
     #[must_use]
-    pub fn new(manifest: &Manifest, takers: &[Taker], max_parallelism: u16, committed: Epoch) -> Self {
-        let mut refused = Vec::new();
+    pub fn new(
+        manifest: &Manifest,
+        takers: &[Taker],
+        fingerprint: &str,
+        max_parallelism: u16,
+        committed: Epoch,
+    ) -> Self {
+        let mut refused: Vec<String> = in_flight(manifest, fingerprint).into_iter().collect();
         if manifest.max_parallelism != max_parallelism {
             refused.push(format!(
                 "maxParallelism is {max_parallelism}, but its keys were dealt out for {}: it can't change in a job's life",
@@ -130,6 +136,17 @@ impl StatePlan {
             problems.join("; ")
         )))
     }
+}
+
+/// Why rows in flight that a snapshot holds can't go on in a job of this plan; they can in the very one that they come from.
+fn in_flight(manifest: &Manifest, fingerprint: &str) -> Option<String> {
+    let rows: u64 = manifest.shards().filter(|s| s.kind == ShardKind::Channel).map(|s| s.rows).sum();
+    (rows > 0 && manifest.plan != fingerprint).then(|| {
+        format!(
+            "it holds {rows} rows that were on their way between operators, and the job's plan is another now: run the job as \
+             it was, and stop it with a savepoint, which leaves no rows on their way"
+        )
+    })
 }
 
 fn fate(snapshot: &OperatorSnapshot, taker: Option<&Taker>, committed: Epoch) -> Fate {
@@ -247,6 +264,9 @@ mod tests {
     use super::*;
     use crate::{JobId, Shard, StateColumn};
 
+    /// The fingerprint of the plan that the snapshot comes from.
+    const PLAN: &str = "as it was";
+
     fn schema(values: &[&str]) -> StateSchema {
         let value = |name: &&str| StateColumn { name: (*name).to_owned(), data_type: "Int64".into(), optional: true };
         StateSchema { values: values.iter().map(value).collect(), ..StateSchema::from("aggregates") }
@@ -271,7 +291,7 @@ mod tests {
         ];
         let job = JobId { namespace: "default".into(), name: "j".into(), uid: "local".into() };
         let operators = operators.map(|(uid, o)| (uid.into(), o)).into();
-        Manifest { max_parallelism: 128, operators, ..Manifest::new(job, Epoch(4)) }
+        Manifest { max_parallelism: 128, plan: PLAN.into(), operators, ..Manifest::new(job, Epoch(4)) }
     }
 
     fn taker(uid: &str, kind: &str, schema: Option<StateSchema>) -> Taker {
@@ -279,7 +299,7 @@ mod tests {
     }
 
     fn check(takers: &[Taker], max_parallelism: u16, committed: u64, expected: Expect) {
-        let plan = StatePlan::new(&manifest(), takers, max_parallelism, Epoch(committed));
+        let plan = StatePlan::new(&manifest(), takers, PLAN, max_parallelism, Epoch(committed));
         let admitted = |allow| plan.admit(allow).map_or_else(|e| e.to_string(), |()| "admitted".to_owned());
         let text: String = plan.to_string().lines().map(|l| format!("{}\n", l.trim_end())).collect();
         expected.assert_eq(&format!("{text}{}\n{}\n", admitted(false), admitted(true)));
@@ -383,5 +403,24 @@ mod tests {
             checkpoint 4 of default/j/local does not fit this job (to start without state use --restore none): maxParallelism is 64, but its keys were dealt out for 128: it can't change in a job's life; hot: it was a window aggregate and is now a group aggregate; joined: it was [aggregates] and is now [something else]
         "#]],
         );
+    }
+
+    #[test]
+    fn rows_in_flight_go_on_only_in_the_plan_that_they_come_from() {
+        let admitted = |manifest: &Manifest, plan: &str| {
+            let plan = StatePlan::new(manifest, &same(), plan, 128, Epoch(4));
+            plan.admit(true).map_err(|e| e.to_string())
+        };
+        let mut manifest = manifest();
+        assert_eq!(admitted(&manifest, "another"), Ok(()), "no rows, and so no matter which plan");
+        let hot = manifest.operators.get_mut(&"hot".into()).unwrap();
+        hot.shards.push(shard(ShardKind::Channel, 3, 4));
+        assert_eq!(admitted(&manifest, PLAN), Ok(()));
+        let error = admitted(&manifest, "another").unwrap_err();
+        assert!(error.starts_with("checkpoint 4 of default/j/local does not fit this job"), "{error}");
+        assert!(error.contains("it holds 3 rows that were on their way between operators"), "{error}");
+        let text = StatePlan::new(&manifest, &same(), "another", 128, Epoch(4)).to_string();
+        assert!(text.contains("\n  ! it holds 3 rows"), "{text}");
+        assert!(text.ends_with("5 kept, 0 changed, 0 new, 0 lost, 1 can't be restored"), "{text}");
     }
 }
