@@ -7,7 +7,8 @@ use floodmark_crds::CheckpointMode;
 use floodmark_dataflow::{JobGraph, graph::NodeKind};
 use floodmark_snapshot::{
     Epoch, Manifest,
-    restore::{self, Fate, Found, Line, Reference, StatePlan, Taker},
+    log::LogState,
+    restore::{self, Fate, Found, Line, Origin, Reference, StatePlan, Taker},
 };
 use floodmark_worker::takers;
 use serde::Serialize;
@@ -71,17 +72,11 @@ pub(crate) async fn admit(
     if *restore == Reference::Latest && state.finished.is_some() {
         return Ok(());
     }
-    let wanted = match (restore, initial) {
-        (Reference::Latest, Some(initial)) if !state.has_history() => initial,
-        (wanted, _) => wanted,
-    };
-    // A job that is started again with the same words goes on from where it is.
-    let goes_on = *wanted == Reference::Latest || state.asked == Some(wanted.to_string());
-    let found = match state.retained.is_empty() {
-        _ if *wanted == Reference::Nothing => return Ok(()),
-        false if goes_on => history.find(&Reference::Latest).await?,
-        true if *wanted == Reference::Latest => return Ok(()),
-        true | false => history.find(wanted).await?,
+    let found = match Origin::of_start(restore, initial, state) {
+        Origin::Nothing => return Ok(()),
+        Origin::Own if state.retained.is_empty() => return Ok(()),
+        Origin::Own => history.find(&Reference::Latest).await?,
+        Origin::From(reference) => history.find(reference).await?,
     };
     let start = Start::of(&found, job, &takers(&job.graph), state.committed, state.last_epoch.next())?;
     start.plan.admit(job.manifest.spec.restore.allow_dropped_state).map_err(unusable)
@@ -128,45 +123,47 @@ impl Start {
     }
 }
 
+impl Wanted {
+    /// What it comes to in a job with this past. A snapshot that is asked for is meant whatever the job was started from before.
+    fn origin(&self, state: &LogState) -> Origin<'_> {
+        match self {
+            Self::Asked(reference) => Origin::of(reference),
+            Self::LatestOr(initial) => Origin::of_start(&Reference::Latest, Some(initial), state),
+        }
+    }
+}
+
 async fn find(job: &Job, location: String, wanted: Wanted) -> Result<Start, Failure> {
     let takers = takers(&job.graph);
     let never_ran = !location.contains("://") && !Path::new(&location).exists();
     if never_ran {
-        return match wanted {
-            Wanted::Asked(Reference::Location(at)) | Wanted::LatestOr(Reference::Location(at)) => {
-                Start::of(&find_at(&at).await?, job, &takers, Epoch(0), Epoch(1))
-            }
-            Wanted::Asked(Reference::Latest | Reference::Nothing)
-            | Wanted::LatestOr(Reference::Latest | Reference::Nothing) => {
-                Ok(Start::from_nothing("no snapshot: the job never ran", &takers))
-            }
-            Wanted::Asked(named) | Wanted::LatestOr(named) => {
+        return match wanted.origin(&LogState::default()) {
+            Origin::From(Reference::Location(at)) => Start::of(&find_at(at).await?, job, &takers, Epoch(0), Epoch(1)),
+            Origin::From(named) => {
                 Err(unusable(format!("there is no snapshot '{named}': job {} never ran in {location}", job.id)))
             }
+            Origin::Own | Origin::Nothing => Ok(Start::from_nothing("no snapshot: the job never ran", &takers)),
         };
     }
     let history = History::of(job.id.clone(), location).await?;
     let state = &history.state;
-    let (wanted, latest) = match wanted {
-        Wanted::LatestOr(initial) if !state.has_history() => (initial, false),
-        Wanted::LatestOr(_) => (Reference::Latest, true),
-        Wanted::Asked(reference) => (reference.clone(), reference == Reference::Latest),
+    let origin = wanted.origin(state);
+    let found = match origin {
+        Origin::Nothing => return Ok(Start::from_nothing("no snapshot, as told to", &takers)),
+        Origin::Own if state.retained.is_empty() => {
+            return match restore::nothing_intact(&*history.storage, &job.id, state, &[]) {
+                Some(nothing) => Err(unusable(nothing)),
+                None => Ok(Start::from_nothing("no snapshot: the job has completed no checkpoint", &takers)),
+            };
+        }
+        Origin::Own => history.find(&Reference::Latest).await?,
+        Origin::From(reference) => history.find(reference).await?,
     };
-    if wanted == Reference::Nothing {
-        return Ok(Start::from_nothing("no snapshot, as told to", &takers));
-    }
-    if latest && state.retained.is_empty() {
-        return match restore::nothing_intact(&*history.storage, &job.id, state, &[]) {
-            Some(nothing) => Err(unusable(nothing)),
-            None => Ok(Start::from_nothing("no snapshot: the job has completed no checkpoint", &takers)),
-        };
-    }
-    let found = history.find(&wanted).await?;
     let mut start = Start::of(&found, job, &takers, state.committed, state.last_epoch.next())?;
     let mut own = state.retained.iter().chain(&state.abandoned).filter(|r| found.own && r.from.is_none());
     let entry = own.rfind(|r| Some(&r.manifest) == start.manifest.as_ref());
     start.location = entry.map(|r| history.locate_entry(r.seq)).or(start.location);
-    start.finished = latest && state.finished.is_some();
+    start.finished = origin == Origin::Own && state.finished.is_some();
     Ok(start)
 }
 

@@ -9,7 +9,7 @@ use floodmark_dataflow::{JobGraph, Node, graph::NodeKind};
 use floodmark_snapshot::{
     Disposition, Env, Epoch, Error, Manifest, OperatorUid, Result, SplitState,
     log::{self, CheckpointLog, Event, JobFolder, LogState},
-    restore::{self, Candidate, Reference, Scope, StatePlan, Taker},
+    restore::{self, Candidate, Origin, Reference, Scope, StatePlan, Taker},
     storage,
 };
 
@@ -128,48 +128,45 @@ impl Starter<'_> {
 
     async fn choose(&self) -> Result<Choice> {
         let Self { spec, state, .. } = self;
-        let own = || restore::candidates(&spec.storage, &spec.job, state);
-        let wanted = match (&spec.restore, &spec.initial) {
-            (Reference::Latest, Some(initial)) if !state.has_history() => initial,
-            (wanted, _) => wanted,
-        };
-        let asked = wanted.to_string();
-        match wanted {
-            Reference::Latest => Ok(Choice { candidates: own()?, note: None, fall_back: true }),
-            Reference::Nothing => {
+        match Origin::of_start(&spec.restore, spec.initial.as_ref(), state) {
+            Origin::Own => {
+                if let Some(asked) = state.asked.as_ref().filter(|asked| **asked == spec.restore.to_string()) {
+                    tracing::info!("the job was started from {asked} before, and goes on from where it is");
+                }
+                let candidates = restore::candidates(&spec.storage, &spec.job, state)?;
+                Ok(Choice { candidates, note: None, fall_back: true })
+            }
+            Origin::Nothing => {
                 let note = state.has_history().then(|| {
                     tracing::warn!("starting from nothing, as told to; earlier checkpoints are given up");
-                    Event::Restored { epoch: None, asked: Some(asked) }
+                    Event::Restored { epoch: None, asked: Some(Reference::Nothing.to_string()) }
                 });
                 Ok(Choice { candidates: Vec::new(), note, fall_back: false })
             }
-            // Whoever restarts the process with the same words wants it to go on, not back again.
-            _ if state.asked.as_ref() == Some(&asked) && !state.retained.is_empty() => {
-                tracing::info!("the job was started from {asked} before, and goes on from where it is");
-                Ok(Choice { candidates: own()?, note: None, fall_back: true })
-            }
-            reference => {
-                let scope = Scope { storage: &spec.storage, job: &spec.job, state };
-                let found = restore::find(reference, scope).await?;
-                restore::check_format(&found.snapshot.manifest).map_err(|e| e.context(&asked))?;
-                if found.own {
-                    let epoch = found.snapshot.manifest.epoch;
-                    let owned = state
-                        .retained
-                        .iter()
-                        .chain(&state.abandoned)
-                        .any(|r| r.manifest.epoch == epoch && r.from.is_none());
-                    let note = Event::Restored { epoch: Some(epoch), asked: Some(asked) };
-                    let candidates = vec![Candidate { snapshot: found.snapshot, owned }];
-                    return Ok(Choice { candidates, note: Some(note), fall_back: false });
-                }
-                let manifest = found.adopted_as(state.last_epoch.next());
-                let snapshot = found.snapshot.with_manifest(manifest.clone());
-                let note = Event::Adopted { from: snapshot.location(), asked, manifest: Box::new(manifest) };
-                let candidates = vec![Candidate { snapshot, owned: false }];
-                Ok(Choice { candidates, note: Some(note), fall_back: false })
-            }
+            Origin::From(reference) => self.from_snapshot(reference).await,
         }
+    }
+
+    /// A snapshot that somebody has named: no other stands in for it.
+    async fn from_snapshot(&self, reference: &Reference) -> Result<Choice> {
+        let Self { spec, state, .. } = self;
+        let asked = reference.to_string();
+        let scope = Scope { storage: &spec.storage, job: &spec.job, state };
+        let found = restore::find(reference, scope).await?;
+        restore::check_format(&found.snapshot.manifest).map_err(|e| e.context(&asked))?;
+        let (candidate, note) = if found.own {
+            let epoch = found.snapshot.manifest.epoch;
+            let mut known = state.retained.iter().chain(&state.abandoned);
+            let owned = known.any(|r| r.manifest.epoch == epoch && r.from.is_none());
+            let note = Event::Restored { epoch: Some(epoch), asked: Some(asked) };
+            (Candidate { snapshot: found.snapshot, owned }, note)
+        } else {
+            let manifest = found.adopted_as(state.last_epoch.next());
+            let snapshot = found.snapshot.with_manifest(manifest.clone());
+            let note = Event::Adopted { from: snapshot.location(), asked, manifest: Box::new(manifest) };
+            (Candidate { snapshot, owned: false }, note)
+        };
+        Ok(Choice { candidates: vec![candidate], note: Some(note), fall_back: false })
     }
 
     fn nothing_intact(&self, rejected: &[restore::Rejected]) -> Option<Error> {

@@ -3,6 +3,7 @@
 //! A checkpoint is used only if every shard that somebody takes over is as it was written. One that is damaged is passed over
 //! with its reason, and the next older is tried; a job with a past never silently starts from nothing.
 
+mod origin;
 mod plan;
 mod reference;
 mod source;
@@ -10,6 +11,7 @@ mod source;
 use std::{fmt::Write as _, sync::Arc};
 
 pub use self::{
+    origin::Origin,
     plan::{Fate, Line, StatePlan, Taker},
     reference::{Found, Reference, Scope, at, find},
     source::Snapshot,
