@@ -101,19 +101,13 @@ impl Starter<'_> {
             let built = self.build(None).await.map_err(Failure::into_run_error)?;
             return self.ready(built, None, note).await;
         }
-        let mut other = None;
-        let build = async |candidate: &Candidate| {
-            self.build(Some(candidate)).await.map_err(|failure| {
-                let (error, run_error) = failure.split();
-                other = run_error;
-                error
-            })
+        // What is wrong elsewhere than in the checkpoint is wrong with the next one, too.
+        let build = async |candidate: &Candidate| match self.build(Some(candidate)).await {
+            Ok(built) => Ok(Ok(built)),
+            Err(Failure::Snapshot(error)) => Err(error),
+            Err(Failure::Elsewhere(error)) => Ok(Err(error)),
         };
-        let started = restore::first_intact(candidates, build).await;
-        let (started, rejected) = match started {
-            Ok(outcome) => outcome,
-            Err(error) => return Err(other.unwrap_or_else(|| storage_error(error))),
-        };
+        let (started, rejected) = restore::first_intact(candidates, build).await.map_err(storage_error)?;
         for rejected in &rejected {
             tracing::error!(checkpoint = %rejected.epoch, reason = %rejected.reason, "checkpoint is damaged and passed over");
         }
@@ -121,7 +115,7 @@ impl Starter<'_> {
             let nothing = self.nothing_intact(&rejected);
             return Err(storage_error(nothing.unwrap_or_else(|| Error::corrupt("no checkpoint is intact"))));
         };
-        let epoch = candidate.snapshot.manifest.epoch;
+        let (epoch, built) = (candidate.snapshot.manifest.epoch, built?);
         let note = note.or_else(|| self.note_fallback(epoch, !rejected.is_empty()));
         self.ready(built, Some(epoch), note).await
     }
@@ -192,11 +186,11 @@ impl Starter<'_> {
         }
         let restored =
             candidate.map(|c| Restored { snapshot: &c.snapshot, owned: c.owned, committed: state.committed });
-        let splits = connect(spec, env, manifest).await.map_err(Failure::Connector)?;
+        let splits = connect(spec, env, manifest).await.map_err(Failure::of_snapshot_or(RunError::Connector))?;
         let committers = deploy::committers(&spec.graph, spec.parallelism, log.history(), restored.as_ref());
-        let committers = committers.await.map_err(Failure::of_snapshot_or(Failure::Connector))?;
+        let committers = committers.await.map_err(Failure::of_snapshot_or(RunError::Connector))?;
         let tasks = deploy::tasks(spec, env, &splits, restored.as_ref(), metrics);
-        let tasks = tasks.await.map_err(Failure::of_snapshot_or(Failure::Task))?;
+        let tasks = tasks.await.map_err(Failure::of_snapshot_or(RunError::failed))?;
         Ok((tasks, committers))
     }
 
@@ -225,31 +219,23 @@ impl Starter<'_> {
 enum Failure {
     /// The snapshot does not fit, can't be read, or is damaged.
     Snapshot(Error),
-    Connector(Error),
-    Task(Error),
+    /// The snapshot has no part in it.
+    Elsewhere(RunError),
 }
 
 impl Failure {
     /// Damage is the snapshot's, wherever it is met.
-    fn of_snapshot_or(otherwise: fn(Error) -> Self) -> impl Fn(Error) -> Self {
-        move |error| if error.disposition() == Disposition::Corrupt { Self::Snapshot(error) } else { otherwise(error) }
-    }
-
-    /// The error, and what the run fails with if it is not the snapshot's.
-    fn split(self) -> (Error, Option<RunError>) {
-        let copy = |e: &Error| Error::new(e.disposition(), e.to_string());
-        match self {
-            Self::Snapshot(error) => (error, None),
-            Self::Connector(error) => (copy(&error), Some(RunError::Connector(error))),
-            Self::Task(error) => (copy(&error), Some(RunError::failed(error))),
+    fn of_snapshot_or(otherwise: fn(Error) -> RunError) -> impl Fn(Error) -> Self {
+        move |error| match error.disposition() {
+            Disposition::Corrupt => Self::Snapshot(error),
+            Disposition::Retry | Disposition::Abort | Disposition::Fenced => Self::Elsewhere(otherwise(error)),
         }
     }
 
     fn into_run_error(self) -> RunError {
         match self {
             Self::Snapshot(error) => storage_error(error),
-            Self::Connector(error) => RunError::Connector(error),
-            Self::Task(error) => RunError::failed(error),
+            Self::Elsewhere(error) => error,
         }
     }
 }
