@@ -69,12 +69,9 @@ pub(crate) async fn admit(
     }
     let Ok(history) = History::of(job.id.clone(), location.to_owned()).await else { return Ok(()) };
     let state = &history.state;
-    if *restore == Reference::Latest && state.finished.is_some() {
-        return Ok(());
-    }
     let found = match Origin::of_start(restore, initial, state) {
         Origin::Nothing => return Ok(()),
-        Origin::Own if state.retained.is_empty() => return Ok(()),
+        Origin::Own if state.retained.is_empty() || state.finished.is_some() => return Ok(()),
         Origin::Own => history.find(&Reference::Latest).await?,
         Origin::From(reference) => history.find(reference).await?,
     };

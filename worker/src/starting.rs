@@ -47,16 +47,24 @@ pub(crate) async fn start(spec: &Arc<RunSpec>, env: &Env, progress: &Progress) -
         return Ok(Start::Ready(Box::new(Ready { tasks, committers, log: None, state, restored: None })));
     }
     storage::check_writable(&*spec.storage, env).await.map_err(storage_error)?;
-    if spec.restore == Reference::Latest {
-        let state = log::read(&*spec.storage, &JobFolder::of(&spec.job)).await.map_err(storage_error)?;
-        if let Some(epoch) = state.finished {
-            return Ok(Start::AlreadyFinished(epoch));
-        }
+    let state = log::read(&*spec.storage, &JobFolder::of(&spec.job)).await.map_err(storage_error)?;
+    if let Some(epoch) = finished(spec, &state) {
+        return Ok(Start::AlreadyFinished(epoch));
     }
     let opened = CheckpointLog::open(spec.storage.clone(), env.clone(), &spec.job, &spec.holder).await;
     let (log, state) = opened.map_err(storage_error)?;
+    // Who ran the job may have finished it in between.
+    if let Some(epoch) = finished(spec, &state) {
+        return Ok(Start::AlreadyFinished(epoch));
+    }
     let starter = Starter { spec, env, metrics: &metrics, log, state };
     starter.start().await.map(|ready| Start::Ready(Box::new(ready)))
+}
+
+/// At which checkpoint the job has finished, if it is asked for nothing but to go on.
+fn finished(spec: &RunSpec, state: &LogState) -> Option<Epoch> {
+    let origin = Origin::of_start(&spec.restore, spec.initial.as_ref(), state);
+    state.finished.filter(|_| origin == Origin::Own)
 }
 
 fn storage_error(error: Error) -> RunError {

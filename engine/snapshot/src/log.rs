@@ -73,7 +73,8 @@ impl JobFolder {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "camelCase", deny_unknown_fields)]
 pub enum Event {
-    /// A coordinator begins its reign.
+    /// A coordinator begins its reign. Nothing runs yet: a job that has finished stays so until an entry says from where it runs
+    /// again.
     Opened,
     /// The job went on from this checkpoint although there were newer ones (they were damaged, or somebody asked), or from
     /// nothing. Checkpoints newer than it are no candidates any more.
@@ -239,8 +240,11 @@ impl LogState {
     /// Takes what the next readable entry says into account.
     pub fn take(&mut self, seq: u64, event: Event) {
         self.next_seq = seq + 1;
+        if matches!(event, Event::Restored { .. } | Event::Adopted { .. } | Event::Completed { .. }) {
+            self.finished = None;
+        }
         match event {
-            Event::Opened => self.finished = None,
+            Event::Opened => {}
             Event::Restored { epoch, asked } => {
                 self.abandon_after(epoch);
                 if let Some(epoch) = epoch {
@@ -607,6 +611,28 @@ mod tests {
         assert_eq!((state.last_epoch, state.committed, state.finished), (Epoch(3), Epoch(3), None));
         assert_eq!((second.generation(), second.attempt()), (Generation(2), Attempt(2)));
         assert_eq!(second.history(), first.history());
+    }
+
+    #[test]
+    fn a_finished_job_stays_finished_until_an_entry_says_from_where_it_runs_again() {
+        let finished = [Event::Opened, Event::Completed { manifest: manifest(1) }, Event::Finished { epoch: Epoch(1) }];
+        let restored = |epoch| Event::Restored { epoch, asked: None };
+        let adopted = Event::Adopted { from: "/a".into(), asked: "/a".into(), manifest: manifest(2) };
+        let stays = Some(Epoch(1));
+        for (behind, expected) in [
+            (vec![], stays),
+            (vec![Event::Opened], stays),
+            (vec![Event::Opened, Event::Opened], stays),
+            (vec![Event::Opened, restored(None)], None),
+            (vec![Event::Opened, restored(Some(Epoch(1)))], None),
+            (vec![Event::Opened, adopted], None),
+            (vec![Event::Opened, Event::Completed { manifest: manifest(2) }], None),
+        ] {
+            let mut state = LogState::default();
+            let events = finished.iter().cloned().chain(behind.clone());
+            events.zip(0..).for_each(|(event, seq)| state.take(seq, event));
+            assert_eq!(state.finished, expected, "{behind:?}");
+        }
     }
 
     #[tokio::test]
