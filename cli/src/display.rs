@@ -102,7 +102,8 @@ impl Moment {
 
     fn checkpoint(&self) -> String {
         let counts = &self.view.checkpoints;
-        let failed = if counts.failed > 0 { format!(", {} failed", counts.failed) } else { String::new() };
+        let some = |n: u64, what: &str| if n > 0 { format!(", {n} {what}") } else { String::new() };
+        let failed = some(counts.failed, "failed") + &some(counts.overtaken, "overtaken");
         match counts.last {
             None => format!("no checkpoint yet{failed}"),
             Some(last) => format!(
@@ -238,7 +239,7 @@ mod tests {
 
     fn moment(seconds: u64, operators: Vec<OperatorStatus>) -> Moment {
         let last = CheckpointStatus { epoch: Epoch(12), triggered_at_ms: 4_000, duration_ms: 120, size: 1_500_000 };
-        let checkpoints = CheckpointCounts { completed: 3, failed: 1, last: Some(last) };
+        let checkpoints = CheckpointCounts { completed: 3, failed: 1, overtaken: 2, last: Some(last) };
         Moment {
             view: ProgressView { phase: JobPhase::Running, restored_from: None, checkpoints, operators },
             at: Duration::from_secs(seconds),
@@ -255,12 +256,12 @@ mod tests {
         let source = operator("source:bid", 0, 2_401_000, Some(8_800));
         let now = moment(3, vec![source, counted, operator("sink:hot", 30, 0, Some(1))]);
         expect![[r#"
-            running  checkpoint 12 5.9 s ago, took 120 ms, 1.4 MiB, 1 failed
+            running  checkpoint 12 5.9 s ago, took 120 ms, 1.4 MiB, 1 failed, 2 overtaken
               source:bid               1.20 M rows/s        2.40 M rows  watermark lag 1.2 s
               hot/window-aggregate-1      250 rows/s           500 rows  input ended  12.3 k keys  2 late
               sink:hot                     10 rows/s            30 rows  watermark lag 10.0 s"#]]
         .assert_eq(&live_lines(&before, &now).join("\n"));
-        expect!["running; 1.20 M rows/s from bid (2.40 M so far, watermark lag 1.2 s); 10 rows/s to hot (30 so far); checkpoint 12 5.9 s ago, took 120 ms, 1.4 MiB, 1 failed"]
+        expect!["running; 1.20 M rows/s from bid (2.40 M so far, watermark lag 1.2 s); 10 rows/s to hot (30 so far); checkpoint 12 5.9 s ago, took 120 ms, 1.4 MiB, 1 failed, 2 overtaken"]
             .assert_eq(&log_line(&before, &now));
     }
 

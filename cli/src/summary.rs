@@ -81,8 +81,10 @@ pub(crate) struct RunReport {
 pub(crate) struct CheckpointReport {
     /// Completed by this run.
     pub(crate) completed: u64,
-    /// Failed or given up.
+    /// Failed or timed out.
     pub(crate) failed: u64,
+    /// Given up because a later one was complete before them.
+    pub(crate) overtaken: u64,
     /// Epoch of the newest durable one, of this run or an earlier one.
     pub(crate) last_epoch: Option<u64>,
     /// Bytes of this run's newest.
@@ -123,6 +125,7 @@ impl RunReport {
         self.checkpoints = CheckpointReport {
             completed: counts.completed,
             failed: counts.failed,
+            overtaken: counts.overtaken,
             last_epoch: last_epoch.or(counts.last.map(|c| c.epoch.0)).or(self.restored_from),
             last_size: counts.last.map(|c| c.size),
             last_duration_ms: counts.last.map(|c| c.duration_ms),
@@ -183,6 +186,9 @@ impl RunReport {
 impl CheckpointReport {
     fn text(&self) -> String {
         let mut text = format!("{} completed, {} failed", self.completed, self.failed);
+        if self.overtaken > 0 {
+            text.push_str(&format!(", {} overtaken by later ones", self.overtaken));
+        }
         if let Some(epoch) = self.last_epoch {
             text.push_str(&format!("; the last is {epoch}"));
         }
@@ -221,7 +227,7 @@ mod tests {
         let view = ProgressView {
             phase: JobPhase::Done,
             restored_from: Some(Epoch(4)),
-            checkpoints: CheckpointCounts { completed: 5, failed: 1, last: Some(last) },
+            checkpoints: CheckpointCounts { completed: 5, failed: 1, overtaken: 2, last: Some(last) },
             operators: vec![
                 operator("source:bid", 0, 1_000, 3, 0),
                 operator("hot/window-aggregate-1", 1_000, 12, 0, 7),
@@ -258,6 +264,7 @@ mod tests {
               "checkpoints": {
                 "completed": 5,
                 "failed": 1,
+                "overtaken": 2,
                 "lastEpoch": 9,
                 "lastSize": 2048,
                 "lastDurationMs": 40
@@ -276,7 +283,7 @@ mod tests {
               rows out     hot 17
               left out     7 late rows, 3 bad records
               started from checkpoint 4
-              checkpoints  5 completed, 1 failed; the last is 9 (2.0 KiB, 40 ms)
+              checkpoints  5 completed, 1 failed, 2 overtaken by later ones; the last is 9 (2.0 KiB, 40 ms)
               time         2.2 s, 1.5 s of CPU"#]]
         .assert_eq(&report().text());
     }

@@ -16,7 +16,7 @@ use floodmark_snapshot::{Epoch, JobId, coordination::BarrierKind, log::JobFolder
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{CheckpointStatus, JobPhase, Progress, SavepointRequest};
+use crate::{CheckpointCounts, CheckpointStatus, JobPhase, Progress, SavepointRequest};
 
 /// Longest body of a request, bytes.
 const BODY_MAX: usize = 16 << 10;
@@ -59,6 +59,9 @@ pub struct CheckpointsView {
     pub completed: u64,
     /// Failed or timed out.
     pub failed: u64,
+    /// Given up because a later one was complete before them.
+    #[serde(default)]
+    pub overtaken: u64,
     /// The newest completed one.
     pub last: Option<CheckpointView>,
 }
@@ -144,14 +147,14 @@ async fn job(State(api): State<Arc<JobApi>>) -> Json<JobView> {
         duration_ms: c.duration_ms,
         size: c.size,
     };
-    let counts = view.checkpoints;
-    let last = counts.last.map(checkpoint);
+    let CheckpointCounts { completed, failed, overtaken, last } = view.checkpoints;
+    let checkpoints = CheckpointsView { completed, failed, overtaken, last: last.map(checkpoint) };
     Json(JobView {
         job: api.job.to_string(),
         phase: phase.to_owned(),
         holder: api.holder.clone(),
         restored_from: view.restored_from,
-        checkpoints: CheckpointsView { completed: counts.completed, failed: counts.failed, last },
+        checkpoints,
     })
 }
 
@@ -227,7 +230,7 @@ mod tests {
         let (router, _requests) = api();
         let (status, view) = ask(router, "GET", "/job", String::new()).await;
         assert_eq!((status, &view["job"], &view["phase"]), (200, &json!("default/hot/local"), &json!("restoring")));
-        assert_eq!(view["checkpoints"], json!({ "completed": 0, "failed": 0, "last": null }));
+        assert_eq!(view["checkpoints"], json!({ "completed": 0, "failed": 0, "overtaken": 0, "last": null }));
     }
 
     #[tokio::test]

@@ -39,6 +39,8 @@ pub struct CheckpointCounts {
     pub completed: u64,
     /// Failed or timed out.
     pub failed: u64,
+    /// Given up because a later one was complete before them: nothing is wrong with that.
+    pub overtaken: u64,
     /// The newest completed one.
     pub last: Option<CheckpointStatus>,
 }
@@ -143,6 +145,10 @@ impl Progress {
 
     pub(crate) fn failed(&self) {
         self.lock().checkpoints.failed += 1;
+    }
+
+    pub(crate) fn overtaken(&self) {
+        self.lock().checkpoints.overtaken += 1;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -261,9 +261,14 @@ impl Shell {
                 running.committers.values().for_each(|c| c.completed(epoch));
                 running.tell_all(Command::Completed(epoch));
             }
-            Decision::Abort { epoch, reason, orphans } => {
-                tracing::warn!(checkpoint = %epoch, %reason, "checkpoint aborted");
-                running.progress.failed();
+            Decision::Abort { epoch, reason, overtaken, orphans } => {
+                if overtaken {
+                    tracing::info!(checkpoint = %epoch, %reason, "checkpoint given up");
+                    running.progress.overtaken();
+                } else {
+                    tracing::warn!(checkpoint = %epoch, %reason, "checkpoint aborted");
+                    running.progress.failed();
+                }
                 running.tell_all(Command::Abort(epoch));
                 self.delete(orphans, running);
             }

@@ -345,7 +345,7 @@ impl Coordinator {
     fn complete(&mut self, epoch: Epoch, now: Time, out: &mut Vec<Decision>) {
         let overtaken: Vec<Epoch> = self.flights.range(..epoch).map(|(e, _)| *e).collect();
         for earlier in overtaken {
-            self.give_up(earlier, format!("overtaken by checkpoint {epoch}"), out);
+            self.give_up(earlier, format!("overtaken by checkpoint {epoch}"), true, out);
         }
         let Some(flight) = self.flights.remove(&epoch) else { return };
         let end = match (flight.barrier.stops(), flight.end_of_input) {
@@ -445,7 +445,7 @@ impl Coordinator {
     }
 
     /// Takes a flight back: everybody forgets it, and who wanted a savepoint of it is told.
-    fn give_up(&mut self, epoch: Epoch, reason: String, out: &mut Vec<Decision>) -> Option<Barrier> {
+    fn give_up(&mut self, epoch: Epoch, reason: String, overtaken: bool, out: &mut Vec<Decision>) -> Option<Barrier> {
         let flight = self.flights.remove(&epoch)?;
         let orphans = flight.operators.values().flat_map(own_paths).collect();
         if !flight.missing.is_empty() {
@@ -454,7 +454,7 @@ impl Coordinator {
                 self.aborted.pop_first();
             }
         }
-        out.push(Decision::Abort { epoch, reason: reason.clone(), orphans });
+        out.push(Decision::Abort { epoch, reason: reason.clone(), overtaken, orphans });
         if !flight.savepoints.is_empty() {
             out.push(Decision::Refuse { savepoints: flight.savepoints, reason });
         }
@@ -462,7 +462,7 @@ impl Coordinator {
     }
 
     fn abort(&mut self, epoch: Epoch, reason: String, now: Time, out: &mut Vec<Decision>) {
-        let Some(barrier) = self.give_up(epoch, reason.clone(), out) else { return };
+        let Some(barrier) = self.give_up(epoch, reason.clone(), false, out) else { return };
         self.last_end = now.monotonic;
         if barrier.stops() {
             // The sources have ended behind that barrier: there is nobody left to send another.

@@ -257,7 +257,7 @@ fn a_checkpoint_that_a_later_one_overtakes_is_given_up_and_counts_not_as_failed(
             ack a 1 -> 
             @20 tick -> trigger 2
             ack a 2 -> 
-            ack b 2 -> abort 1 (overtaken by checkpoint 2), delete ["1-0.0"]; append completed 2
+            ack b 2 -> give up 1 (overtaken by checkpoint 2), delete ["1-0.0"]; append completed 2
             appended -> announce 2; settled 2
             ack b 1 -> delete ["1-1.0"]
             ack b 1 -> 

@@ -211,6 +211,8 @@ pub enum Decision {
         epoch: Epoch,
         /// Why.
         reason: String,
+        /// True if it has not failed: a later one was complete before it.
+        overtaken: bool,
         /// Paths, relative to the job's folder, that nothing names.
         orphans: Vec<String>,
     },
@@ -253,7 +255,10 @@ impl fmt::Display for Decision {
             Self::Append(LogEvent::Adopted { manifest, .. }) => write!(f, "append adopted {}", manifest.epoch),
             Self::Append(LogEvent::Released { epochs, .. }) => write!(f, "append released {epochs:?}"),
             Self::Announce(epoch) => write!(f, "announce {epoch}"),
-            Self::Abort { epoch, reason, orphans } => write!(f, "abort {epoch} ({reason}), delete {orphans:?}"),
+            Self::Abort { epoch, reason, overtaken, orphans } => {
+                let what = if *overtaken { "give up" } else { "abort" };
+                write!(f, "{what} {epoch} ({reason}), delete {orphans:?}")
+            }
             Self::Discard(orphans) => write!(f, "delete {orphans:?}"),
             Self::Settled(epoch) => write!(f, "settled {epoch}"),
             Self::Export { epoch, savepoints } => write!(f, "export {epoch} for savepoint {}", ids(savepoints)),
