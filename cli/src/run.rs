@@ -8,7 +8,7 @@ use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
 use floodmark_state::{Heap, StateBackend, StateSettings, Whole};
 use floodmark_worker::{
-    CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RunError, RunSpec, Summary,
+    CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RunError, RunSpec, SLICE_BYTES, Summary,
     api::{self, JobApi},
 };
 use nix::sys::resource::{UsageWho, getrusage};
@@ -91,6 +91,7 @@ fn run_spec(args: &RunArgs, job: Job, env: &Env) -> Result<(RunSpec, Place), Fai
         storage,
         restore,
         initial,
+        slice_bytes: SLICE_BYTES,
         allow_dropped_state: spec.restore.allow_dropped_state,
         holder: holder(),
     };

@@ -80,6 +80,12 @@ pub(crate) struct CommitterHandle {
 }
 
 impl CommitterHandle {
+    /// The job's state is all there: the committer opens, and commits what the snapshot holds.
+    pub(crate) fn begin(&self) {
+        self.mailbox.lock().begun = true;
+        self.mailbox.signal.notify();
+    }
+
     /// A barrier's records are in [`CommitterHandle::staged`], and durable.
     pub(crate) fn staged_at(&self, epoch: Epoch) {
         self.mailbox.put(Event::Staged(epoch));
@@ -113,6 +119,8 @@ struct Mailbox {
 #[derive(Default)]
 struct Letters {
     events: VecDeque<Event>,
+    /// See [`CommitterHandle::begin`].
+    begun: bool,
     /// Nobody will say anything more.
     closed: bool,
 }
@@ -129,8 +137,8 @@ impl Mailbox {
     }
 }
 
-/// Starts a committer: it opens, commits what `restored` says is pending, and then follows the events. `last_epoch` is the
-/// greatest that was ever used, as far as the log knows.
+/// Starts a committer. When it is told to [begin](CommitterHandle::begin), it opens, commits what `restored` says is pending,
+/// and then follows the events. `last_epoch` is the greatest that was ever used, as far as the log knows.
 pub(crate) fn start(
     id: CommitterId,
     committer: Box<dyn Committer>,
@@ -183,13 +191,17 @@ struct Driven {
 impl Machine for Driven {
     /// Carries one effect out, or takes one event in.
     fn step(&mut self) -> Turn {
+        let (event, closed) = {
+            let mut letters = self.mailbox.lock();
+            if !letters.begun {
+                return if letters.closed { Turn::Done } else { Turn::Waiting { until: None } };
+            }
+            let event = if self.effect.is_none() { letters.events.pop_front() } else { None };
+            (event, letters.closed)
+        };
         if let Some(effect) = self.effect.take() {
             return self.carry_out(effect);
         }
-        let (event, closed) = {
-            let mut letters = self.mailbox.lock();
-            (letters.events.pop_front(), letters.closed)
-        };
         if let Some(event) = event {
             self.effect = self.machine.step(event);
             debug_assert!(self.effect.is_none() || self.waits_until.is_none(), "no effect while waiting");

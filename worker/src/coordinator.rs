@@ -1,16 +1,20 @@
 //! A job's run: its tasks and committers, and one loop that takes every event of theirs, in order.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use floodmark_dataflow::task::{Command, Commands, TaskEvent};
-use floodmark_snapshot::{Env, Epoch, Error, OperatorSnapshot, OperatorUid, Result};
+use floodmark_snapshot::{Disposition, Env, Epoch, Error, OperatorSnapshot, OperatorUid, Result, restore::Rejected};
 use futures::future::join_all;
 use tokio::sync::{mpsc, watch};
 
 use crate::{
     Controls, JobPhase, Outcome, Progress, RunError, RunSpec, Summary,
     committers::{self, CommitterHandle, CommitterId, CommitterReport},
-    deploy::SinkPart,
+    deploy::{self, SinkPart},
     shell::Shell,
     starting::{self, Ready, Start},
     tasks::{self, Ended, SubtaskId, TaskReport},
@@ -44,42 +48,80 @@ pub(crate) async fn run(
     controls: Controls,
     progress: Arc<Progress>,
 ) -> Result<Summary, RunError> {
-    let spec = Arc::new(spec);
-    let ready = match starting::start(&spec, &env, &progress).await? {
-        Start::Ready(ready) => *ready,
-        Start::AlreadyFinished(epoch) => {
-            progress.phase(JobPhase::Done);
-            let (outcome, progress) = (Outcome::AlreadyFinished, progress.view());
-            return Ok(Summary { outcome, progress, last_epoch: Some(epoch) });
+    let (spec, mut controls) = (Arc::new(spec), controls);
+    let metrics = deploy::register(&spec.graph, spec.parallelism, &progress);
+    let mut damaged = Vec::new();
+    loop {
+        let ready = match starting::start(&spec, &env, &metrics, &damaged).await? {
+            Start::Ready(ready) => *ready,
+            Start::AlreadyFinished(epoch) => {
+                progress.phase(JobPhase::Done);
+                let (outcome, progress) = (Outcome::AlreadyFinished, progress.view());
+                return Ok(Summary { outcome, progress, last_epoch: Some(epoch) });
+            }
+        };
+        if let Some(epoch) = ready.restored {
+            progress.restored_from(epoch);
         }
-    };
-    if let Some(epoch) = ready.restored {
-        progress.restored_from(epoch);
+        match attempt(&spec, &env, &mut controls, &progress, ready).await? {
+            Attempted::Ended(summary) => return Ok(summary),
+            // Nothing has been snapshotted or committed: the next older checkpoint is as good as if it had been chosen first.
+            Attempted::Damaged(rejected) => {
+                progress.phase(JobPhase::Restoring);
+                damaged.push(rejected);
+            }
+        }
     }
+}
+
+/// What an attempt came to.
+enum Attempted {
+    Ended(Summary),
+    /// The snapshot that it started from turned out to be damaged before all of it was there.
+    Damaged(Rejected),
+}
+
+async fn attempt(
+    spec: &Arc<RunSpec>,
+    env: &Env,
+    controls: &mut Controls,
+    progress: &Arc<Progress>,
+    ready: Ready,
+) -> Result<Attempted, RunError> {
     let Ready { tasks, committers, log, state, restored } = ready;
-    let mut running = Running::new(&spec, &env, &progress);
+    let mut running = Running::new(spec, env, progress);
     for committing in committers {
         let to = running.sender.clone();
         let report = Box::new(move |report| drop(to.send(Event::Committer(report))));
         let id = committing.id.clone();
         let last = state.last_epoch;
-        let handle = committers::start(committing.id, committing.committer, last, committing.restored, &env, report);
+        let handle = committers::start(committing.id, committing.committer, last, committing.restored, env, report);
         running.committers.insert(id, handle.map_err(RunError::Failed)?);
     }
     for deployed in tasks {
         let (id, commands, to) = (deployed.id, deployed.task.commands(), running.sender.clone());
         let report = move |report| drop(to.send(Event::Task(report)));
-        let gone = tasks::start(id, deployed.name, deployed.task, deployed.signal, &env, report);
+        let gone = tasks::start(id, deployed.name, deployed.task, deployed.signal, env, report);
         let gone = Some(gone.map_err(RunError::Failed)?);
         let task = RunningTask { commands, source: deployed.source, sinks: deployed.sinks, gone, ended: false };
         running.tasks.insert(id, task);
+        if let Some(slices) = deployed.slices {
+            running.arriving.insert(id);
+            env.runtime.spawn(Box::pin(slices.run()));
+        }
     }
+    running.begin_committing();
     progress.phase(JobPhase::Running);
     let outcome = match log {
         Some(log) => Shell::new(&running, log, state, restored).run(&mut running, controls).await,
         None => running.without_snapshots(controls).await.map(|outcome| (outcome, None)),
     };
-    running.end(outcome).await
+    let damage = running.damage.take().zip(restored);
+    match (running.end(outcome).await, damage) {
+        (Ok(summary), _) => Ok(Attempted::Ended(summary)),
+        (Err(_), Some((reason, epoch))) => Ok(Attempted::Damaged(Rejected { epoch, reason })),
+        (Err(error), None) => Err(error),
+    }
 }
 
 /// A task that runs.
@@ -101,13 +143,27 @@ pub(crate) struct Running {
     pub(crate) events: mpsc::UnboundedReceiver<Event>,
     pub(crate) tasks: BTreeMap<SubtaskId, RunningTask>,
     pub(crate) committers: BTreeMap<CommitterId, CommitterHandle>,
+    /// The subtasks whose state is not all there yet.
+    arriving: BTreeSet<SubtaskId>,
+    /// Why one of them has failed, if it is that the snapshot is damaged.
+    damage: Option<String>,
 }
 
 impl Running {
     fn new(spec: &Arc<RunSpec>, env: &Env, progress: &Arc<Progress>) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
         let (spec, env, progress) = (spec.clone(), env.clone(), progress.clone());
-        Self { spec, env, progress, sender, events, tasks: BTreeMap::new(), committers: BTreeMap::new() }
+        Self {
+            spec,
+            env,
+            progress,
+            sender,
+            events,
+            tasks: BTreeMap::new(),
+            committers: BTreeMap::new(),
+            arriving: BTreeSet::new(),
+            damage: None,
+        }
     }
 
     async fn end(mut self, outcome: Result<(Outcome, Option<Epoch>)>) -> Result<Summary, RunError> {
@@ -126,7 +182,7 @@ impl Running {
     }
 
     /// Runs until every task has ended by itself.
-    async fn without_snapshots(&mut self, mut controls: Controls) -> Result<Outcome> {
+    async fn without_snapshots(&mut self, controls: &mut Controls) -> Result<Outcome> {
         let mut outcome = Outcome::Finished;
         while self.tasks.values().any(|t| !t.ended) {
             tokio::select! {
@@ -153,6 +209,11 @@ impl Running {
     pub(crate) fn plain_event(&mut self, event: Option<Event>) -> Result<()> {
         match event {
             Some(Event::Task(TaskReport::Failed(id, error))) => Err(self.task_failed(id, error)),
+            Some(Event::Task(TaskReport::Event(id, TaskEvent::Restored))) => {
+                self.arriving.remove(&id);
+                self.begin_committing();
+                Ok(())
+            }
             Some(Event::Task(TaskReport::Event(id, TaskEvent::Ended))) => {
                 self.ended(id);
                 Ok(())
@@ -175,8 +236,19 @@ impl Running {
         }
     }
 
+    /// Lets the committers begin if all state is there. Not before: should the snapshot be damaged, what it holds staged is
+    /// not to be written, because an older one stands in for it.
+    fn begin_committing(&self) {
+        if self.arriving.is_empty() {
+            self.committers.values().for_each(CommitterHandle::begin);
+        }
+    }
+
     fn task_failed(&mut self, id: SubtaskId, error: Error) -> Error {
         self.ended(id);
+        if self.arriving.contains(&id) && error.disposition() == Disposition::Corrupt {
+            self.damage = Some(error.to_string());
+        }
         error.context(format!("task {}.{} failed", id.task, id.index))
     }
 

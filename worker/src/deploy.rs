@@ -6,7 +6,7 @@ use std::{
 };
 
 use floodmark_dataflow::{
-    Exchange, JobGraph, Node, Operator, OperatorMetrics, RestoredShard, SubtaskContext, TaskId, Vertex,
+    Exchange, JobGraph, Node, Operator, OperatorMetrics, RestoredShard, SubtaskContext, TaskId, Vertex, arrival,
     channel::{Inbox, Sender, Signal},
     exchange::Router,
     graph::{NodeKind, Parallelism},
@@ -25,6 +25,7 @@ use crate::{
     CheckpointMode, Progress, RunSpec,
     committers::{CommitterId, StagedShard},
     reading,
+    slices::Slices,
     tasks::SubtaskId,
 };
 
@@ -41,6 +42,8 @@ pub(crate) struct Deployed {
     pub(crate) source: bool,
     /// Its sinks.
     pub(crate) sinks: Vec<SinkPart>,
+    /// State that is read while it runs.
+    pub(crate) slices: Option<Slices>,
 }
 
 /// What a manifest says of a sink's operator.
@@ -76,6 +79,8 @@ pub(crate) struct Restored<'a> {
     pub(crate) snapshot: &'a Snapshot,
     /// Whether its files are the job's own.
     pub(crate) owned: bool,
+    /// Whether tasks may begin before all of it is read: if it turns out to be damaged then, another can stand in for it.
+    pub(crate) streams: bool,
     /// Everything staged up to here is visible, by the job's log.
     pub(crate) committed: Epoch,
 }
@@ -91,7 +96,7 @@ impl Restored<'_> {
         stream::iter(shards)
             .map(move |shard| async move {
                 let bytes = reading::read(snapshot, shard, owned).await?;
-                Ok(RestoredShard { shard: shard.clone(), bytes })
+                Ok(RestoredShard::new(shard.clone(), bytes))
             })
             .buffered(READS_AHEAD_MAX)
     }
@@ -150,7 +155,7 @@ pub(crate) async fn committers(
             let mut pending = None;
             if let Some(restored) = restored {
                 let staged = restored.read(held(index), KeyGroupRange::of_subtask(0, 1, 1)).map_ok(
-                    |RestoredShard { shard, bytes }| {
+                    |RestoredShard { shard, bytes, .. }| {
                         (shard.epoch.unwrap_or(restored.snapshot.manifest.epoch), (shard.rows, bytes))
                     },
                 );
@@ -235,6 +240,21 @@ fn wire(graph: &JobGraph, parallelism: u32, max_parallelism: u16) -> HashMap<(us
     all
 }
 
+/// The shards that a subtask with these key groups takes over for an operator, by earlier subtask and layer.
+fn concerning<'a>(restored: &'a Restored<'_>, node: &Node, owned: KeyGroupRange) -> Vec<&'a Shard> {
+    if node.state_schema.is_none() {
+        return Vec::new(); // what it no longer keeps has been given up
+    }
+    let concerns = |s: &&Shard| match s.kind {
+        ShardKind::Keyed | ShardKind::RocksDb => s.key_groups.is_none_or(|g| g.overlaps(&owned)),
+        ShardKind::Split | ShardKind::Union | ShardKind::Broadcast => true,
+        ShardKind::Channel | ShardKind::Staged => false,
+    };
+    let mut shards: Vec<&Shard> = restored.shards_of(&node.uid).filter(concerns).collect();
+    shards.sort_by_key(|s| (s.subtask, s.layer));
+    shards
+}
+
 struct Builder<'a> {
     spec: &'a RunSpec,
     env: &'a Env,
@@ -251,6 +271,7 @@ impl Builder<'_> {
         let mut chain = Vec::new();
         let mut source = None;
         let mut sinks = Vec::new();
+        let (mut arrivals, mut slices) = (None, None);
         for (n, node) in nodes.iter().enumerate() {
             let context = self.context(self.metrics[n][self.index as usize].clone());
             let operator = match &node.node {
@@ -267,7 +288,27 @@ impl Builder<'_> {
             };
             let mut operator = operator.map_err(|e| e.context(&node.uid))?;
             if let Some(restored) = self.restored {
-                operator = self.restore(restored, node, operator, context.key_groups).await?;
+                let shards = concerning(restored, node, context.key_groups);
+                let by_slices = chain.is_empty()
+                    && source.is_none()
+                    && restored.streams
+                    && !shards.is_empty()
+                    && operator.restores_by_key_group()
+                    && shards.iter().all(|s| s.kind == ShardKind::Keyed);
+                if by_slices {
+                    let (feed, arriving) =
+                        arrival::arrivals(ends.signal.clone(), context.key_groups, context.max_parallelism);
+                    arrivals = Some(arriving);
+                    slices = Some(Slices {
+                        snapshot: restored.snapshot.clone(),
+                        shards: shards.into_iter().cloned().collect(),
+                        owned: context.key_groups,
+                        slice_bytes: self.spec.slice_bytes,
+                        feed,
+                    });
+                } else if !shards.is_empty() {
+                    operator = self.restore(restored, node, operator, shards, context.key_groups).await?;
+                }
             }
             chain.push(ChainedOperator {
                 uid: node.uid.clone(),
@@ -296,7 +337,7 @@ impl Builder<'_> {
             parallelism: self.parallelism,
             input,
             replay,
-            arrivals: None,
+            arrivals,
             chain,
             outputs: ends.outputs,
             snapshots,
@@ -309,6 +350,7 @@ impl Builder<'_> {
             signal: ends.signal,
             source: heads_source,
             sinks,
+            slices,
         })
     }
 
@@ -318,21 +360,9 @@ impl Builder<'_> {
         restored: &Restored<'_>,
         node: &Node,
         mut operator: Box<dyn Operator>,
+        shards: Vec<&Shard>,
         owned: KeyGroupRange,
     ) -> Result<Box<dyn Operator>> {
-        let concerns = |s: &&Shard| match s.kind {
-            ShardKind::Keyed | ShardKind::RocksDb => s.key_groups.is_none_or(|g| g.overlaps(&owned)),
-            ShardKind::Split | ShardKind::Union | ShardKind::Broadcast => true,
-            ShardKind::Channel | ShardKind::Staged => false,
-        };
-        if node.state_schema.is_none() {
-            return Ok(operator); // what it no longer keeps has been given up
-        }
-        let mut shards: Vec<&Shard> = restored.shards_of(&node.uid).filter(concerns).collect();
-        shards.sort_by_key(|s| (s.subtask, s.layer));
-        if shards.is_empty() {
-            return Ok(operator);
-        }
         let failed = |e: Error| e.context(format!("restore {}", node.uid));
         let mut read = std::pin::pin!(restored.read(shards, owned));
         while let Some(shard) = read.next().await {

@@ -1,7 +1,7 @@
 //! The process that runs a job: the shells around the engine's pure machines, with their threads, uploads and timers.
 //!
 //! [`run`] is coordinator and worker in one process. `starting` picks the snapshot to start from, and `deploy` builds tasks
-//! with its state; `coordinator` keeps them, and `shell` carries out what [`floodmark_snapshot::coordination`] decides; `tasks`
+//! with its state, and `slices` reads what may come while they run; `coordinator` keeps them, and `shell` carries out what [`floodmark_snapshot::coordination`] decides; `tasks`
 //! and `committers` are driven by the runtime; `upload` makes a subtask's state durable; `control` is how others ask for things,
 //! and [`api`] the same over HTTP.
 //!
@@ -15,6 +15,7 @@ mod deploy;
 mod progress;
 mod reading;
 mod shell;
+mod slices;
 mod starting;
 mod tasks;
 mod upload;
@@ -77,6 +78,10 @@ impl Default for CheckpointSettings {
     }
 }
 
+/// State that a subtask takes over in one go before it goes on with the rows of its key groups: large enough for few requests,
+/// and small enough to be there in a moment.
+pub const SLICE_BYTES: u64 = 8 << 20;
+
 /// Everything that [`run`] needs to know.
 pub struct RunSpec {
     /// Whose state it is.
@@ -97,6 +102,8 @@ pub struct RunSpec {
     pub restore: Reference,
     /// What to start from if it is [`Reference::Latest`] and the job has no past.
     pub initial: Option<Reference>,
+    /// Bytes of state files that a subtask takes over at a time, about: [`SLICE_BYTES`].
+    pub slice_bytes: u64,
     /// Whether state may be dropped that no operator of the graph takes.
     pub allow_dropped_state: bool,
     /// Who runs it, for the log's readers: `host:pid`.

@@ -22,29 +22,74 @@ const _: () = assert!(TAIL_LEN >= TAIL_HASHED, "the first read covers the end's 
 
 /// The bytes of a shard, or of a keyed one a file with at least the rows of `owned`.
 pub(crate) async fn read(snapshot: &Snapshot, shard: &Shard, owned: KeyGroupRange) -> Result<Bytes> {
-    let all = shard.key_groups.is_none_or(|g| owned.first <= g.first && g.last <= owned.last);
-    match &shard.tail {
-        Some(tail) if !all && shard.kind == ShardKind::Keyed && shard.size > READ_WHOLE_MAX => {
-            read_part(snapshot, shard, tail, owned).await.map_err(|e| e.context(format!("shard {}", shard.path)))
+    if shard.key_groups.is_none_or(|g| owned.first <= g.first && g.last <= owned.last) {
+        return snapshot.read(shard).await;
+    }
+    Parts::open(snapshot, shard).await?.read(snapshot, owned).await
+}
+
+/// A shard that is read part by part.
+pub(crate) struct Parts {
+    pub(crate) shard: Shard,
+    content: Content,
+}
+
+enum Content {
+    Whole(Bytes),
+    /// What is where in the file.
+    Indexed(Reader),
+}
+
+impl Parts {
+    /// Reads what all parts need: the index, or a small file as a whole.
+    ///
+    /// # Errors
+    /// `Corrupt` if the shard is damaged.
+    pub(crate) async fn open(snapshot: &Snapshot, shard: &Shard) -> Result<Self> {
+        let content = match &shard.tail {
+            Some(tail) if shard.kind == ShardKind::Keyed && shard.size > READ_WHOLE_MAX => {
+                Content::Indexed(index(snapshot, shard, tail).await.map_err(|e| of(shard, e))?)
+            }
+            Some(_) | None => Content::Whole(snapshot.read(shard).await?),
+        };
+        Ok(Self { shard: shard.clone(), content })
+    }
+
+    /// Reads a file with at least the rows of `key_groups`.
+    ///
+    /// # Errors
+    /// `Corrupt` if the shard is damaged there.
+    pub(crate) async fn read(&self, snapshot: &Snapshot, key_groups: KeyGroupRange) -> Result<Bytes> {
+        match &self.content {
+            Content::Whole(bytes) => Ok(bytes.clone()),
+            Content::Indexed(reader) => {
+                cut(snapshot, &self.shard, reader, key_groups).await.map_err(|e| of(&self.shard, e))
+            }
         }
-        Some(_) | None => snapshot.read(shard).await,
     }
 }
 
-async fn read_part(snapshot: &Snapshot, shard: &Shard, hash: &str, owned: KeyGroupRange) -> Result<Bytes> {
+fn of(shard: &Shard, error: Error) -> Error {
+    error.context(format!("shard {}", shard.path))
+}
+
+async fn index(snapshot: &Snapshot, shard: &Shard, hash: &str) -> Result<Reader> {
     let mut from = shard.size.saturating_sub(TAIL_LEN as u64);
-    let reader = loop {
+    loop {
         let tail = snapshot.read_range(shard, from, shard.size).await?;
         if tail_hash(&tail) != hash {
             return Err(Error::corrupt("its end is not what was written"));
         }
         match Reader::open(shard.size, &tail)? {
-            Opened::Ready(reader) => break reader,
+            Opened::Ready(reader) => return Ok(reader),
             Opened::More { from: earlier } if earlier < from => from = earlier,
             Opened::More { .. } => return Err(Error::corrupt("its index has no beginning")),
         }
-    };
-    let runs = runs(reader.ranges(owned));
+    }
+}
+
+async fn cut(snapshot: &Snapshot, shard: &Shard, reader: &Reader, key_groups: KeyGroupRange) -> Result<Bytes> {
+    let runs = runs(reader.ranges(key_groups));
     let read: Vec<Vec<(usize, Bytes)>> = stream::iter(runs)
         .map(|(range, blocks)| async move {
             let bytes = snapshot.read_range(shard, range.start, range.end).await?;

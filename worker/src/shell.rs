@@ -100,7 +100,7 @@ impl Shell {
     pub(crate) async fn run(
         mut self,
         running: &mut Running,
-        mut controls: Controls,
+        controls: &mut Controls,
     ) -> Result<(Outcome, Option<Epoch>)> {
         self.sweep_orphans(running);
         let mut stopping = false;

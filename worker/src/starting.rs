@@ -9,12 +9,12 @@ use floodmark_dataflow::{JobGraph, Node, graph::NodeKind};
 use floodmark_snapshot::{
     Disposition, Env, Epoch, Error, Manifest, OperatorUid, Result, SplitState,
     log::{self, CheckpointLog, Event, JobFolder, LogState},
-    restore::{self, Candidate, Origin, Reference, Scope, StatePlan, Taker},
+    restore::{self, Candidate, Origin, Reference, Rejected, Scope, StatePlan, Taker},
     storage,
 };
 
 use crate::{
-    CheckpointMode, Progress, RunError, RunSpec,
+    CheckpointMode, RunError, RunSpec,
     deploy::{self, Committing, Deployed, Metrics, Restored},
 };
 
@@ -37,12 +37,16 @@ pub(crate) enum Start {
     AlreadyFinished(Epoch),
 }
 
-/// Makes a job ready.
-pub(crate) async fn start(spec: &Arc<RunSpec>, env: &Env, progress: &Progress) -> Result<Start, RunError> {
-    let metrics = deploy::register(&spec.graph, spec.parallelism, progress);
+/// Makes a job ready. `damaged` are checkpoints that this process has found damaged, and passes over.
+pub(crate) async fn start(
+    spec: &Arc<RunSpec>,
+    env: &Env,
+    metrics: &Metrics,
+    damaged: &[Rejected],
+) -> Result<Start, RunError> {
     if spec.checkpoints.mode == CheckpointMode::Disabled {
         let splits = connect(spec, env, None).await.map_err(RunError::Connector)?;
-        let tasks = deploy::tasks(spec, env, &splits, None, &metrics).await.map_err(RunError::failed)?;
+        let tasks = deploy::tasks(spec, env, &splits, None, metrics).await.map_err(RunError::failed)?;
         let (committers, state) = (Vec::new(), LogState::default());
         return Ok(Start::Ready(Box::new(Ready { tasks, committers, log: None, state, restored: None })));
     }
@@ -57,7 +61,7 @@ pub(crate) async fn start(spec: &Arc<RunSpec>, env: &Env, progress: &Progress) -
     if let Some(epoch) = finished(spec, &state) {
         return Ok(Start::AlreadyFinished(epoch));
     }
-    let starter = Starter { spec, env, metrics: &metrics, log, state };
+    let starter = Starter { spec, env, metrics, damaged, log, state };
     starter.start().await.map(|ready| Start::Ready(Box::new(ready)))
 }
 
@@ -78,6 +82,7 @@ struct Starter<'a> {
     spec: &'a Arc<RunSpec>,
     env: &'a Env,
     metrics: &'a Metrics,
+    damaged: &'a [Rejected],
     log: CheckpointLog,
     state: LogState,
 }
@@ -106,16 +111,19 @@ impl Starter<'_> {
             if let Some(error) = fall_back.then(|| self.nothing_intact(&[])).flatten() {
                 return Err(storage_error(error));
             }
-            let built = self.build(None).await.map_err(Failure::into_run_error)?;
+            let built = self.build(None, false).await.map_err(Failure::into_run_error)?;
             return self.ready(built, None, note).await;
         }
         // What is wrong elsewhere than in the checkpoint is wrong with the next one, too.
-        let build = async |candidate: &Candidate| match self.build(Some(candidate)).await {
+        let build = async |candidate: &Candidate| match self.build(Some(candidate), fall_back).await {
             Ok(built) => Ok(Ok(built)),
             Err(Failure::Snapshot(error)) => Err(error),
             Err(Failure::Elsewhere(error)) => Ok(Err(error)),
         };
+        let known = |c: &Candidate| self.damaged.iter().any(|d| d.epoch == c.snapshot.manifest.epoch);
+        let candidates = candidates.into_iter().filter(|c| !known(c)).collect();
         let (started, rejected) = restore::first_intact(candidates, build).await.map_err(storage_error)?;
+        let rejected = [self.damaged, &rejected].concat();
         for rejected in &rejected {
             tracing::error!(checkpoint = %rejected.epoch, reason = %rejected.reason, "checkpoint is damaged and passed over");
         }
@@ -145,12 +153,12 @@ impl Starter<'_> {
                 });
                 Ok(Choice { candidates: Vec::new(), note, fall_back: false })
             }
-            Origin::From(reference) => self.from_snapshot(reference).await,
+            Origin::From(reference) => self.named(reference).await,
         }
     }
 
     /// A snapshot that somebody has named: no other stands in for it.
-    async fn from_snapshot(&self, reference: &Reference) -> Result<Choice> {
+    async fn named(&self, reference: &Reference) -> Result<Choice> {
         let Self { spec, state, .. } = self;
         let asked = reference.to_string();
         let scope = Scope { storage: &spec.storage, job: &spec.job, state };
@@ -175,17 +183,28 @@ impl Starter<'_> {
         restore::nothing_intact(&*self.spec.storage, &self.spec.job, &self.state, rejected)
     }
 
+    /// What the log must say of a start from this checkpoint of the job's own: something if there are newer ones, or may be.
     fn note_fallback(&self, epoch: Epoch, rejected: bool) -> Option<Event> {
-        if !rejected && self.state.damaged.is_empty() {
+        let own = self.state.retained.iter().rfind(|r| r.manifest.epoch == epoch);
+        // Of what comes before a checkpoint in the log, nothing is newer.
+        let behind = |seq: u64| own.is_none_or(|r| seq > r.seq);
+        if rejected {
+            tracing::warn!(checkpoint = %epoch, "restored an older checkpoint, because a newer one is damaged");
+        } else if self.state.damaged.iter().any(|d| behind(d.seq)) {
+            tracing::warn!(
+                checkpoint = %epoch,
+                "restored the newest checkpoint that is known; what is damaged behind it in the log may have been a newer one"
+            );
+        } else {
             tracing::info!(checkpoint = %epoch, "restored the newest checkpoint");
             return None;
         }
-        tracing::warn!(checkpoint = %epoch, "restored an older checkpoint, because a newer one is damaged");
         Some(Event::Restored { epoch: Some(epoch), asked: None })
     }
 
-    async fn build(&self, candidate: Option<&Candidate>) -> Result<Built, Failure> {
-        let Self { spec, env, metrics, log, state } = self;
+    /// `streams`: the state may be read while tasks run, because another snapshot can stand in for it.
+    async fn build(&self, candidate: Option<&Candidate>, streams: bool) -> Result<Built, Failure> {
+        let Self { spec, env, metrics, damaged: _, log, state } = self;
         let manifest = candidate.map(|c| c.snapshot.manifest.clone());
         if let Some(manifest) = &manifest {
             let (takers, plan) = (takers(&spec.graph), &spec.graph.fingerprint);
@@ -193,7 +212,7 @@ impl Starter<'_> {
             plan.admit(spec.allow_dropped_state).map_err(Failure::Snapshot)?;
         }
         let restored =
-            candidate.map(|c| Restored { snapshot: &c.snapshot, owned: c.owned, committed: state.committed });
+            candidate.map(|c| Restored { snapshot: &c.snapshot, owned: c.owned, streams, committed: state.committed });
         let splits = connect(spec, env, manifest).await.map_err(Failure::of_snapshot_or(RunError::Connector))?;
         let committers = deploy::committers(&spec.graph, spec.parallelism, log.history(), restored.as_ref());
         let committers = committers.await.map_err(Failure::of_snapshot_or(RunError::Connector))?;

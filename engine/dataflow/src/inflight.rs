@@ -149,7 +149,7 @@ pub fn share(
     mine.sort_by_key(|s| (s.shard.subtask, s.shard.name.clone(), s.shard.path.clone()));
     let owned = KeyGroupRange::of_subtask(index, parallelism, max_parallelism);
     let mut replay = Vec::new();
-    for RestoredShard { shard, bytes } in mine {
+    for RestoredShard { shard, bytes, .. } in mine {
         let (header, batches) = decode(bytes).map_err(|e| e.context(format!("read shard {}", shard.path)))?;
         let known = inputs.iter().find(|i| *i.input == *header.input && i.key_groups.is_some() == header.hashed);
         let Some(known) = known.filter(|i| i.port == header.port) else {
@@ -260,7 +260,7 @@ mod tests {
     fn shard(pending: PendingShard, subtask: u32) -> RestoredShard {
         let PendingShard { kind, key_groups, rows, name, encode, .. } = pending;
         let shard = Shard { subtask, key_groups, rows, name, ..Shard::new(format!("{subtask}"), kind) };
-        RestoredShard { shard, bytes: encode().unwrap() }
+        RestoredShard::new(shard, encode().unwrap())
     }
 
     fn input(name: &str, groups: Option<KeyGroupRange>) -> InputChannel {

@@ -257,7 +257,7 @@ impl Run<'_> {
                 let mut state = backend.keyed(spec(self.env, index, parallelism)).expect("state");
                 let ((), took) = self.timed(|| {
                     for (shard, bytes) in shards {
-                        let restored = RestoredShard { shard: shard.clone(), bytes: bytes.clone() };
+                        let restored = RestoredShard::new(shard.clone(), bytes.clone());
                         state.restore(&restored).expect("a shard");
                     }
                     state.restored().expect("a state");

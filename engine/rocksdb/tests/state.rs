@@ -417,7 +417,7 @@ fn a_state_of_other_columns_is_refused_with_what_to_do() {
         backend.keyed(floodmark_state::StateSpec { layout: Arc::new(Fewer), ..spec(0, 1, None, &env) }).unwrap();
     for shard in &shards {
         let bytes = store.files[&shard.path].clone();
-        other.restore(&floodmark_state::RestoredShard { shard: shard.clone(), bytes }).unwrap();
+        other.restore(&floodmark_state::RestoredShard::new(shard.clone(), bytes)).unwrap();
     }
     let error = other.restored().expect_err("other columns").to_string();
     assert!(error.contains("text: Binary") && error.contains("start from a savepoint"), "{error}");

@@ -141,7 +141,7 @@ fn encoded(env: &Env, snapshot: StateSnapshot, epoch: u64) -> (RestoredShard, Du
     (shard.size, shard.rows, shard.layer) = (bytes.len() as u64, pending.rows, pending.layer);
     shard.key_groups = pending.key_groups;
     pending.uploaded.unwrap()(&shard);
-    (RestoredShard { shard, bytes }, env.clock.monotonic() - start)
+    (RestoredShard::new(shard, bytes), env.clock.monotonic() - start)
 }
 
 fn spread(mut times: Vec<Duration>) -> String {

@@ -235,6 +235,14 @@ pub trait KeyedState: Send {
     /// `Corrupt` if it is damaged; `Abort` if it is of a kind or of types that this back end and layout can't take.
     fn restore(&mut self, shard: &RestoredShard) -> Result<()>;
 
+    /// Whether the state can be used before all of it is there. Then it may come in slices of key groups
+    /// ([`RestoredShard::slice`]), in ascending order: for each, all shards (a cut may be without rows), by earlier subtask and
+    /// layer, then the next slice, and behind the last [`KeyedState::restored`]. In between, rows of the key groups that are
+    /// there may be read, written and removed; all other calls wait. Such rows count as changed since what is restored.
+    fn restores_by_key_group(&self) -> bool {
+        false
+    }
+
     /// All shards have been taken in. Answers the least watermark of those earlier subtasks (each as of its last layer) that
     /// had one. (Behind aligned barriers all have the same; otherwise the least one loses nothing.)
     ///

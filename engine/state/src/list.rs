@@ -120,7 +120,7 @@ mod tests {
             for pending in state.snapshot().pending {
                 let PendingShard { kind, name, rows, encode, .. } = pending;
                 let shard = Shard { subtask, name, rows, ..Shard::new("list", kind) };
-                shards.push(RestoredShard { shard, bytes: encode().unwrap() });
+                shards.push(RestoredShard::new(shard, encode().unwrap()));
             }
         }
         let one = |subtask| {
@@ -151,10 +151,10 @@ mod tests {
         for at in 0..bytes.len() {
             let mut bad = bytes.to_vec();
             bad[at] ^= 1;
-            let bad = RestoredShard { shard: shard.clone(), bytes: bad.into() };
+            let bad = RestoredShard::new(shard.clone(), bad.into());
             assert_eq!(state.restore(&bad).unwrap_err().disposition(), floodmark_snapshot::Disposition::Corrupt);
         }
         let other = Shard { name: Some("others".into()), ..shard };
-        assert!(state.restore(&RestoredShard { shard: other, bytes }).is_err());
+        assert!(state.restore(&RestoredShard::new(other, bytes)).is_err());
     }
 }

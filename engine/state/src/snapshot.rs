@@ -99,6 +99,17 @@ impl fmt::Debug for PendingShard {
 pub struct RestoredShard {
     /// What the manifest says of it.
     pub shard: Shard,
-    /// Its bytes.
+    /// Its bytes, or those of a cut of it.
     pub bytes: Bytes,
+    /// If it comes slice by slice ([`crate::KeyedState::restores_by_key_group`]): the key groups of the present slice. Rows of
+    /// others may be among the bytes; they are those of another slice.
+    pub slice: Option<KeyGroupRange>,
+}
+
+impl RestoredShard {
+    /// A shard that comes in one piece.
+    #[must_use]
+    pub fn new(shard: Shard, bytes: Bytes) -> Self {
+        Self { shard, bytes, slice: None }
+    }
 }

@@ -293,7 +293,7 @@ fn share(file: Bytes, hashed: bool) {
         let input = InputChannel { key_groups: hashed.then_some(groups), ..InputChannel::to_port(0) };
         let shard =
             Shard { key_groups: hashed.then(all_groups), subtask: index, ..Shard::new("rows", ShardKind::Channel) };
-        let shard = RestoredShard { shard, bytes: file.clone() };
+        let shard = RestoredShard::new(shard, file.clone());
         let Ok(rows) = inflight::share(&[shard], &[input], index, parallelism, 16) else { continue };
         for row in rows {
             assert_eq!(row.port, 0);

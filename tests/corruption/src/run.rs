@@ -140,6 +140,7 @@ pub fn run(start: &Start, objects: Objects, topic: Topic, mut watch: impl FnMut(
         storage: storage.clone(),
         restore: start.restore.clone(),
         initial: None,
+        slice_bytes: 512,
         allow_dropped_state: false,
         state: StateSettings { backend: start.backend.clone(), ..StateSettings::default() },
         holder: format!("process:{}", start.process),

@@ -124,6 +124,7 @@ pub(crate) fn spec(process: &Arc<Process>, start: usize, restore: Reference) -> 
         storage: Arc::new(Client { world: process.world.clone(), pid: process.pid }),
         restore,
         initial: None,
+        slice_bytes: 512,
         allow_dropped_state: false,
         holder: format!("process:{}", process.pid),
     }

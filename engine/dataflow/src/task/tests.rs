@@ -244,7 +244,7 @@ fn parts_of(event: TaskEvent) -> (Epoch, i64, Vec<i64>) {
             sum = std::str::from_utf8(&bytes).unwrap().parse().unwrap();
         } else {
             let shard = Shard { name, rows, ..Shard::new("", kind) };
-            let shards = [crate::RestoredShard { shard, bytes }];
+            let shards = [crate::RestoredShard::new(shard, bytes)];
             let replay = crate::inflight::share(&shards, &[up()], 0, 1, 128).unwrap();
             in_flight.extend(
                 replay.iter().flat_map(|r| r.batch.rows.column(0).as_primitive::<Int64Type>().values().to_vec()),

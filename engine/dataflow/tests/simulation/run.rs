@@ -347,7 +347,7 @@ impl Run {
                     key_groups: pending.key_groups,
                     ..Shard::new(format!("{epoch}/{uid}/{index}/{n}"), pending.kind)
                 };
-                snapshot.shards.entry(uid.clone()).or_default().push(RestoredShard { shard, bytes });
+                snapshot.shards.entry(uid.clone()).or_default().push(RestoredShard::new(shard, bytes));
             }
         }
         let Some(flight) = self.flights.get_mut(&epoch) else { return };

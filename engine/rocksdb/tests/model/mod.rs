@@ -226,7 +226,7 @@ impl States {
             let groups = KeyGroupRange::of_subtask(index as u32, count, GROUPS);
             for shard in shards.iter().filter(|s| s.key_groups.is_none_or(|g| g.overlaps(&groups))) {
                 assert!(shard.subtask < parallelism);
-                state.restore(&RestoredShard { shard: shard.clone(), bytes: store.files[&shard.path].clone() })?;
+                state.restore(&RestoredShard::new(shard.clone(), store.files[&shard.path].clone()))?;
             }
             least = state.restored()?;
         }

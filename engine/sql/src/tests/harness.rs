@@ -286,7 +286,7 @@ pub(super) fn shards_of(operator: &mut dyn Operator, subtask: u32) -> Vec<Restor
         let PendingShard { kind, key_groups, rows, layer, name, encode, .. } = pending;
         let bytes = encode().unwrap();
         let shard = Shard { size: bytes.len() as u64, subtask, key_groups, rows, layer, name, ..Shard::new("", kind) };
-        RestoredShard { shard, bytes }
+        RestoredShard::new(shard, bytes)
     };
     operator.snapshot(&Barrier::checkpoint(Epoch(1))).unwrap().pending.into_iter().map(shard).collect()
 }

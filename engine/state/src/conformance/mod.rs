@@ -252,7 +252,7 @@ impl Job {
                 let subtask = subtask as u32;
                 let shard = Shard { size, subtask, key_groups, rows, layer, name, ..Shard::new(&*path, kind) };
                 uploaded.into_iter().for_each(|uploaded| uploaded(&shard));
-                self.files.insert(path.clone(), RestoredShard { shard: shard.clone(), bytes });
+                self.files.insert(path.clone(), RestoredShard::new(shard.clone(), bytes));
                 stored.uploaded.push(path);
                 stored.shards.push(shard);
             }
@@ -296,7 +296,7 @@ impl Job {
             let mut shards: Vec<&Shard> = stored.shards.iter().filter(concerns).collect();
             shards.sort_by_key(|s| (s.subtask, s.layer));
             for shard in shards {
-                let file = RestoredShard { shard: shard.clone(), bytes: self.files[&shard.path].bytes.clone() };
+                let file = RestoredShard::new(shard.clone(), self.files[&shard.path].bytes.clone());
                 state.restore(&file).unwrap();
             }
             watermarks.push(state.restored().unwrap());
@@ -704,7 +704,7 @@ pub fn damage_is_told(make: Make<'_>) {
             flipped[at] ^= 0x20;
             for bytes in [flipped.into(), good.slice(..at)] {
                 let mut state = job.backend.keyed(job.spec(0, 1, false)).unwrap();
-                let error = state.restore(&RestoredShard { shard: shard.clone(), bytes }).unwrap_err();
+                let error = state.restore(&RestoredShard::new(shard.clone(), bytes)).unwrap_err();
                 assert_eq!(error.disposition(), Disposition::Corrupt, "byte {at}: {error}");
             }
         }
