@@ -15,8 +15,8 @@ use bytes::Bytes;
 use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{Env, Epoch, KeyGroupRange, Result, Shard, coordination::Barrier};
 use floodmark_state::{
-    Column, ColumnType, Heap, KeyedState, Layout, RestoredShard, RowKeys, Rows, StateBackend, StateSnapshot, StateSpec,
-    Table,
+    Column, ColumnType, Heap, KeyGroupWatermarks, KeyedState, Layout, RestoredShard, RowKeys, Rows, StateBackend,
+    StateSnapshot, StateSpec, Table,
 };
 
 const BATCH: usize = 4096;
@@ -218,7 +218,7 @@ impl Run<'_> {
         let mut first = Vec::new();
         for epoch in 1..=11 {
             let (snapshot, pause) =
-                self.timed(|| state.snapshot(&Barrier::checkpoint(Epoch(epoch)), None).expect("a snapshot"));
+                self.timed(|| state.snapshot(&Barrier::checkpoint(Epoch(epoch)), &KeyGroupWatermarks::default()).expect("a snapshot"));
             // The task goes on while the checkpoint is made: how long do its next batches take?
             let (slowest, (shards, reused), took) = std::thread::scope(|threads| {
                 let upload = threads.spawn(|| self.timed(|| self.upload(snapshot)));

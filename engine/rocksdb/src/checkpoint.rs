@@ -14,8 +14,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use floodmark_snapshot::{Epoch, Error, KeyGroup, Result, ShardKind, TimestampMs, coordination::Barrier};
-use floodmark_state::{PendingShard, StateSnapshot, StateSpec};
+use floodmark_snapshot::{Epoch, Error, KeyGroup, Result, ShardKind, coordination::Barrier};
+use floodmark_state::{KeyGroupWatermarks, PendingShard, StateSnapshot, StateSpec};
 use rocksdb::{DB, WriteBatch};
 
 use crate::{
@@ -46,7 +46,7 @@ struct About {
     epoch: Epoch,
     spec: StateSpec,
     form: Form,
-    watermark: Option<TimestampMs>,
+    watermarks: KeyGroupWatermarks,
     namespaces: BTreeMap<i64, u64>,
 }
 
@@ -56,7 +56,7 @@ pub(crate) fn lock(lineage: &Mutex<Lineage>) -> MutexGuard<'_, Lineage> {
 }
 
 /// The synchronous part of a snapshot.
-pub(crate) fn take(state: &mut State, barrier: &Barrier, watermark: Option<TimestampMs>) -> Result<StateSnapshot> {
+pub(crate) fn take(state: &mut State, barrier: &Barrier, watermarks: &KeyGroupWatermarks) -> Result<StateSnapshot> {
     state.outgoing.send(&state.database)?;
     let job = state.outgoing.next();
     let mut frozen = Vec::new();
@@ -82,7 +82,7 @@ pub(crate) fn take(state: &mut State, barrier: &Barrier, watermark: Option<Times
         epoch: barrier.epoch,
         spec: state.spec.clone(),
         form: state.form.clone(),
-        watermark,
+        watermarks: watermarks.clone(),
         namespaces: state.spaces.iter().map(|(namespace, space)| (*namespace, space.rows())).collect(),
     };
     let shared = state.process.clone();
@@ -97,7 +97,7 @@ pub(crate) fn take(state: &mut State, barrier: &Barrier, watermark: Option<Times
         let (key_groups, name) = (Some(about.spec.key_groups), about.spec.shard_name());
         let encode = move || {
             let Taken { folder, .. } = taken()?;
-            let bytes = neutral::write(&shared.shared, folder.path(), &about.spec, &about.form, about.watermark);
+            let bytes = neutral::write(&shared.shared, folder.path(), &about.spec, &about.form, &about.watermarks);
             drop((folder, database_folder));
             bytes
         };
@@ -178,7 +178,7 @@ fn name_files(
         manifest,
         manifest_bytes,
         files,
-        watermark: about.watermark,
+        watermarks: about.watermarks.clone(),
         columns: columns(&about.spec, &about.form),
         timed: about.form.timed,
         namespaces: about.namespaces.clone(),

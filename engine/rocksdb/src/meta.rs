@@ -14,6 +14,7 @@ use floodmark_snapshot::{
     Error, Result, TimestampMs,
     block::{BlockWriter, read_blocks},
 };
+use floodmark_state::{KeyGroupWatermarks, watermarks::Ahead};
 use serde::{Deserialize, Serialize};
 
 const KIND: &str = "rocksdb";
@@ -69,6 +70,8 @@ struct Head {
     files: Vec<DataFile>,
     keys: String,
     watermark: Option<TimestampMs>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    ahead: Vec<Ahead>,
     columns: Vec<String>,
     timed: bool,
 }
@@ -82,8 +85,8 @@ pub(crate) struct Meta {
     pub(crate) manifest_bytes: Bytes,
     /// The data files.
     pub(crate) files: Vec<DataFile>,
-    /// The operator's watermark at the barrier, if it keeps one.
-    pub(crate) watermark: Option<TimestampMs>,
+    /// The operator's watermarks at the barrier, if it keeps any.
+    pub(crate) watermarks: KeyGroupWatermarks,
     /// What rows consist of, in words.
     pub(crate) columns: Vec<String>,
     /// Whether rows say when they were written.
@@ -100,7 +103,8 @@ impl Meta {
             manifest: self.manifest.clone(),
             files: self.files.clone(),
             keys: key_encoding(),
-            watermark: self.watermark,
+            watermark: self.watermarks.min(),
+            ahead: self.watermarks.ahead().to_vec(),
             columns: self.columns.clone(),
             timed: self.timed,
         };
@@ -157,7 +161,7 @@ impl Meta {
             manifest: head.manifest,
             manifest_bytes: manifest_bytes.clone(),
             files: head.files,
-            watermark: head.watermark,
+            watermarks: KeyGroupWatermarks::of_file(head.watermark, &head.ahead)?,
             columns: head.columns,
             timed: head.timed,
             namespaces: pairs.iter().map(pair).collect(),
@@ -167,17 +171,19 @@ impl Meta {
 
 #[cfg(test)]
 mod tests {
-    use floodmark_snapshot::Disposition;
+    use floodmark_snapshot::{Disposition, KeyGroup, KeyGroupRange};
 
     use super::*;
 
     #[test]
     fn it_comes_back_and_every_flipped_byte_and_cut_is_found() {
+        let mut watermarks = KeyGroupWatermarks::from(5);
+        watermarks.merge(&9.into(), KeyGroupRange { first: KeyGroup(3), last: KeyGroup(7) });
         let meta = Meta {
             manifest: "MANIFEST-000005".to_owned(),
             manifest_bytes: Bytes::from_static(b"edits"),
             files: vec![DataFile { name: "000042.sst".to_owned(), size: 7, crc: 3 }],
-            watermark: Some(5),
+            watermarks,
             columns: vec!["n: Int64".to_owned()],
             timed: true,
             namespaces: [(i64::MIN, 1), (-1, 2), (7, u64::MAX)].into(),

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use bytes::Bytes;
-use floodmark_snapshot::{Error, KeyGroup, KeyGroupRange, Result, TimestampMs};
+use floodmark_snapshot::{Error, KeyGroup, KeyGroupRange, Result};
 use floodmark_state::{
-    KeyedState, NO_SLOT, RestoredShard, RowKeys, Rows, StateSpec,
+    KeyGroupWatermarks, KeyedState, NO_SLOT, RestoredShard, RowKeys, Rows, StateSpec,
     neutral::{PAGE_ROWS, Page as NeutralPage, Pages, RowWriter},
     shard::Header,
 };
@@ -23,11 +23,11 @@ pub(crate) fn write(
     place: &Path,
     spec: &StateSpec,
     form: &Form,
-    watermark: Option<TimestampMs>,
+    watermarks: &KeyGroupWatermarks,
 ) -> Result<Bytes> {
     let db = database::open_to_read(shared, place)?;
     let mut page = Page::new(form.clone());
-    let mut writer = RowWriter::new(spec, Header::new(watermark), page.written());
+    let mut writer = RowWriter::new(spec, Header::new(None).at(watermarks), page.written());
     let mut at = None;
     let mut turn = |page: &mut Page, at: Option<(KeyGroup, i64)>| {
         let Some((group, namespace)) = at else { return Ok(()) };
@@ -53,12 +53,9 @@ pub(crate) fn take_in(state: &mut State, shard: &RestoredShard) -> Result<()> {
     let spec = state.spec.clone();
     let pages = Pages::open(&spec, shard)?;
     let header = pages.header();
-    // The last layer of a subtask says how far its event time had come.
-    match header.watermark {
-        Some(watermark) => state.restoring.watermarks.insert(shard.shard.subtask, watermark),
-        None => state.restoring.watermarks.remove(&shard.shard.subtask),
-    };
-    let theirs = shard.shard.key_groups.unwrap_or(spec.key_groups);
+    let of = &shard.shard;
+    state.restoring.watermarks.shard(of.subtask, of.layer, of.key_groups, header.watermarks()?);
+    let theirs = of.key_groups.unwrap_or(spec.key_groups);
     for namespace in &header.dropped {
         state.drop_part(*namespace, theirs)?;
     }

@@ -11,8 +11,8 @@ use std::{
     path::PathBuf,
 };
 
-use floodmark_snapshot::{Context, Error, KeyGroupRange, Result, Shard, ShardKind, TimestampMs};
-use floodmark_state::RestoredShard;
+use floodmark_snapshot::{Context, Error, KeyGroupRange, Result, Shard, ShardKind};
+use floodmark_state::{KeyGroupWatermarks, RestoredShard, watermarks::RestoredWatermarks};
 use rocksdb::SstFileWriter;
 
 use crate::{
@@ -36,8 +36,7 @@ const IMPORT_FILE_BYTES: u64 = options::FILE_BYTES;
 #[derive(Default)]
 pub(crate) struct Restoring {
     pieces: BTreeMap<u32, Piece>,
-    /// The watermark of each earlier subtask that had one.
-    pub(crate) watermarks: BTreeMap<u32, TimestampMs>,
+    pub(crate) watermarks: RestoredWatermarks,
 }
 
 struct Piece {
@@ -87,12 +86,12 @@ impl State {
     }
 
     /// Makes a state of what has been taken in.
-    pub(crate) fn finish_restore(&mut self) -> Result<Option<TimestampMs>> {
+    pub(crate) fn finish_restore(&mut self) -> Result<KeyGroupWatermarks> {
         let Restoring { mut pieces, mut watermarks } = std::mem::take(&mut self.restoring);
         let mut complete = Vec::with_capacity(pieces.len());
         while let Some((subtask, piece)) = pieces.pop_first() {
             let checked = piece.complete(self).context_with(|| format!("restore the files of subtask {subtask}"))?;
-            watermarks.extend(checked.meta.watermark.map(|w| (subtask, w)));
+            watermarks.shard(subtask, 0, Some(checked.key_groups), checked.meta.watermarks.clone());
             complete.push(checked);
         }
         match <[Checked; 1]>::try_from(complete) {
@@ -100,7 +99,7 @@ impl State {
             Ok(one) => one.into_iter().try_for_each(|piece| self.import(piece))?,
             Err(several) => several.into_iter().try_for_each(|piece| self.import(piece))?,
         }
-        Ok(watermarks.into_values().min())
+        Ok(watermarks.within(self.spec.key_groups))
     }
 
     /// Goes on with a piece as it is.

@@ -10,9 +10,10 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use floodmark_snapshot::{Epoch, KeyGroup, Result, TimestampMs, coordination::Barrier};
+use floodmark_snapshot::{Epoch, KeyGroup, Result, coordination::Barrier};
 use floodmark_state::{
-    Column, ColumnType, KeyedState, NO_SLOT, RestoredShard, Rows, Slots, StateSnapshot, StateSpec, Table,
+    Column, ColumnType, KeyGroupWatermarks, KeyedState, NO_SLOT, RestoredShard, Rows, Slots, StateSnapshot, StateSpec,
+    Table,
 };
 
 use crate::{
@@ -338,16 +339,16 @@ impl KeyedState for State {
         rest.turn(page)
     }
 
-    fn snapshot(&mut self, barrier: &Barrier, watermark: Option<TimestampMs>) -> Result<StateSnapshot> {
+    fn snapshot(&mut self, barrier: &Barrier, watermarks: &KeyGroupWatermarks) -> Result<StateSnapshot> {
         self.outgoing.catch_up(&self.database)?;
-        checkpoint::take(self, barrier, watermark)
+        checkpoint::take(self, barrier, watermarks)
     }
 
     fn restore(&mut self, shard: &RestoredShard) -> Result<()> {
         self.take_in(shard)
     }
 
-    fn restored(&mut self) -> Result<Option<TimestampMs>> {
+    fn restored(&mut self) -> Result<KeyGroupWatermarks> {
         self.finish_restore()
     }
 

@@ -17,8 +17,8 @@ use floodmark_snapshot::{
     Env, Epoch, KeyGroupRange, Result, Shard, ShardKind, coordination::Barrier, env::spawn_thread,
 };
 use floodmark_state::{
-    Column, ColumnType, Heap, KeyedState, Layout, RestoredShard, RowKeys, Rows, StateBackend, StateSnapshot, StateSpec,
-    Table,
+    Column, ColumnType, Heap, KeyGroupWatermarks, KeyedState, Layout, RestoredShard, RowKeys, Rows, StateBackend,
+    StateSnapshot, StateSpec, Table,
 };
 
 const MAX_PARALLELISM: u16 = 128;
@@ -179,7 +179,8 @@ fn main() {
     let (mut pauses, mut barriers, mut behind, mut files) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for epoch in 1..=100 {
         let start = env.clock.monotonic();
-        let snapshot = bench.state.snapshot(&Barrier::checkpoint(Epoch(epoch)), None).unwrap();
+        let snapshot =
+            bench.state.snapshot(&Barrier::checkpoint(Epoch(epoch)), &KeyGroupWatermarks::default()).unwrap();
         let barrier = env.clock.monotonic() - start;
         let first = bench.write_random(3);
         let of_thread = env.clone();
@@ -201,14 +202,14 @@ fn main() {
     println!("{} bytes resident per key after 100 checkpoints of 1 % each", (resident() - before - held) / keys);
 
     let changed: std::collections::BTreeSet<u64> = (0..keys / 100).map(|_| bench.random()).collect();
-    let snapshot = bench.state.snapshot(&Barrier::checkpoint(Epoch(130)), None).unwrap();
+    let snapshot = bench.state.snapshot(&Barrier::checkpoint(Epoch(130)), &KeyGroupWatermarks::default()).unwrap();
     files.push(encoded(&env, snapshot, 130).0);
     bench.state.completed(Epoch(130)).unwrap();
     let all: Vec<u64> = changed.iter().copied().collect();
     for some in all.chunks(BATCH as usize) {
         bench.write(some.iter().copied(), 9);
     }
-    let snapshot = bench.state.snapshot(&Barrier::checkpoint(Epoch(131)), None).unwrap();
+    let snapshot = bench.state.snapshot(&Barrier::checkpoint(Epoch(131)), &KeyGroupWatermarks::default()).unwrap();
     let named: Vec<String> = snapshot.reused.iter().map(|s| s.path.clone()).collect();
     files.push(encoded(&env, snapshot, 131).0);
     let (bytes, state_bytes) = (files[files.len() - 1].bytes.len(), changed.len() * 80);

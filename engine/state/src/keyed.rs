@@ -15,14 +15,13 @@
 use std::{fmt, ops::RangeInclusive, sync::Arc, time::Duration};
 
 use arrow::{datatypes::SchemaRef, record_batch::RecordBatch};
-use floodmark_snapshot::{
-    Env, Epoch, KeyGroup, KeyGroupRange, Result, Shard, ShardKind, TimestampMs, coordination::Barrier,
-};
+use floodmark_snapshot::{Env, Epoch, KeyGroup, KeyGroupRange, Result, Shard, ShardKind, coordination::Barrier};
 
 use crate::{
     heap::Heap,
     snapshot::{RestoredShard, StateSnapshot},
     table::{ColumnType, Rows, Table},
+    watermarks::KeyGroupWatermarks,
 };
 
 /// No slot: what [`KeyedState::find`] says of a key that has no row.
@@ -220,13 +219,13 @@ pub trait KeyedState: Send {
     /// When rows can't be read, and those of `page`.
     fn scan(&mut self, namespace: i64, page: &mut dyn FnMut(&Rows, &[u32]) -> Result<()>) -> Result<()>;
 
-    /// The synchronous part of a snapshot; see `dataflow::Operator::snapshot`. `watermark` is the operator's, and comes back
+    /// The synchronous part of a snapshot; see `dataflow::Operator::snapshot`. `watermarks` are the operator's, and come back
     /// from [`KeyedState::restored`]. If the barrier asks for a whole snapshot, it is one shard of layer 0 in the neutral
     /// format ([`crate::shard`]), and what later checkpoints reuse is as if it had not been.
     ///
     /// # Errors
     /// When the back end can't.
-    fn snapshot(&mut self, barrier: &Barrier, watermark: Option<TimestampMs>) -> Result<StateSnapshot>;
+    fn snapshot(&mut self, barrier: &Barrier, watermarks: &KeyGroupWatermarks) -> Result<StateSnapshot>;
 
     /// Takes in a shard of this state ([`StateSpec::holds`]), before anything else; rows of others' key groups are passed
     /// over. The shards of one earlier subtask come in the order of their layers.
@@ -237,18 +236,26 @@ pub trait KeyedState: Send {
 
     /// Whether the state can be used before all of it is there. Then it may come in slices of key groups
     /// ([`RestoredShard::slice`]), in ascending order: for each, all shards (a cut may be without rows), by earlier subtask and
-    /// layer, then the next slice, and behind the last [`KeyedState::restored`]. In between, rows of the key groups that are
+    /// layer, then [`KeyedState::arrived`] or, behind the last, [`KeyedState::restored`]. In between, rows of the key groups that are
     /// there may be read, written and removed; all other calls wait. Such rows count as changed since what is restored.
     fn restores_by_key_group(&self) -> bool {
         false
     }
 
-    /// All shards have been taken in. Answers the least watermark of those earlier subtasks (each as of its last layer) that
-    /// had one. (Behind aligned barriers all have the same; otherwise the least one loses nothing.)
+    /// A slice has been taken in. Answers the watermarks of the key groups that are there, as [`KeyedState::restored`] does.
+    ///
+    /// # Errors
+    /// As [`KeyedState::restored`].
+    fn arrived(&mut self) -> Result<KeyGroupWatermarks> {
+        Ok(KeyGroupWatermarks::default())
+    }
+
+    /// All shards have been taken in. Answers, for each key group of the subtask, the watermark of the earlier subtask that
+    /// owned it, as of that one's last layer; none if it had none. (Behind aligned barriers all have the same.)
     ///
     /// # Errors
     /// When the shards don't make up a state.
-    fn restored(&mut self) -> Result<Option<TimestampMs>>;
+    fn restored(&mut self) -> Result<KeyGroupWatermarks>;
 
     /// Checkpoint `epoch` is complete and durable: its shards may be named again. Epochs come in any order, also of
     /// checkpoints that this state had no part in.

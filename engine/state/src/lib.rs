@@ -3,7 +3,8 @@
 //! [`keyed`] is the contract of keyed state, and [`snapshot`] what a snapshot is before it is written. [`table`] keeps a row of
 //! accumulator columns per key in memory: a barrier clones the pointers to its chunks. [`shard`] is the file format, neutral to
 //! back ends: Arrow IPC in checksummed blocks; [`neutral`] is how rows get into it and out. [`heap`] is the back end that keeps
-//! all in memory; [`conformance`] is what it and every other passes. [`timers`] and [`list`] are built on these;
+//! all in memory; [`conformance`] is what it and every other passes. [`watermarks`] says how far event time had come in the key
+//! groups that are restored. [`timers`] and [`list`] are built on these;
 //! [`whole`] makes checkpoints of any back end share no files.
 //!
 //! Invariant: a snapshot never changes once taken, whatever is written afterwards.
@@ -17,6 +18,7 @@ pub mod shard;
 pub mod snapshot;
 pub mod table;
 pub mod timers;
+pub mod watermarks;
 pub mod whole;
 
 pub use heap::Heap;
@@ -25,4 +27,5 @@ pub use list::{Dealing, OperatorState};
 pub use snapshot::{Encode, Expand, PendingShard, RestoredShard, StateSnapshot, Uploaded};
 pub use table::{Chunk, Column, ColumnType, Rows, Table};
 pub use timers::Timers;
+pub use watermarks::KeyGroupWatermarks;
 pub use whole::Whole;

@@ -33,6 +33,8 @@ use floodmark_snapshot::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::watermarks::{Ahead, KeyGroupWatermarks};
+
 const KIND: &str = "state";
 const FORMAT: u32 = 2;
 /// Name of the column (`Boolean`) that says of a row of a layer above 0 that its key was removed.
@@ -55,8 +57,11 @@ pub const TAIL_LEN: usize = 64 << 10;
 pub struct Header {
     /// Version of the layout.
     pub format: u32,
-    /// The operator's watermark at the barrier, if it keeps one.
+    /// The operator's watermark at the barrier, if it keeps one. Of key groups that are ahead of others, see `ahead`.
     pub watermark: Option<TimestampMs>,
+    /// Key groups with a greater watermark: they came from a subtask that was further.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ahead: Vec<Ahead>,
     /// The layer; 0 is whole.
     #[serde(default)]
     pub layer: u32,
@@ -72,7 +77,21 @@ impl Header {
     /// A header of the present format and layer 0.
     #[must_use]
     pub fn new(watermark: Option<TimestampMs>) -> Self {
-        Self { format: FORMAT, watermark, layer: 0, dropped: Vec::new(), columns: Vec::new() }
+        Self { format: FORMAT, watermark, ahead: Vec::new(), layer: 0, dropped: Vec::new(), columns: Vec::new() }
+    }
+
+    /// The same with the watermarks of the shard's key groups.
+    #[must_use]
+    pub fn at(self, watermarks: &KeyGroupWatermarks) -> Self {
+        Self { watermark: watermarks.min(), ahead: watermarks.ahead().to_vec(), ..self }
+    }
+
+    /// The watermarks of the shard's key groups.
+    ///
+    /// # Errors
+    /// `Corrupt` if they can't be those.
+    pub fn watermarks(&self) -> Result<KeyGroupWatermarks> {
+        KeyGroupWatermarks::of_file(self.watermark, &self.ahead)
     }
 
     /// The same for rows of this schema.

@@ -3,12 +3,13 @@
 
 use std::{ops::RangeInclusive, sync::Arc};
 
-use floodmark_snapshot::{Epoch, Result, TimestampMs, coordination::Barrier};
+use floodmark_snapshot::{Epoch, Result, coordination::Barrier};
 
 use crate::{
     keyed::{KeyedState, Slots, StateBackend, StateSpec},
     snapshot::{RestoredShard, StateSnapshot},
     table::{Rows, Table},
+    watermarks::KeyGroupWatermarks,
 };
 
 /// See the header of this file.
@@ -59,15 +60,15 @@ impl KeyedState for WholeState {
         self.0.scan(namespace, page)
     }
 
-    fn snapshot(&mut self, barrier: &Barrier, watermark: Option<TimestampMs>) -> Result<StateSnapshot> {
-        self.0.snapshot(barrier, watermark)
+    fn snapshot(&mut self, barrier: &Barrier, watermarks: &KeyGroupWatermarks) -> Result<StateSnapshot> {
+        self.0.snapshot(barrier, watermarks)
     }
 
     fn restore(&mut self, shard: &RestoredShard) -> Result<()> {
         self.0.restore(shard)
     }
 
-    fn restored(&mut self) -> Result<Option<TimestampMs>> {
+    fn restored(&mut self) -> Result<KeyGroupWatermarks> {
         self.0.restored()
     }
 

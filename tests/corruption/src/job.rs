@@ -17,7 +17,7 @@ use floodmark_dataflow::{
     source::{Polled, Source, SourceFactory, SourceNode},
 };
 use floodmark_snapshot::{Epoch, Error, Result, ShardKind, SplitState, block::BlockWriter};
-use floodmark_state::{Column, ColumnType, KeyedState, Layout, RowKeys, Rows, Table};
+use floodmark_state::{Column, ColumnType, KeyGroupWatermarks, KeyedState, Layout, RowKeys, Rows, Table};
 use serde_json::json;
 
 use crate::world::{STAGED, SharedTopic, Writer};
@@ -251,7 +251,7 @@ impl Operator for Counts {
     }
 
     fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
-        self.0.snapshot(barrier, None)
+        self.0.snapshot(barrier, &KeyGroupWatermarks::default())
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {

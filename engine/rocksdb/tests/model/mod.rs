@@ -199,7 +199,7 @@ impl States {
 
     /// The synchronous part of a snapshot.
     pub(crate) fn snapshot(&mut self, barrier: &Barrier, watermark: Option<TimestampMs>) -> Vec<StateSnapshot> {
-        self.states.iter_mut().map(|s| s.snapshot(barrier, watermark).unwrap()).collect()
+        self.states.iter_mut().map(|s| s.snapshot(barrier, &watermark.into()).unwrap()).collect()
     }
 
     pub(crate) fn completed(&mut self, epoch: u64) {
@@ -228,7 +228,7 @@ impl States {
                 assert!(shard.subtask < parallelism);
                 state.restore(&RestoredShard::new(shard.clone(), store.files[&shard.path].clone()))?;
             }
-            least = state.restored()?;
+            least = state.restored()?.min();
         }
         Ok(least)
     }

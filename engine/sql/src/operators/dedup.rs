@@ -19,7 +19,7 @@ use floodmark_dataflow::{
     SubtaskContext, hash::hash_keys, metrics::add,
 };
 use floodmark_snapshot::{Epoch, Error, Result, StateColumn, StateSchema};
-use floodmark_state::{Column, ColumnType, KeyedState, Layout, RowKeys, Rows, Table};
+use floodmark_state::{Column, ColumnType, KeyGroupWatermarks, KeyedState, Layout, RowKeys, Rows, Table};
 use hashbrown::{HashTable, hash_table::Entry};
 
 use super::{
@@ -413,7 +413,7 @@ impl Operator for DedupOperator {
     }
 
     fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
-        self.state.snapshot(barrier, None)
+        self.state.snapshot(barrier, &KeyGroupWatermarks::default())
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {

@@ -11,7 +11,7 @@ use floodmark_dataflow::{
     Barrier, Batch, Operator, OperatorFactory, Output, Port, RestoredShard, RowKind, StateSnapshot, SubtaskContext,
 };
 use floodmark_snapshot::{Epoch, Result};
-use floodmark_state::{KeyedState, Rows};
+use floodmark_state::{KeyGroupWatermarks, KeyedState, Rows};
 
 use super::{
     arrow_failed,
@@ -125,7 +125,7 @@ impl Operator for GroupOperator {
     }
 
     fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
-        self.state.snapshot(barrier, None)
+        self.state.snapshot(barrier, &KeyGroupWatermarks::default())
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {

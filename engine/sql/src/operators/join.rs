@@ -1,7 +1,7 @@
 //! Inner join of two windowed inputs: rows of the same window and key, once the window is over.
 //!
 //! Keeps the rows of open windows; a window is joined and dropped when the watermark passes its end. Rows of a window that
-//! is over are late: dropped and counted.
+//! is over are late: dropped and counted. After a restore, windows may be over in some key groups and not in others.
 
 use std::{
     collections::BTreeMap,
@@ -20,8 +20,8 @@ use floodmark_dataflow::{
     Barrier, Batch, Operator, OperatorFactory, Output, Port, RestoredShard, StateSnapshot, SubtaskContext,
     WATERMARK_MIN, hash::hash_keys, metrics::add,
 };
-use floodmark_snapshot::{Epoch, Error, Result, TimestampMs};
-use floodmark_state::{Column, ColumnType, KeyedState, Layout, RowKeys, Rows, Table, holds};
+use floodmark_snapshot::{Epoch, Error, KeyGroup, Result, TimestampMs};
+use floodmark_state::{Column, ColumnType, KeyGroupWatermarks, KeyedState, Layout, RowKeys, Rows, Table, holds};
 use hashbrown::HashMap;
 
 use super::{
@@ -80,7 +80,7 @@ impl OperatorFactory for WindowJoin {
                 SideState::new(&self.sides[0], SIDES[0], context)?,
                 SideState::new(&self.sides[1], SIDES[1], context)?,
             ],
-            watermark: WATERMARK_MIN,
+            reached: WATERMARK_MIN.into(),
         }))
     }
 }
@@ -89,7 +89,8 @@ struct JoinOperator {
     spec: WindowJoin,
     context: SubtaskContext,
     sides: [SideState; 2],
-    watermark: TimestampMs,
+    /// How far event time has come: the subtask's watermark, and key groups that were further before a restore.
+    reached: KeyGroupWatermarks,
 }
 
 /// The rows of one side, in the namespaces of their windows' ends.
@@ -217,11 +218,21 @@ impl Layout for SideLayout {
 
 impl JoinOperator {
     fn add(&mut self, port: Port, rows: &RecordBatch) -> Result<()> {
-        let ends = rows.column(self.spec.sides[port].window_end).as_primitive::<TimestampMillisecondType>();
+        let side = &self.spec.sides[port];
+        let ends = rows.column(side.window_end).as_primitive::<TimestampMillisecondType>();
+        let hashes = match self.reached.is_even() {
+            true => None,
+            false => Some(hash_keys(&side.key_arrays(rows), rows.num_rows())?),
+        };
+        let max_parallelism = self.context.max_parallelism;
+        let reached = |row: usize| match &hashes {
+            None => self.reached.min(),
+            Some(hashes) => self.reached.of(KeyGroup::of(hashes[row], max_parallelism)),
+        };
         let mut by_window: BTreeMap<TimestampMs, Vec<u32>> = BTreeMap::new();
         for (row, end) in ends.iter().enumerate() {
             match end {
-                Some(end) if end - 1 > self.watermark => by_window.entry(end).or_default().push(row as u32),
+                Some(end) if Some(end - 1) > reached(row) => by_window.entry(end).or_default().push(row as u32),
                 _ => add(&self.context.metrics.late, 1),
             }
         }
@@ -300,7 +311,7 @@ impl Operator for JoinOperator {
     }
 
     fn on_watermark(&mut self, watermark: TimestampMs, out: &mut Output) -> Result<()> {
-        if watermark <= self.watermark {
+        if Some(watermark) <= self.reached.min() {
             // After a restore, an input that was idle holds event time back anew; what has fired does not fire again.
             return Ok(());
         }
@@ -308,14 +319,14 @@ impl Operator for JoinOperator {
             self.join(end, out)?;
             self.sides.iter_mut().try_for_each(|side| side.state.drop_namespace(end))?;
         }
-        self.watermark = watermark;
+        self.reached.raise(watermark);
         Ok(())
     }
 
     fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
         let mut snapshot = StateSnapshot::default();
         for side in &mut self.sides {
-            snapshot.append(side.state.snapshot(barrier, Some(self.watermark))?);
+            snapshot.append(side.state.snapshot(barrier, &self.reached)?);
         }
         Ok(snapshot)
     }
@@ -333,8 +344,9 @@ impl Operator for JoinOperator {
 
     fn restored(&mut self) -> Result<()> {
         let [left, right] = &mut self.sides;
-        let watermarks = [left.state.restored()?, right.state.restored()?];
-        self.watermark = watermarks.into_iter().flatten().min().unwrap_or(WATERMARK_MIN);
+        self.reached = left.state.restored()?;
+        self.reached.merge(&right.state.restored()?, self.context.key_groups);
+        self.reached.raise(WATERMARK_MIN);
         Ok(())
     }
 

@@ -1,10 +1,13 @@
 //! Windowed aggregate: the keyed half. Keeps slices (panes), not a group per overlapping window.
 //!
 //! A window of `size` that begins every `slide` is a run of slices of gcd(size, slide). A row counts in one slice; a window's
-//! result merges its slices when the watermark passes its end. Invariant: a window fires once, in the order of window ends,
-//! and a slice is dropped when its last window has fired.
+//! result merges its slices when the watermark passes its end. Invariant: a window of a key fires once, in the order of window
+//! ends, and a slice is dropped when its last window has fired.
+//!
+//! After a restore, key groups may be ahead of the subtask's watermark: they came from a subtask that was further. Of these, a
+//! window that has fired there does not fire again, and a row of it is late, until the watermark has passed them all.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
 use arrow::{
     array::{ArrayRef, AsArray, TimestampMillisecondArray, UInt32Array},
@@ -16,8 +19,8 @@ use floodmark_dataflow::{
     Barrier, Batch, Operator, OperatorFactory, Output, Port, RestoredShard, StateSnapshot, SubtaskContext,
     WATERMARK_MAX, WATERMARK_MIN, metrics::add,
 };
-use floodmark_snapshot::{Epoch, Result, TimestampMs};
-use floodmark_state::{KeyedState, Rows, Table};
+use floodmark_snapshot::{Epoch, KeyGroup, Result, TimestampMs};
+use floodmark_state::{KeyGroupWatermarks, KeyedState, Rows, Table};
 
 use super::{
     key::KeyCodec,
@@ -149,7 +152,7 @@ impl OperatorFactory for WindowAggregate {
             spec: self.clone(),
             context: context.clone(),
             state: context.keyed("", GroupingLayout::new(&self.grouping)?, None)?,
-            watermark: WATERMARK_MIN,
+            reached: WATERMARK_MIN.into(),
         }))
     }
 }
@@ -160,13 +163,14 @@ struct WindowOperator {
     context: SubtaskContext,
     /// Slices, in the namespaces of their ends.
     state: Box<dyn KeyedState>,
-    watermark: TimestampMs,
+    /// How far event time has come: the subtask's watermark, and key groups that were further before a restore.
+    reached: KeyGroupWatermarks,
 }
 
 impl WindowOperator {
-    /// Whether the last window that holds a slice has fired.
-    fn over(&self, slice_end: TimestampMs) -> bool {
-        self.spec.slicing.last_end(slice_end) - 1 <= self.watermark
+    /// What event time passes when the last window that holds a slice fires.
+    fn over_at(&self, slice_end: TimestampMs) -> Option<TimestampMs> {
+        Some(self.spec.slicing.last_end(slice_end) - 1)
     }
 
     fn slice(&mut self, end: TimestampMs, rows: &RecordBatch, hashes: &[u64]) -> Result<()> {
@@ -174,11 +178,33 @@ impl WindowOperator {
         if slicing.first_end(end) > slicing.last_end(end) {
             return Ok(()); // between windows
         }
-        if self.over(end) {
-            let late = rows.columns().last().map_or(0, |n| n.as_primitive::<Int64Type>().values().iter().sum());
-            add(&self.context.metrics.late, late.max(0) as u64);
+        let over_at = self.over_at(end);
+        if self.reached.min() >= over_at {
+            self.count_late(rows);
             return Ok(());
         }
+        if self.reached.is_even() || self.reached.max() < over_at {
+            return self.merge(end, rows, hashes);
+        }
+        let is_late = |row: &u32| self.reached.of(self.group(hashes[*row as usize])) >= over_at;
+        let (late, others): (Vec<u32>, Vec<u32>) = (0..hashes.len() as u32).partition(is_late);
+        let hashes: Vec<u64> = others.iter().map(|row| hashes[*row as usize]).collect();
+        let taken = |taken| take_record_batch(rows, &UInt32Array::from(taken)).map_err(super::arrow_failed);
+        self.count_late(&taken(late)?);
+        let others = taken(others)?;
+        if hashes.is_empty() { Ok(()) } else { self.merge(end, &others, &hashes) }
+    }
+
+    fn group(&self, hash: u64) -> KeyGroup {
+        KeyGroup::of(hash, self.context.max_parallelism)
+    }
+
+    fn count_late(&self, rows: &RecordBatch) {
+        let late = rows.columns().last().map_or(0, |n| n.as_primitive::<Int64Type>().values().iter().sum());
+        add(&self.context.metrics.late, late.max(0) as u64);
+    }
+
+    fn merge(&mut self, end: TimestampMs, rows: &RecordBatch, hashes: &[u64]) -> Result<()> {
         let grouping = &self.spec.grouping;
         let keys = grouping.keys_of(&self.codec, rows)?;
         let slots = self.state.slots(end, hashes, &keys.all(rows.num_rows()))?;
@@ -186,13 +212,15 @@ impl WindowOperator {
     }
 
     fn fire(&mut self, end: TimestampMs, out: &mut Output) -> Result<()> {
-        let Self { spec, codec, state, .. } = self;
+        let Self { spec, codec, state, reached, context } = self;
         let slices = match spec.slicing {
             Slicing::Windows(windows) => state.namespaces(end - windows.size + 1..=end),
             Slicing::Attached(_) => state.namespaces(end..=end),
         };
+        let firing = Firing { reached, max_parallelism: context.max_parallelism, passes: end - 1 };
         if let [only] = slices.as_slice() {
             return state.scan(*only, &mut |rows, slots| {
+                let slots = firing.of(rows, slots);
                 slots.chunks(BATCH_ROWS_MAX).try_for_each(|slots| spec.emit(codec, end, rows, slots, out))
             });
         }
@@ -200,15 +228,35 @@ impl WindowOperator {
         let mut merged = Table::new(grouping.column_types());
         for slice_end in slices {
             state.scan(slice_end, &mut |rows, slots| {
+                let slots = firing.of(rows, slots);
                 let to: Vec<u32> = slots.iter().map(|s| merged.slot(rows.hash(*s), rows.key(*s)).0).collect();
                 for (at, call) in grouping.placed() {
-                    call.merge(&mut merged, at, &to, &call.states(rows, at, slots)?)
+                    call.merge(&mut merged, at, &to, &call.states(rows, at, &slots)?)
                         .map_err(|e| e.context(format!("slice {slice_end}")))?;
                 }
                 Ok(())
             })?;
         }
         merged.rows().pages(BATCH_ROWS_MAX).try_for_each(|slots| spec.emit(codec, end, merged.rows(), &slots, out))
+    }
+}
+
+/// A window that fires: in which key groups it has not fired before.
+struct Firing<'a> {
+    reached: &'a KeyGroupWatermarks,
+    max_parallelism: u16,
+    /// What event time passes now.
+    passes: TimestampMs,
+}
+
+impl Firing<'_> {
+    /// Of some rows of a slice those that count.
+    fn of<'s>(&self, rows: &Rows, slots: &'s [u32]) -> Cow<'s, [u32]> {
+        if self.reached.max() < Some(self.passes) {
+            return Cow::Borrowed(slots);
+        }
+        let group = |slot: u32| KeyGroup::of(rows.hash(slot), self.max_parallelism);
+        slots.iter().copied().filter(|slot| self.reached.of(group(*slot)) < Some(self.passes)).collect()
     }
 }
 
@@ -257,13 +305,14 @@ impl Operator for WindowOperator {
     }
 
     fn on_watermark(&mut self, watermark: TimestampMs, out: &mut Output) -> Result<()> {
-        if watermark <= self.watermark {
+        let before = self.reached.min().unwrap_or(WATERMARK_MIN);
+        if watermark <= before {
             // After a restore, an input that was idle holds event time back anew; what has fired does not fire again.
             return Ok(());
         }
         let slicing = self.spec.slicing;
         // All windows that end here or before have fired.
-        let mut fired = self.watermark.saturating_add(1);
+        let mut fired = before.saturating_add(1);
         while let Some(slice) = self.state.first_namespace() {
             let end = slicing.first_end(slice).max(slicing.next_end(fired));
             if end > slicing.last_end(slice) {
@@ -276,15 +325,15 @@ impl Operator for WindowOperator {
             self.fire(end, out)?;
             fired = end;
         }
-        self.watermark = watermark;
-        while let Some(slice) = self.state.first_namespace().filter(|slice| self.over(*slice)) {
+        self.reached.raise(watermark);
+        while let Some(slice) = self.state.first_namespace().filter(|s| self.over_at(*s) <= Some(watermark)) {
             self.state.drop_namespace(slice)?;
         }
         Ok(())
     }
 
     fn snapshot(&mut self, barrier: &Barrier) -> Result<StateSnapshot> {
-        self.state.snapshot(barrier, Some(self.watermark))
+        self.state.snapshot(barrier, &self.reached)
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
@@ -292,7 +341,8 @@ impl Operator for WindowOperator {
     }
 
     fn restored(&mut self) -> Result<()> {
-        self.watermark = self.state.restored()?.unwrap_or(WATERMARK_MIN);
+        self.reached = self.state.restored()?;
+        self.reached.raise(WATERMARK_MIN);
         Ok(())
     }
 

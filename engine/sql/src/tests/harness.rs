@@ -124,7 +124,7 @@ pub(super) fn context() -> SubtaskContext {
     context_of(0, 1)
 }
 
-fn context_of(index: u32, parallelism: u32) -> SubtaskContext {
+pub(super) fn context_of(index: u32, parallelism: u32) -> SubtaskContext {
     SubtaskContext {
         index,
         parallelism,

@@ -2,6 +2,7 @@
 
 mod dedup;
 mod harness;
+mod late;
 mod nexmark;
 mod plans;
 mod refusals;

@@ -15,14 +15,16 @@ use std::{
 };
 
 use floodmark_snapshot::{
-    Clock, Disposition, Env, Epoch, KeyGroupRange, Shard, ShardKind, TimestampMs,
+    Clock, Disposition, Env, Epoch, KeyGroup, KeyGroupRange, Shard, ShardKind, TimestampMs,
     coordination::{Barrier, BarrierKind},
     manifest::ShardStatus,
 };
 
 pub use self::layout::SuiteLayout;
 use self::layout::{Value, hash, key, read, write};
-use crate::{KeyedState, NO_SLOT, PendingShard, RestoredShard, StateBackend, StateSnapshot, StateSpec};
+use crate::{
+    KeyGroupWatermarks, KeyedState, NO_SLOT, PendingShard, RestoredShard, StateBackend, StateSnapshot, StateSpec,
+};
 
 mod layout;
 
@@ -52,7 +54,7 @@ macro_rules! keyed_state_suite {
             a_whole_snapshot_changes_no_lineage
             keys_move_when_the_parallelism_changes
             a_restored_job_goes_on_from_its_own_shards
-            the_least_watermark_comes_back
+            watermarks_come_back_by_key_group
             rows_go_out_of_sight_when_they_are_old
             old_rows_stay_old_through_a_restore
             columns_come_and_go
@@ -110,7 +112,8 @@ struct Job {
     states: Vec<Box<dyn KeyedState>>,
     files: BTreeMap<String, RestoredShard>,
     epoch: u64,
-    watermark: Option<TimestampMs>,
+    /// By subtask; none where there is none.
+    watermarks: Vec<KeyGroupWatermarks>,
 }
 
 /// A checkpoint of all subtasks.
@@ -146,7 +149,7 @@ impl Job {
             states: Vec::new(),
             files: BTreeMap::new(),
             epoch: 0,
-            watermark: None,
+            watermarks: Vec::new(),
         };
         job.begin(1);
         job
@@ -177,7 +180,7 @@ impl Job {
 
     fn owner(&mut self, k: i64) -> &mut dyn KeyedState {
         let parallelism = self.states.len() as u32;
-        let group = floodmark_snapshot::KeyGroup::of(hash(k), MAX_PARALLELISM);
+        let group = KeyGroup::of(hash(k), MAX_PARALLELISM);
         &mut *self.states[group.subtask(parallelism, MAX_PARALLELISM) as usize]
     }
 
@@ -187,7 +190,7 @@ impl Job {
         let parallelism = self.states.len() as u32;
         for index in 0..parallelism {
             let range = KeyGroupRange::of_subtask(index, parallelism, MAX_PARALLELISM);
-            let mine = |k: i64| range.contains(floodmark_snapshot::KeyGroup::of(hash(k), MAX_PARALLELISM));
+            let mine = |k: i64| range.contains(KeyGroup::of(hash(k), MAX_PARALLELISM));
             let values: Vec<(i64, Value)> = values.iter().filter(|(k, _)| mine(*k)).cloned().collect();
             if !values.is_empty() {
                 new.extend(write(&mut *self.states[index as usize], &self.layout, namespace, &values));
@@ -228,8 +231,10 @@ impl Job {
         self.epoch += 1;
         let model = self.contents();
         let barrier = Barrier { epoch: Epoch(self.epoch), kind: BarrierKind::Checkpoint, whole };
-        let watermark = self.watermark;
-        let snapshots = self.states.iter_mut().map(|s| s.snapshot(&barrier, watermark).unwrap()).collect();
+        let none = KeyGroupWatermarks::default();
+        let watermarks = self.watermarks.iter().chain(std::iter::repeat(&none));
+        let states = self.states.iter_mut().zip(watermarks);
+        let snapshots = states.map(|(state, watermarks)| state.snapshot(&barrier, watermarks).unwrap()).collect();
         Taken { epoch: Epoch(self.epoch), snapshots, model }
     }
 
@@ -286,7 +291,7 @@ impl Job {
     }
 
     /// Starts anew from a checkpoint.
-    fn restore(&mut self, stored: &Stored, parallelism: u32, reuse: bool) -> Vec<Option<TimestampMs>> {
+    fn restore(&mut self, stored: &Stored, parallelism: u32, reuse: bool) -> Vec<KeyGroupWatermarks> {
         self.states.clear();
         let mut watermarks = Vec::new();
         for index in 0..parallelism {
@@ -314,6 +319,7 @@ impl Job {
             name: self.name.clone(),
             files: self.files.clone(),
             states: Vec::new(),
+            watermarks: Vec::new(),
             ..*self
         };
         other.restore(stored, parallelism, false);
@@ -548,21 +554,39 @@ pub fn a_restored_job_goes_on_from_its_own_shards(make: Make<'_>) {
     assert_eq!(job.restored(&stored, 1), stored.model);
 }
 
-/// Of the last layer of each subtask, whether or not rows changed.
-pub fn the_least_watermark_comes_back(make: Make<'_>) {
+/// Those of the last layer of each earlier subtask, whether or not rows changed; also of one restored just now.
+pub fn watermarks_come_back_by_key_group(make: Make<'_>) {
     let mut job = Job::new(make);
     job.begin(2);
     job.write(0, &values(0..100));
-    for watermark in [None, Some(10), Some(20)] {
-        job.watermark = watermark;
-        let stored = job.checkpoint();
-        for parallelism in [1, 2, 3] {
-            let files = job.files.clone();
-            let mut other = Job::new(make);
-            other.files = files;
-            let watermarks = other.restore(&stored, parallelism, false);
-            assert_eq!(watermarks, vec![watermark; parallelism as usize]);
+    for said in [[None, None], [Some(10), None], [Some(30), Some(20)], [Some(15), Some(20)], [Some(20), Some(20)]] {
+        job.watermarks = said.map(KeyGroupWatermarks::from).into();
+        for stored in [job.checkpoint(), job.savepoint()] {
+            for parallelism in [1, 2, 3] {
+                let mut other = Job::new(make);
+                (other.files, other.epoch) = (job.files.clone(), job.epoch);
+                other.watermarks = other.restore(&stored, parallelism, true);
+                check_watermarks(&other.watermarks, said);
+                let again = other.checkpoint();
+                other.watermarks = other.restore(&again, 2, false);
+                check_watermarks(&other.watermarks, said);
+            }
         }
+    }
+}
+
+/// Key groups have what the one of two earlier subtasks said that owned them.
+fn check_watermarks(of_subtasks: &[KeyGroupWatermarks], said: [Option<TimestampMs>; 2]) {
+    let parallelism = of_subtasks.len() as u32;
+    for (index, watermarks) in (0..).zip(of_subtasks) {
+        let owned = KeyGroupRange::of_subtask(index, parallelism, MAX_PARALLELISM);
+        let expected = |g: u16| said[KeyGroup(g).subtask(2, MAX_PARALLELISM) as usize];
+        for group in owned.first.0..=owned.last.0 {
+            let at = format!("key group {group} of subtask {index} of {parallelism}, {said:?}");
+            assert_eq!(watermarks.of(KeyGroup(group)), expected(group), "{at}");
+        }
+        let all: BTreeSet<_> = (owned.first.0..=owned.last.0).map(expected).collect();
+        assert_eq!((watermarks.is_even(), watermarks.min()), (all.len() == 1, *all.first().unwrap()), "{said:?}");
     }
 }
 
@@ -678,7 +702,7 @@ pub fn timers_come_due_once_and_in_order(make: Make<'_>) {
     assert_eq!(timers.next(), expected.first().map(|(time, _)| *time));
     let mut fired = fire(&mut timers, 0);
     assert!(fired.iter().all(|(time, _)| *time <= 0) && !fired.is_empty());
-    let snapshot = timers.state().snapshot(&Barrier::checkpoint(Epoch(1)), None).unwrap();
+    let snapshot = timers.state().snapshot(&Barrier::checkpoint(Epoch(1)), &KeyGroupWatermarks::default()).unwrap();
     let stored = job.store(Taken { epoch: Epoch(1), snapshots: vec![snapshot], model: Model::new() });
     job.restore(&stored, 3, true);
     for state in std::mem::take(&mut job.states) {

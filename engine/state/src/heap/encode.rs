@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
-use floodmark_snapshot::{KeyGroup, Result, TimestampMs};
+use floodmark_snapshot::{KeyGroup, Result};
 
 use super::removals::Removed;
 use crate::{
@@ -11,6 +11,7 @@ use crate::{
     neutral::RowWriter,
     shard::Header,
     table::{Rows, Table},
+    watermarks::KeyGroupWatermarks,
 };
 
 /// A file to be written.
@@ -18,7 +19,7 @@ pub(super) struct Job {
     pub(super) spec: StateSpec,
     /// The table column of the time of the last write.
     pub(super) written: Option<usize>,
-    pub(super) watermark: Option<TimestampMs>,
+    pub(super) watermarks: KeyGroupWatermarks,
     pub(super) layer: u32,
     /// By namespace.
     pub(super) rows: Vec<(i64, Rows)>,
@@ -40,7 +41,7 @@ impl Job {
         let mut dropped: Vec<i64> = self.removals.iter().flat_map(|r| &r.namespaces).copied().collect();
         dropped.sort_unstable();
         dropped.dedup();
-        let header = Header { layer: self.layer, dropped, ..Header::new(self.watermark) };
+        let header = Header { layer: self.layer, dropped, ..Header::new(None).at(&self.watermarks) };
         let mut writer = RowWriter::new(&self.spec, header, self.written);
         let removed = self.removed();
         for (group, runs) in self.by_group(&removed) {

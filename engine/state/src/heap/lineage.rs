@@ -4,14 +4,18 @@
 //! may come in any order.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, PoisonError},
 };
 
-use floodmark_snapshot::{Epoch, Error, Result, Shard, TimestampMs, manifest::ShardStatus};
+use floodmark_snapshot::{Epoch, Error, Result, Shard, manifest::ShardStatus};
 
 use super::removals::Removals;
-use crate::{keyed::StateSpec, shard::Header};
+use crate::{
+    keyed::StateSpec,
+    shard::Header,
+    watermarks::{KeyGroupWatermarks, RestoredWatermarks},
+};
 
 /// Layers of a checkpoint, at most. Then those above the whole one become one.
 const LAYERS_MAX: usize = 16;
@@ -32,7 +36,7 @@ pub(super) struct Layer {
 #[derive(Debug)]
 struct UnderWay {
     interval: u32,
-    watermark: Option<TimestampMs>,
+    watermarks: KeyGroupWatermarks,
     kept: Vec<Layer>,
     /// What it has written, once that is durable; `None` if it writes nothing.
     uploaded: Option<Arc<Mutex<Option<Shard>>>>,
@@ -53,7 +57,7 @@ pub(super) struct Part {
 #[derive(Debug, Default)]
 pub(super) struct Lineage {
     base: Vec<Layer>,
-    watermark: Option<TimestampMs>,
+    watermarks: KeyGroupWatermarks,
     under_way: BTreeMap<Epoch, UnderWay>,
     /// Rows written or removed in each interval since the first layer.
     changes: VecDeque<(u32, u64)>,
@@ -73,7 +77,7 @@ impl Lineage {
     }
 
     /// What a checkpoint at the end of `interval`, in which so many rows `changed`, consists of.
-    pub(super) fn plan(&mut self, interval: u32, changed: u64, rows: u64, watermark: Option<TimestampMs>) -> Part {
+    pub(super) fn plan(&mut self, interval: u32, changed: u64, rows: u64, watermarks: &KeyGroupWatermarks) -> Part {
         self.note(interval, changed);
         let whole = Part { kept: Vec::new(), since: None, changed: rows };
         let (Some(first), Some(last)) = (self.base.first(), self.base.last()) else { return whole };
@@ -85,9 +89,9 @@ impl Lineage {
         let kept = if self.base.len() >= LAYERS_MAX { &self.base[..1] } else { &self.base[..] };
         let since = kept.last().map_or(last.interval, |layer| layer.interval);
         let changed: u64 = self.changes.iter().filter(|(at, _)| *at > since).map(|(_, n)| n).sum();
-        // Without changes, also of the watermark, the layers stand as they are.
-        let since =
-            if changed == 0 && watermark == self.watermark && kept.len() == self.base.len() { interval } else { since };
+        // Without changes, also of watermarks, the layers stand as they are.
+        let same = changed == 0 && *watermarks == self.watermarks && kept.len() == self.base.len();
+        let since = if same { interval } else { since };
         Part { kept: kept.to_vec(), since: Some(since), changed }
     }
 
@@ -96,16 +100,16 @@ impl Lineage {
         &mut self,
         epoch: Epoch,
         interval: u32,
-        watermark: Option<TimestampMs>,
+        watermarks: KeyGroupWatermarks,
         kept: Vec<Layer>,
         uploaded: Option<Arc<Mutex<Option<Shard>>>>,
     ) {
-        self.under_way.insert(epoch, UnderWay { interval, watermark, kept, uploaded });
+        self.under_way.insert(epoch, UnderWay { interval, watermarks, kept, uploaded });
     }
 
     /// A checkpoint is complete. Answers the interval up to which nobody needs to know of removals any more.
     pub(super) fn completed(&mut self, epoch: Epoch) -> Option<u32> {
-        let UnderWay { interval, watermark, kept, uploaded } = self.under_way.remove(&epoch)?;
+        let UnderWay { interval, watermarks, kept, uploaded } = self.under_way.remove(&epoch)?;
         if self.base.last().is_some_and(|last| last.interval >= interval) {
             return None; // a later one is complete already
         }
@@ -115,7 +119,7 @@ impl Lineage {
             base.push(Layer { shard: Shard { status: ShardStatus::Reused, ..uploaded }, interval });
         }
         self.base = base;
-        self.watermark = watermark;
+        self.watermarks = watermarks;
         self.under_way.retain(|_, other| other.interval > interval);
         let oldest = self.base.first()?.interval;
         self.changes.retain(|(at, _)| *at > oldest);
@@ -132,8 +136,9 @@ impl Lineage {
 /// What the shards of a restore say, until all are there.
 #[derive(Debug, Default)]
 pub(super) struct Restoring {
-    /// The watermark of the last layer of each earlier subtask.
-    watermarks: BTreeMap<u32, Option<TimestampMs>>,
+    /// The earlier subtasks.
+    subtasks: BTreeSet<u32>,
+    watermarks: RestoredWatermarks,
     layers: Vec<Layer>,
     /// Why checkpoints can't go on from these shards.
     foreign: bool,
@@ -144,7 +149,7 @@ pub(super) struct Restoring {
 
 /// A restored state's past.
 pub(super) struct Restored {
-    pub(super) watermark: Option<TimestampMs>,
+    pub(super) watermarks: KeyGroupWatermarks,
     pub(super) lineage: Lineage,
     pub(super) removals: Removals,
     pub(super) interval: u32,
@@ -153,17 +158,18 @@ pub(super) struct Restored {
 impl Restoring {
     /// A shard is taken in. Its layer is the interval in which its rows were written.
     pub(super) fn shard(&mut self, spec: &StateSpec, shard: &Shard, header: &Header, same_columns: bool) -> Result<()> {
-        if shard.layer > 0 && !self.watermarks.contains_key(&shard.subtask) {
+        if shard.layer > 0 && !self.subtasks.contains(&shard.subtask) {
             return Err(Error::corrupt(format!(
                 "shard {} is layer {} of subtask {}, whose layer 0 is missing",
                 shard.path, shard.layer, shard.subtask
             )));
         }
-        self.watermarks.insert(shard.subtask, header.watermark);
+        self.subtasks.insert(shard.subtask);
+        self.watermarks.shard(shard.subtask, shard.layer, shard.key_groups, header.watermarks()?);
         self.foreign |= !spec.reuse_restored
             || !same_columns
             || shard.key_groups != Some(spec.key_groups)
-            || self.watermarks.len() > 1
+            || self.subtasks.len() > 1
             || shard.layer as usize != self.layers.len();
         self.interval = self.interval.max(shard.layer);
         let reused = Shard { status: ShardStatus::Reused, ..shard.clone() };
@@ -186,16 +192,17 @@ impl Restoring {
     }
 
     /// All shards have been taken in.
-    pub(super) fn finish(mut self) -> Restored {
+    pub(super) fn finish(mut self, spec: &StateSpec) -> Restored {
         self.removals.end(self.removals_of);
-        let watermark = self.watermarks.values().copied().flatten().min();
+        let watermarks = self.watermarks.within(spec.key_groups);
         let (lineage, removals) = if self.foreign {
             (Lineage::default(), Removals::default())
         } else {
             let changes = self.layers.iter().skip(1).map(|l| (l.interval, l.shard.rows)).collect();
-            let lineage = Lineage { base: self.layers, watermark, under_way: BTreeMap::new(), changes };
+            let lineage =
+                Lineage { base: self.layers, watermarks: watermarks.clone(), under_way: BTreeMap::new(), changes };
             (lineage, self.removals)
         };
-        Restored { watermark, lineage, removals, interval: self.interval }
+        Restored { watermarks, lineage, removals, interval: self.interval }
     }
 }

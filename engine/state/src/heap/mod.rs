@@ -12,7 +12,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use floodmark_snapshot::{Epoch, Error, KeyGroup, Result, ShardKind, TimestampMs, coordination::Barrier};
+use floodmark_snapshot::{Epoch, Error, KeyGroup, Result, ShardKind, coordination::Barrier};
 
 use self::{
     lineage::{Lineage, Part, Restoring},
@@ -23,6 +23,7 @@ use crate::{
     neutral::{PAGE_ROWS, Page, Pages},
     snapshot::{PendingShard, RestoredShard, StateSnapshot},
     table::{Column, ColumnType, Rows, Table},
+    watermarks::KeyGroupWatermarks,
 };
 
 mod encode;
@@ -309,7 +310,7 @@ impl KeyedState for HeapState {
         Ok(())
     }
 
-    fn snapshot(&mut self, barrier: &Barrier, watermark: Option<TimestampMs>) -> Result<StateSnapshot> {
+    fn snapshot(&mut self, barrier: &Barrier, watermarks: &KeyGroupWatermarks) -> Result<StateSnapshot> {
         let ended = self.interval;
         self.interval += 1;
         let rows: Vec<(i64, Rows)> = self.tables.iter_mut().map(|(n, table)| (*n, table.snapshot())).collect();
@@ -320,18 +321,18 @@ impl KeyedState for HeapState {
             self.lineage.note(ended, written + removed);
             Part { kept: Vec::new(), since: None, changed: live }
         } else {
-            self.lineage.plan(ended, written + removed, live, watermark)
+            self.lineage.plan(ended, written + removed, live, watermarks)
         };
         let reused = kept.iter().map(|layer| layer.shard.clone()).collect();
         let layer = kept.len() as u32;
         if since == Some(ended) {
-            self.lineage.under_way(barrier.epoch, ended, watermark, kept, None);
+            self.lineage.under_way(barrier.epoch, ended, watermarks.clone(), kept, None);
             return Ok(StateSnapshot { reused, pending: Vec::new() });
         }
         let job = encode::Job {
             spec: self.spec.clone(),
             written: self.expiry.map(|e| e.column),
-            watermark,
+            watermarks: watermarks.clone(),
             layer,
             rows,
             since,
@@ -343,7 +344,7 @@ impl KeyedState for HeapState {
         pending.name = self.spec.shard_name();
         if !barrier.whole {
             let uploaded = Arc::new(Mutex::new(None));
-            self.lineage.under_way(barrier.epoch, ended, watermark, kept, Some(uploaded.clone()));
+            self.lineage.under_way(barrier.epoch, ended, watermarks.clone(), kept, Some(uploaded.clone()));
             pending.uploaded = Some(Box::new(move |shard| {
                 *uploaded.lock().unwrap_or_else(PoisonError::into_inner) = Some(shard.clone());
             }));
@@ -386,8 +387,8 @@ impl KeyedState for HeapState {
         })
     }
 
-    fn restored(&mut self) -> Result<Option<TimestampMs>> {
-        let restored = std::mem::take(&mut self.restoring).finish();
+    fn restored(&mut self) -> Result<KeyGroupWatermarks> {
+        let restored = std::mem::take(&mut self.restoring).finish(&self.spec);
         self.tables.retain(|_, table| !table.is_empty());
         self.interval = restored.interval + 1;
         self.lineage = restored.lineage;
@@ -396,7 +397,7 @@ impl KeyedState for HeapState {
         for table in self.tables.values_mut() {
             table.begin(interval);
         }
-        Ok(restored.watermark)
+        Ok(restored.watermarks)
     }
 
     fn completed(&mut self, epoch: Epoch) -> Result<()> {
