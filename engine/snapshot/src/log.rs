@@ -76,8 +76,8 @@ pub enum Event {
     /// A coordinator begins its reign. Nothing runs yet: a job that has finished stays so until an entry says from where it runs
     /// again.
     Opened,
-    /// The job went on from this checkpoint although there were newer ones (they were damaged, or somebody asked), or from
-    /// nothing. Checkpoints newer than it are no candidates any more.
+    /// The job went on from this checkpoint although there were newer ones (they were damaged, or somebody asked) or may have been
+    /// (behind it the log is damaged), or from nothing. Checkpoints newer than it are no candidates any more.
     Restored {
         /// The checkpoint; `None` for a start without state.
         epoch: Option<Epoch>,

@@ -117,8 +117,18 @@ impl Reins {
 }
 
 /// Runs a process from this storage and topic. `watch` is called before each of its steps, and true cuts it off.
-pub fn run(start: &Start, objects: Objects, topic: Topic, mut watch: impl FnMut(&mut Reins) -> bool) -> Left {
-    let (storage, topic) = (MapStorage::of(objects), SharedTopic::of(topic));
+pub fn run(start: &Start, objects: Objects, topic: Topic, watch: impl FnMut(&mut Reins) -> bool) -> Left {
+    run_on(start, MapStorage::of(objects), topic, watch)
+}
+
+/// The same from a storage that is already there.
+pub fn run_on(
+    start: &Start,
+    storage: Arc<MapStorage>,
+    topic: Topic,
+    mut watch: impl FnMut(&mut Reins) -> bool,
+) -> Left {
+    let topic = SharedTopic::of(topic);
     let (_stop, stop) = watch::channel(false);
     let (controls, savepoints) = Controls::new(stop);
     let mut reins = Reins { storage: storage.clone(), topic: topic.clone(), savepoints, answers: Vec::new() };

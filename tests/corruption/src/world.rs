@@ -22,13 +22,22 @@ pub type Objects = BTreeMap<String, Bytes>;
 
 /// A storage in memory.
 #[derive(Debug, Default)]
-pub struct MapStorage(Mutex<Objects>);
+pub struct MapStorage {
+    objects: Mutex<Objects>,
+    late: Mutex<Objects>,
+}
 
 impl MapStorage {
     /// A storage with these files.
     #[must_use]
     pub fn of(objects: Objects) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(objects)))
+        Self::with_late(objects, Objects::new())
+    }
+
+    /// A storage in which somebody else writes the `late` files at the last moment: just before the first create.
+    #[must_use]
+    pub fn with_late(objects: Objects, late: Objects) -> Arc<Self> {
+        Arc::new(Self { objects: Mutex::new(objects), late: Mutex::new(late) })
     }
 
     /// All files as they are now.
@@ -38,7 +47,7 @@ impl MapStorage {
     }
 
     fn lock(&self) -> MutexGuard<'_, Objects> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -46,6 +55,7 @@ impl MapStorage {
 impl Storage for MapStorage {
     async fn put_new(&self, path: &str, bytes: Bytes) -> Result<PutNew> {
         let mut objects = self.lock();
+        objects.append(&mut self.late.lock().unwrap_or_else(PoisonError::into_inner));
         match objects.get(path) {
             Some(found) if *found == bytes => Ok(PutNew::Created),
             Some(_) => Ok(PutNew::Exists),
