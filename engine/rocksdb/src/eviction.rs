@@ -3,6 +3,9 @@
 //! A clock's hand goes over all cached rows. One that was wanted since it last came by is spared once; a clean one leaves at
 //! once; a dirty one is handed over to be written, and leaves when that is done, unless it was wanted again meanwhile. The task
 //! waits for its writer only when a quarter more than its share is in memory. So hot rows stay, however many cold ones pass by.
+//!
+//! Room is made ahead of need and a little in each call, in proportion to the rows that the call may bring in: no batch pays for
+//! those before it.
 
 use std::{collections::VecDeque, ops::Bound};
 
@@ -14,8 +17,12 @@ use crate::{key, state::State};
 const STRIDE: u32 = 256;
 /// Times that the hand comes round at once: the first may be a part of a round, the second finds what was spared.
 const ROUNDS_MAX: u32 = 3;
-/// Once over this share of its bytes (as a fraction of 8), room is made down to it.
+/// Room begins to be made at this share of the bytes (as a fraction of 8), a little in each call.
 const GOAL_EIGHTHS: usize = 7;
+/// Slots that the hand passes in a call, and rows that leave in it, at most, as long as the bytes are within the share: so many,
+const SLOTS_PER_CALL: usize = 256;
+/// and so many for each key that the call is about. More than one because the hand spares what is wanted.
+const SLOTS_PER_KEY: usize = 4;
 /// Cached rows that are looked at for their time in each call.
 const SWEPT_ROWS: u32 = 64;
 /// Calls from one look at the database for rows whose time is over to the next.
@@ -57,34 +64,39 @@ struct Leaving {
 }
 
 impl State {
-    /// Makes room if more than this state's share is in memory.
-    pub(crate) fn make_room(&mut self) -> Result<()> {
+    /// Makes room for a call that is about so many keys.
+    pub(crate) fn make_room(&mut self, keys: usize) -> Result<()> {
         let share = self.share.bytes();
-        if self.cached_bytes <= share {
+        let goal = share / 8 * GOAL_EIGHTHS;
+        if self.cached_bytes <= goal {
             return Ok(());
         }
-        let goal = share / 8 * GOAL_EIGHTHS;
-        loop {
-            self.let_go();
-            self.turn_hand(goal)?;
-            if self.cached_bytes <= share + share / 4 {
-                return Ok(());
-            }
+        let slots = SLOTS_PER_CALL + SLOTS_PER_KEY * keys;
+        self.let_go(slots);
+        self.turn_hand(goal, slots)?;
+        // That does not do if the share has become less, or nearly all rows are wanted.
+        self.turn_hand(share, usize::MAX)?;
+        while self.cached_bytes > share + share / 4 {
             // The oldest that is under way; the newest of all if what keeps the room are rows of a checkpoint.
             let job = self.clock.leaving.front().map_or(self.frozen, |l| l.job);
-            if job <= self.outgoing.done() {
+            if job > self.outgoing.done() {
+                self.outgoing.wait(&self.database, job)?;
+            } else if self.clock.leaving.is_empty() {
                 // Nothing is on its way out: what is left is in use.
                 return Ok(());
             }
-            self.outgoing.wait(&self.database, job)?;
+            self.let_go(usize::MAX);
+            self.turn_hand(share, usize::MAX)?;
         }
+        Ok(())
     }
 
-    /// Lets go of the rows that have been written by now.
-    fn let_go(&mut self) {
+    /// Lets go of rows that have been written by now, of so many at most.
+    fn let_go(&mut self, rows: usize) {
         let done = self.outgoing.done();
         let mut last = None;
-        while let Some(Leaving { place, bytes, .. }) = self.clock.leaving.pop_front_if(|l| l.job <= done) {
+        for _ in 0..rows {
+            let Some(Leaving { place, bytes, .. }) = self.clock.leaving.pop_front_if(|l| l.job <= done) else { break };
             self.clock.leaving_bytes -= bytes;
             if last.is_some_and(|l| l != place.namespace) {
                 last.into_iter().for_each(|l| self.account(l));
@@ -100,10 +112,13 @@ impl State {
         last.into_iter().for_each(|l| self.account(l));
     }
 
-    /// Turns the hand until enough rows have left or are on their way.
-    fn turn_hand(&mut self, goal: usize) -> Result<()> {
-        let mut rounds = 0;
-        while rounds < ROUNDS_MAX && self.cached_bytes.saturating_sub(self.clock.leaving_bytes) > goal {
+    /// Turns the hand until enough rows have left or are on their way, by so many slots at most.
+    fn turn_hand(&mut self, goal: usize, slots: usize) -> Result<()> {
+        let (mut rounds, mut left) = (0, slots);
+        while left > 0
+            && rounds < ROUNDS_MAX
+            && self.cached_bytes.saturating_sub(self.clock.leaving_bytes) > goal
+        {
             let Place { namespace, slot } = self.clock.hand;
             let slots = self.spaces.get(&namespace).and_then(|s| s.cache.as_ref()).map_or(0, |c| c.slots());
             if slot < slots {
@@ -111,6 +126,7 @@ impl State {
                 self.pass(namespace, slot, end)?;
                 self.clock.hand.slot = end;
                 self.account(namespace);
+                left = left.saturating_sub((end - slot) as usize);
                 continue;
             }
             let next = self.spaces.range((Bound::Excluded(namespace), Bound::Unbounded)).next();
@@ -118,11 +134,12 @@ impl State {
                 Some(next) => {
                     rounds += u32::from(next <= namespace);
                     self.clock.hand = Place { namespace: next, slot: 0 };
+                    left -= 1;
                 }
                 None => return Ok(()),
             }
         }
-        self.outgoing.send(&self.database)
+        Ok(())
     }
 
     /// The hand passes over slots of a namespace.

@@ -12,8 +12,7 @@ use std::{
 
 use floodmark_snapshot::{Epoch, KeyGroup, Result, coordination::Barrier};
 use floodmark_state::{
-    Column, ColumnType, KeyGroupWatermarks, KeyedState, NO_SLOT, RestoredShard, Rows, Slots, StateSnapshot, StateSpec,
-    Table,
+    Column, ColumnType, KeyGroupWatermarks, KeyedState, NO_SLOT, RestoredShard, Rows, Slots, StateSnapshot, StateSpec, Table,
 };
 
 use crate::{
@@ -123,9 +122,10 @@ impl State {
     }
 
     /// What comes first in every call: slots that were handed out may become void now.
-    fn begin(&mut self) -> Result<()> {
+    /// The call is about so many keys.
+    fn begin(&mut self, keys: usize) -> Result<()> {
         self.outgoing.catch_up(&self.database)?;
-        self.make_room()?;
+        self.make_room(keys)?;
         self.sweep()
     }
 
@@ -178,7 +178,7 @@ impl State {
 
 impl KeyedState for State {
     fn slots(&mut self, namespace: i64, hashes: &[u64], keys: &[&[u8]]) -> Result<Slots> {
-        self.begin()?;
+        self.begin(keys.len())?;
         let now = self.now();
         let ttl = self.spec.ttl.map(|ttl| ttl.as_millis() as i64);
         let (cache, complete) = self.space(namespace);
@@ -220,7 +220,7 @@ impl KeyedState for State {
     }
 
     fn find(&mut self, namespace: i64, hashes: &[u64], keys: &[&[u8]]) -> Result<Vec<u32>> {
-        self.begin()?;
+        self.begin(keys.len())?;
         if !self.spaces.contains_key(&namespace) {
             return Ok(vec![NO_SLOT; keys.len()]);
         }
