@@ -11,17 +11,14 @@
 //! ```
 //! Rows of a hash exchange carry the hash of their key in a last column, [`HASH`]. Pure.
 
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use arrow::{
     array::{ArrayRef, AsArray, BooleanArray, UInt64Array},
     compute::filter_record_batch,
     datatypes::{DataType, Field, Schema, UInt64Type},
     error::ArrowError,
-    ipc::{reader::StreamReader, writer::StreamWriter},
+    ipc::writer::StreamWriter,
     record_batch::RecordBatch,
 };
 use bytes::Bytes;
@@ -29,6 +26,7 @@ use floodmark_snapshot::{
     Error, KeyGroup, KeyGroupRange, Result, Shard, ShardKind,
     block::{BlockWriter, read_blocks},
 };
+use floodmark_state::ipc;
 use serde::{Deserialize, Serialize};
 
 use crate::{Batch, Exchange, JobGraph, PendingShard, Port, RestoredShard};
@@ -213,13 +211,7 @@ fn decode(file: &Bytes) -> Result<(Header, Vec<RecordBatch>)> {
     }
     let mut batches = Vec::new();
     for stream in streams {
-        let decode = || StreamReader::try_new(stream.as_ref(), None)?.collect::<Result<Vec<_>, _>>();
-        // Checksums have been verified; should the decoder panic all the same, that must not end the process.
-        match catch_unwind(AssertUnwindSafe(decode)) {
-            Ok(Ok(read)) => batches.extend(read),
-            Ok(Err(error)) => return Err(Error::corrupt(format!("rows in flight: {error}"))),
-            Err(_) => return Err(Error::corrupt("rows in flight can't be decoded")),
-        }
+        batches.extend(ipc::read("rows in flight", stream)?);
     }
     Ok((header, batches))
 }

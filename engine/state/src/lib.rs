@@ -2,7 +2,7 @@
 //!
 //! [`keyed`] is the contract of keyed state, and [`snapshot`] what a snapshot is before it is written. [`table`] keeps a row of
 //! accumulator columns per key in memory: a barrier clones the pointers to its chunks. [`shard`] is the file format, neutral to
-//! back ends: Arrow IPC in checksummed blocks; [`neutral`] is how rows get into it and out. [`heap`] is the back end that keeps
+//! back ends: Arrow IPC ([`ipc`]) in checksummed blocks; [`neutral`] is how rows get into it and out. [`heap`] is the back end that keeps
 //! all in memory; [`conformance`] is what it and every other passes. [`watermarks`] says how far event time had come in the key
 //! groups that are restored. [`timers`] and [`list`] are built on these;
 //! [`whole`] makes checkpoints of any back end share no files.
@@ -11,6 +11,7 @@
 
 pub mod conformance;
 pub mod heap;
+pub mod ipc;
 pub mod keyed;
 pub mod list;
 pub mod neutral;

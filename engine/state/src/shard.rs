@@ -11,20 +11,12 @@
 //! A file of layer 0 has all rows. One above has those written since the layers below, keys removed since (rows whose
 //! [`REMOVED`] is true) and namespaces dropped since (in the header): first the removals apply, then the rows.
 //!
-//! Checksums are verified before anything is decoded, because Arrow IPC alone accepts damaged bytes; and should its decoder
-//! panic all the same, that is an error here, not the end of the process.
+//! Checksums are verified before anything is decoded, because Arrow IPC alone accepts damaged bytes.
 
-use std::{
-    ops::Range,
-    panic::{AssertUnwindSafe, catch_unwind},
-};
+use std::ops::Range;
 
 use arrow::{
-    array::Array,
-    compute::concat_batches,
-    datatypes::SchemaRef,
-    ipc::{reader::StreamReader, writer::StreamWriter},
-    record_batch::RecordBatch,
+    array::Array, compute::concat_batches, datatypes::SchemaRef, ipc::writer::StreamWriter, record_batch::RecordBatch,
 };
 use bytes::Bytes;
 use floodmark_snapshot::{
@@ -33,7 +25,10 @@ use floodmark_snapshot::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::watermarks::{Ahead, KeyGroupWatermarks};
+use crate::{
+    ipc,
+    watermarks::{Ahead, KeyGroupWatermarks},
+};
 
 const KIND: &str = "state";
 const FORMAT: u32 = 2;
@@ -359,12 +354,7 @@ impl Reader {
     /// `Corrupt` if they are not, byte for byte, what was written there.
     pub fn decode(&self, block: usize, bytes: &Bytes) -> Result<Vec<RecordBatch>> {
         let payload = self.verify(block, bytes)?;
-        let decode = || StreamReader::try_new(payload.as_ref(), None)?.collect::<Result<Vec<_>, _>>();
-        match catch_unwind(AssertUnwindSafe(decode)) {
-            Ok(Ok(batches)) => Ok(batches),
-            Ok(Err(error)) => Err(Error::corrupt(format!("rows of a state file: {error}"))),
-            Err(_) => Err(Error::corrupt("rows of a state file can't be decoded")),
-        }
+        ipc::read("rows of a state file", &payload)
     }
 
     fn verify(&self, block: usize, bytes: &Bytes) -> Result<Bytes> {
