@@ -1,24 +1,19 @@
 //! The process that runs a job: the shells around the engine's pure machines, with their threads, uploads and timers.
 //!
-//! [`run`] is coordinator and worker in one process. `starting` picks the snapshot to start from, and `deploy` builds tasks
-//! with its state, and `slices` reads what may come while they run; `coordinator` keeps them, and `shell` carries out what [`floodmark_snapshot::coordination`] decides; `tasks`
-//! and `committers` are driven by the runtime; `upload` makes a subtask's state durable; `control` is how others ask for things,
-//! and [`api`] the same over HTTP.
+//! [`run`] is coordinator and worker in one process; [`words`] is what the two tell each other. The coordinator picks the
+//! snapshot to start from (`coordinator/starting`), has workers build the job with its state, and carries out what
+//! [`floodmark_snapshot::coordination`] decides (`coordinator/shell`). A worker builds tasks (`worker/deploy`), lets the runtime
+//! drive them and the committers, and makes durable what they hand over (`worker/upload`). `control` is how others ask for
+//! things, and [`api`] the same over HTTP.
 //!
 //! Invariant: a task never waits for storage; whatever it hands over at a barrier is encoded and uploaded elsewhere.
 
 pub mod api;
-mod committers;
 mod control;
 mod coordinator;
-mod deploy;
 mod progress;
-mod reading;
-mod shell;
-mod slices;
-mod starting;
-mod tasks;
-mod upload;
+mod words;
+mod worker;
 
 use std::{sync::Arc, time::Duration};
 
@@ -27,8 +22,8 @@ use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, restore::Referen
 use floodmark_state::StateSettings;
 
 pub use control::{Controls, SavepointMade, SavepointRequest};
+pub use coordinator::takers;
 pub use progress::{CheckpointCounts, CheckpointStatus, JobPhase, OperatorStatus, Progress, ProgressView};
-pub use starting::takers;
 
 /// How a job takes its snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,5 +164,8 @@ pub async fn run(
     controls: impl Into<Controls>,
     progress: Arc<Progress>,
 ) -> Result<Summary, RunError> {
-    coordinator::run(spec, env, controls.into(), progress).await
+    let spec = Arc::new(spec);
+    let metrics = worker::register(&spec.graph, spec.parallelism, &progress);
+    let crew = coordinator::Crew::local(&spec, &env, metrics);
+    coordinator::run(spec, env, controls.into(), progress, crew).await
 }

@@ -107,6 +107,15 @@ impl JobGraph {
         self.vertices.iter().enumerate().flat_map(|(i, v)| v.chain.iter().map(move |n| (TaskId(i), n)))
     }
 
+    /// Number of subtasks of a task, in a job of this parallelism.
+    #[must_use]
+    pub fn width(&self, task: TaskId, parallelism: u32) -> u32 {
+        match self.vertices[task.0].parallelism {
+            Parallelism::Job => parallelism,
+            Parallelism::One => 1,
+        }
+    }
+
     /// Whether every source ends.
     #[must_use]
     pub fn bounded(&self) -> bool {

@@ -8,23 +8,23 @@ use floodmark_dataflow::{
 };
 use floodmark_snapshot::{KeyGroup, KeyGroupRange, Result, Shard, restore::Snapshot};
 
-use crate::reading::Parts;
+use super::reading::Parts;
 
 /// Where a subtask's state is read from, and where it goes.
-pub(crate) struct Slices {
-    pub(crate) snapshot: Snapshot,
+pub(super) struct Slices {
+    pub(super) snapshot: Snapshot,
     /// By earlier subtask and layer.
-    pub(crate) shards: Vec<Shard>,
+    pub(super) shards: Vec<Shard>,
     /// The key groups of the subtask.
-    pub(crate) owned: KeyGroupRange,
+    pub(super) owned: KeyGroupRange,
     /// Bytes of a slice, about.
-    pub(crate) slice_bytes: u64,
-    pub(crate) feed: Feed,
+    pub(super) slice_bytes: u64,
+    pub(super) feed: Feed,
 }
 
 impl Slices {
     /// Reads everything, as fast as the task takes it.
-    pub(crate) async fn run(self) {
+    pub(super) async fn run(self) {
         let Self { snapshot, shards, owned, slice_bytes, feed } = self;
         let mut parts = Vec::with_capacity(shards.len());
         for shard in &shards {

@@ -1,4 +1,4 @@
-//! Builds what an attempt consists of: the tasks with their channels and restored state, and the committers.
+//! Builds a worker's share of an attempt: the tasks with their channels and restored state, and the committers.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -9,56 +9,53 @@ use floodmark_dataflow::{
     Exchange, JobGraph, Node, Operator, OperatorMetrics, RestoredShard, SubtaskContext, TaskId, Vertex, arrival,
     channel::{Inbox, Sender, Signal},
     exchange::Router,
-    graph::{NodeKind, Parallelism},
+    graph::NodeKind,
     inflight::{self, InFlight, InputChannel},
     source::SourceNode,
     task::{ChainedOperator, SourceInput, SubtaskSpec, Task, TaskInput},
 };
 use floodmark_snapshot::{
-    Env, Epoch, Error, KeyGroupRange, Manifest, OperatorUid, Result, Shard, ShardKind, SplitState,
-    alignment::AlignmentMode, restore::Snapshot,
+    Attempt, Env, Epoch, Error, KeyGroupRange, OperatorUid, Result, Shard, ShardKind, SplitState,
+    alignment::AlignmentMode,
 };
 use floodmark_state::StateSettings;
 use futures::{Stream, StreamExt, TryStreamExt, future::try_join_all, stream};
 
+use super::{committers::StagedShard, reading, slices::Slices};
 use crate::{
     CheckpointMode, Progress, RunSpec,
-    committers::{CommitterId, StagedShard},
-    reading,
-    slices::Slices,
-    tasks::SubtaskId,
+    words::{CommitterId, Deployment, NotBuilt, Restored, SubtaskId},
 };
 
 /// Shards of one operator and subtask that are read before they are taken over.
 const READS_AHEAD_MAX: usize = 2;
 
 /// A task ready to be driven.
-pub(crate) struct Deployed {
-    pub(crate) id: SubtaskId,
-    pub(crate) name: String,
-    pub(crate) task: Task,
-    pub(crate) signal: Arc<Signal>,
+pub(super) struct Deployed {
+    pub(super) id: SubtaskId,
+    pub(super) task: Task,
+    pub(super) signal: Arc<Signal>,
     /// Whether it heads a source.
-    pub(crate) source: bool,
+    pub(super) source: bool,
     /// Its sinks.
-    pub(crate) sinks: Vec<SinkPart>,
+    pub(super) sinks: Vec<SinkPart>,
     /// State that is read while it runs.
-    pub(crate) slices: Option<Slices>,
+    pub(super) slices: Option<Slices>,
 }
 
 /// What a manifest says of a sink's operator.
 #[derive(Clone, Debug)]
-pub(crate) struct SinkPart {
-    pub(crate) uid: OperatorUid,
-    pub(crate) kind: String,
-    pub(crate) parallelism: u32,
+pub(super) struct SinkPart {
+    pub(super) uid: OperatorUid,
+    pub(super) kind: String,
+    pub(super) parallelism: u32,
 }
 
 /// A committer to be started.
-pub(crate) struct Committing {
-    pub(crate) id: CommitterId,
-    pub(crate) committer: Box<dyn floodmark_dataflow::sink::Committer>,
-    pub(crate) restored: Option<(Epoch, Vec<(Epoch, StagedShard)>)>,
+pub(super) struct Committing {
+    pub(super) id: CommitterId,
+    pub(super) committer: Box<dyn floodmark_dataflow::sink::Committer>,
+    pub(super) restored: Option<(Epoch, Vec<(Epoch, StagedShard)>)>,
 }
 
 /// Counters of all operators: by task, then by its node, then by subtask.
@@ -67,32 +64,43 @@ pub(crate) type Metrics = Vec<Vec<Vec<Arc<OperatorMetrics>>>>;
 /// Registers the counters of all operators.
 pub(crate) fn register(graph: &JobGraph, parallelism: u32, progress: &Progress) -> Metrics {
     let of_task = |(t, vertex): (usize, &Vertex)| {
-        let width = width(graph, TaskId(t), parallelism);
+        let width = graph.width(TaskId(t), parallelism);
         vertex.chain.iter().map(|node| progress.register(&node.uid, &node.kind, width)).collect()
     };
     graph.vertices.iter().enumerate().map(of_task).collect()
 }
 
-/// The snapshot that an attempt starts from.
-#[derive(Clone, Copy)]
-pub(crate) struct Restored<'a> {
-    pub(crate) snapshot: &'a Snapshot,
-    /// Whether its files are the job's own.
-    pub(crate) owned: bool,
-    /// Whether tasks may begin before all of it is read: if it turns out to be damaged then, another can stand in for it.
-    pub(crate) streams: bool,
-    /// Everything staged up to here is visible, by the job's log.
-    pub(crate) committed: Epoch,
+/// What has been built, and waits for its start.
+pub(super) struct Work {
+    pub(super) attempt: Attempt,
+    /// The greatest epoch that was ever used, as far as the log knows.
+    pub(super) last_epoch: Epoch,
+    pub(super) tasks: Vec<Deployed>,
+    pub(super) committers: Vec<Committing>,
 }
 
-impl Restored<'_> {
+/// Builds everything that a deployment asks for.
+pub(super) async fn build(
+    spec: Arc<RunSpec>,
+    env: Env,
+    metrics: Arc<Metrics>,
+    deployment: Deployment,
+) -> Result<Work, NotBuilt> {
+    let committers = committers(&spec, &deployment).await;
+    let committers = committers.map_err(NotBuilt::of_snapshot_or(NotBuilt::Connector))?;
+    let tasks = tasks(&spec, &env, &deployment, &metrics).await;
+    let tasks = tasks.map_err(NotBuilt::of_snapshot_or(NotBuilt::Task))?;
+    Ok(Work { attempt: deployment.attempt, last_epoch: deployment.last_epoch, tasks, committers })
+}
+
+impl Restored {
     fn shards_of(&self, uid: &OperatorUid) -> impl Iterator<Item = &Shard> {
         self.snapshot.manifest.operators.get(uid).into_iter().flat_map(|o| &o.shards)
     }
 
     /// Reads these shards, in their order; of keyed ones with much in them just what is in `owned`.
     fn read(&self, shards: Vec<&Shard>, owned: KeyGroupRange) -> impl Stream<Item = Result<RestoredShard>> {
-        let snapshot = self.snapshot;
+        let snapshot = &self.snapshot;
         stream::iter(shards)
             .map(move |shard| async move {
                 let bytes = reading::read(snapshot, shard, owned).await?;
@@ -102,33 +110,12 @@ impl Restored<'_> {
     }
 }
 
-/// Looks up every source's splits, and checks every sink, before anything runs. Blocking.
-pub(crate) fn connect(graph: &JobGraph, restored: Option<&Manifest>) -> Result<HashMap<OperatorUid, Vec<SplitState>>> {
-    let mut splits = HashMap::new();
-    for (_, node) in graph.nodes() {
-        match &node.node {
-            NodeKind::Source(source) => {
-                let known = restored.and_then(|r| r.operators.get(&node.uid)).map_or(&[][..], |o| &o.splits);
-                let found = source.factory.splits(known).map_err(|e| e.context(&node.uid))?;
-                splits.insert(node.uid.clone(), found);
-            }
-            NodeKind::Sink(sink) => sink.check().map_err(|e| e.context(&node.uid))?,
-            NodeKind::Operator(_) => {}
-        }
-    }
-    Ok(splits)
-}
-
-/// The committers of all sinks: of the present subtasks, and of earlier ones whose records are still to be committed.
+/// The committers of the sinks here: of the present subtasks, and of earlier ones whose records are still to be committed.
 ///
 /// # Errors
 /// When the checkpoint holds records of a sink that no longer commits any: they would be lost. `Corrupt` if some are damaged.
-pub(crate) async fn committers(
-    graph: &JobGraph,
-    parallelism: u32,
-    history: &str,
-    restored: Option<&Restored<'_>>,
-) -> Result<Vec<Committing>> {
+async fn committers(spec: &RunSpec, deployment: &Deployment) -> Result<Vec<Committing>> {
+    let (graph, restored) = (&spec.graph, deployment.restored.as_ref());
     let mut all = Vec::new();
     for (task, node) in graph.nodes() {
         let NodeKind::Sink(sink) = &node.node else { continue };
@@ -136,10 +123,14 @@ pub(crate) async fn committers(
             let shards = restored.into_iter().flat_map(|r| r.shards_of(&node.uid));
             shards.filter(|s| s.kind == ShardKind::Staged && s.subtask == index).collect::<Vec<_>>()
         };
-        let present = 0..width(graph, task, parallelism);
+        let width = graph.width(task, spec.parallelism);
         let earlier = restored.into_iter().flat_map(|r| r.shards_of(&node.uid)).map(|s| s.subtask);
-        for index in present.chain(earlier).collect::<BTreeSet<u32>>() {
-            let Some(committer) = sink.committer(index, history).map_err(|e| e.context(&node.uid))? else {
+        for index in (0..width).chain(earlier).collect::<BTreeSet<u32>>() {
+            // Those of subtasks that are no more go to one that is.
+            if !deployment.subtasks.contains(&SubtaskId { task, index: index % width.max(1) }) {
+                continue;
+            }
+            let Some(committer) = sink.committer(index, &deployment.history).map_err(|e| e.context(&node.uid))? else {
                 let visible = |s: &&&Shard| restored.is_some_and(|r| s.epoch.is_some_and(|e| e <= r.committed));
                 let left: u64 = held(index).iter().filter(|s| !visible(s)).map(|s| s.rows).sum();
                 if left == 0 {
@@ -154,12 +145,12 @@ pub(crate) async fn committers(
             let id = CommitterId { uid: node.uid.clone(), index };
             let mut pending = None;
             if let Some(restored) = restored {
-                let staged = restored.read(held(index), KeyGroupRange::of_subtask(0, 1, 1)).map_ok(
-                    |RestoredShard { shard, bytes, .. }| {
-                        (shard.epoch.unwrap_or(restored.snapshot.manifest.epoch), (shard.rows, bytes))
-                    },
-                );
-                pending = Some((restored.snapshot.manifest.epoch, staged.try_collect().await?));
+                let (snapshot, of) = (&restored.snapshot, restored.snapshot.manifest.epoch);
+                let staged = stream::iter(held(index).into_iter().cloned()).map(|shard: Shard| async move {
+                    let bytes = snapshot.read(&shard).await?;
+                    Ok::<_, Error>((shard.epoch.unwrap_or(of), (shard.rows, bytes)))
+                });
+                pending = Some((of, staged.buffered(READS_AHEAD_MAX).try_collect().await?));
             }
             all.push(Committing { id, committer, restored: pending });
         }
@@ -167,31 +158,20 @@ pub(crate) async fn committers(
     Ok(all)
 }
 
-fn width(graph: &JobGraph, task: TaskId, parallelism: u32) -> u32 {
-    match graph.vertices[task.0].parallelism {
-        Parallelism::Job => parallelism,
-        Parallelism::One => 1,
-    }
-}
-
-/// Builds all tasks of a job, with their state. Subtasks take theirs over side by side.
+/// Builds the tasks, with their state. Subtasks take theirs over side by side.
 ///
 /// # Errors
 /// `Corrupt` if state is damaged.
-pub(crate) async fn tasks(
-    spec: &RunSpec,
-    env: &Env,
-    splits: &HashMap<OperatorUid, Vec<SplitState>>,
-    restored: Option<&Restored<'_>>,
-    metrics: &Metrics,
-) -> Result<Vec<Deployed>> {
+async fn tasks(spec: &RunSpec, env: &Env, deployment: &Deployment, metrics: &Metrics) -> Result<Vec<Deployed>> {
     let graph = &spec.graph;
     let mut wiring = wire(graph, spec.parallelism, spec.max_parallelism);
     let mut builds = Vec::new();
     for (t, vertex) in graph.vertices.iter().enumerate() {
-        let parallelism = width(graph, TaskId(t), spec.parallelism);
-        for index in 0..parallelism {
-            let builder = Builder { spec, env, splits, restored, metrics: &metrics[t], index, parallelism };
+        let parallelism = graph.width(TaskId(t), spec.parallelism);
+        for index in
+            (0..parallelism).filter(|i| deployment.subtasks.contains(&SubtaskId { task: TaskId(t), index: *i }))
+        {
+            let builder = Builder { spec, env, deployment, metrics: &metrics[t], index, parallelism };
             let ends =
                 wiring.remove(&(t, index)).ok_or_else(|| Error::abort("internal error: a subtask without wiring"))?;
             builds.push(builder.build(TaskId(t), &vertex.chain, ends));
@@ -211,22 +191,22 @@ struct Ends {
 fn wire(graph: &JobGraph, parallelism: u32, max_parallelism: u16) -> HashMap<(usize, u32), Ends> {
     let mut all: HashMap<(usize, u32), Ends> = HashMap::new();
     for t in 0..graph.vertices.len() {
-        for index in 0..width(graph, TaskId(t), parallelism) {
+        for index in 0..graph.width(TaskId(t), parallelism) {
             let signal = Arc::new(Signal::default());
             let inbox = Inbox::new(signal.clone());
             all.insert((t, index), Ends { signal, inbox, channels: Vec::new(), outputs: Vec::new() });
         }
     }
     for (number, edge) in graph.edges.iter().enumerate() {
-        for from in 0..width(graph, edge.from, parallelism) {
+        for from in 0..graph.width(edge.from, parallelism) {
             let signal = all[&(edge.from.0, from)].signal.clone();
             let targets = match edge.exchange {
                 Exchange::Forward => from..from + 1,
-                Exchange::Hash(_) | Exchange::Rebalance => 0..width(graph, edge.to, parallelism),
+                Exchange::Hash(_) | Exchange::Rebalance => 0..graph.width(edge.to, parallelism),
             };
             let mut senders: Vec<Sender> = Vec::new();
             for to in targets {
-                let owned = KeyGroupRange::of_subtask(to, width(graph, edge.to, parallelism), max_parallelism);
+                let owned = KeyGroupRange::of_subtask(to, graph.width(edge.to, parallelism), max_parallelism);
                 if let Some(ends) = all.get_mut(&(edge.to.0, to)) {
                     ends.channels.push(InputChannel::of_edge(graph, number, owned));
                     senders.push(ends.inbox.channel(signal.clone()));
@@ -241,7 +221,7 @@ fn wire(graph: &JobGraph, parallelism: u32, max_parallelism: u16) -> HashMap<(us
 }
 
 /// The shards that a subtask with these key groups takes over for an operator, by earlier subtask and layer.
-fn concerning<'a>(restored: &'a Restored<'_>, node: &Node, owned: KeyGroupRange) -> Vec<&'a Shard> {
+fn concerning<'a>(restored: &'a Restored, node: &Node, owned: KeyGroupRange) -> Vec<&'a Shard> {
     if node.state_schema.is_none() {
         return Vec::new(); // what it no longer keeps has been given up
     }
@@ -258,8 +238,7 @@ fn concerning<'a>(restored: &'a Restored<'_>, node: &Node, owned: KeyGroupRange)
 struct Builder<'a> {
     spec: &'a RunSpec,
     env: &'a Env,
-    splits: &'a HashMap<OperatorUid, Vec<SplitState>>,
-    restored: Option<&'a Restored<'a>>,
+    deployment: &'a Deployment,
     /// Of this task's nodes, by subtask.
     metrics: &'a [Vec<Arc<OperatorMetrics>>],
     index: u32,
@@ -287,7 +266,7 @@ impl Builder<'_> {
                 }
             };
             let mut operator = operator.map_err(|e| e.context(&node.uid))?;
-            if let Some(restored) = self.restored {
+            if let Some(restored) = &self.deployment.restored {
                 let shards = concerning(restored, node, context.key_groups);
                 let by_slices = chain.is_empty()
                     && source.is_none()
@@ -318,7 +297,7 @@ impl Builder<'_> {
                 metrics: context.metrics,
             });
         }
-        let replay = match (self.restored, nodes.first()) {
+        let replay = match (&self.deployment.restored, nodes.first()) {
             (Some(restored), Some(first)) => self.in_flight(restored, first, &ends.channels).await?,
             _ => Vec::new(),
         };
@@ -345,7 +324,6 @@ impl Builder<'_> {
         };
         Ok(Deployed {
             id: SubtaskId { task: id, index: self.index },
-            name: format!("task {id}.{}", self.index),
             task: Task::new(spec, self.env.clone()),
             signal: ends.signal,
             source: heads_source,
@@ -357,7 +335,7 @@ impl Builder<'_> {
     /// Hands an operator its state, a shard at a time, off this thread.
     async fn restore(
         &self,
-        restored: &Restored<'_>,
+        restored: &Restored,
         node: &Node,
         mut operator: Box<dyn Operator>,
         shards: Vec<&Shard>,
@@ -375,12 +353,7 @@ impl Builder<'_> {
     }
 
     /// This subtask's share of the rows that were on their way to the task.
-    async fn in_flight(
-        &self,
-        restored: &Restored<'_>,
-        first: &Node,
-        channels: &[InputChannel],
-    ) -> Result<Vec<InFlight>> {
+    async fn in_flight(&self, restored: &Restored, first: &Node, channels: &[InputChannel]) -> Result<Vec<InFlight>> {
         let (index, parallelism, max) = (self.index, self.parallelism, self.spec.max_parallelism);
         let owned = KeyGroupRange::of_subtask(index, parallelism, max);
         let concerns = |s: &&Shard| inflight::concerns(s, index, parallelism, max);
@@ -396,14 +369,17 @@ impl Builder<'_> {
             max_parallelism: self.spec.max_parallelism,
             key_groups: KeyGroupRange::of_subtask(self.index, self.parallelism, self.spec.max_parallelism),
             metrics,
-            state: StateSettings { reuse_restored: self.restored.is_some_and(|r| r.owned), ..self.spec.state.clone() },
+            state: StateSettings {
+                reuse_restored: self.deployment.restored.as_ref().is_some_and(|r| r.owned),
+                ..self.spec.state.clone()
+            },
             env: self.env.clone(),
         }
     }
 
     fn source(&self, node: &Node, head: &SourceNode, context: &SubtaskContext) -> Result<SourceInput> {
         // Splits are dealt out in turn: each subtask's share differs by one at most.
-        let all = self.splits.get(&node.uid).map_or(&[][..], Vec::as_slice);
+        let all = self.deployment.splits.get(&node.uid).map_or(&[][..], Vec::as_slice);
         let mine = all.iter().skip(self.index as usize).step_by(self.parallelism as usize);
         let splits: Vec<SplitState> = mine.cloned().collect();
         let source = head.factory.open(splits.clone(), context).map_err(|e| e.context(&node.uid))?;

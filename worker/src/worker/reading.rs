@@ -21,7 +21,7 @@ const RANGES_IN_FLIGHT_MAX: usize = 8;
 const _: () = assert!(TAIL_LEN >= TAIL_HASHED, "the first read covers the end's hash");
 
 /// The bytes of a shard, or of a keyed one a file with at least the rows of `owned`.
-pub(crate) async fn read(snapshot: &Snapshot, shard: &Shard, owned: KeyGroupRange) -> Result<Bytes> {
+pub(super) async fn read(snapshot: &Snapshot, shard: &Shard, owned: KeyGroupRange) -> Result<Bytes> {
     if shard.key_groups.is_none_or(|g| owned.first <= g.first && g.last <= owned.last) {
         return snapshot.read(shard).await;
     }
@@ -29,8 +29,8 @@ pub(crate) async fn read(snapshot: &Snapshot, shard: &Shard, owned: KeyGroupRang
 }
 
 /// A shard that is read part by part.
-pub(crate) struct Parts {
-    pub(crate) shard: Shard,
+pub(super) struct Parts {
+    pub(super) shard: Shard,
     content: Content,
 }
 
@@ -45,7 +45,7 @@ impl Parts {
     ///
     /// # Errors
     /// `Corrupt` if the shard is damaged.
-    pub(crate) async fn open(snapshot: &Snapshot, shard: &Shard) -> Result<Self> {
+    pub(super) async fn open(snapshot: &Snapshot, shard: &Shard) -> Result<Self> {
         let content = match &shard.tail {
             Some(tail) if shard.kind == ShardKind::Keyed && shard.size > READ_WHOLE_MAX => {
                 Content::Indexed(index(snapshot, shard, tail).await.map_err(|e| of(shard, e))?)
@@ -59,7 +59,7 @@ impl Parts {
     ///
     /// # Errors
     /// `Corrupt` if the shard is damaged there.
-    pub(crate) async fn read(&self, snapshot: &Snapshot, key_groups: KeyGroupRange) -> Result<Bytes> {
+    pub(super) async fn read(&self, snapshot: &Snapshot, key_groups: KeyGroupRange) -> Result<Bytes> {
         match &self.content {
             Content::Whole(bytes) => Ok(bytes.clone()),
             Content::Indexed(reader) => {

@@ -12,32 +12,19 @@ use std::{
 use bytes::Bytes;
 use floodmark_dataflow::sink::Committer;
 use floodmark_snapshot::{
-    Disposition, Env, Epoch, Error, OperatorUid, Result, Step,
+    Disposition, Env, Epoch, Error, Result, Step,
     commit::{CommitMachine, Effect, Event},
     runtime::{Machine, Signal, Turn},
 };
 
-/// Which committer: a sink, and the subtask whose identity it writes under.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct CommitterId {
-    /// The sink.
-    pub(crate) uid: OperatorUid,
-    /// The subtask.
-    pub(crate) index: u32,
-}
+use crate::words::CommitterId;
 
-impl std::fmt::Display for CommitterId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}[{}]", self.uid, self.index)
-    }
-}
-
-/// How a committer tells the coordinator.
-pub(crate) type Report = Box<dyn Fn(CommitterReport) + Send>;
+/// How a committer tells its worker.
+pub(super) type Report = Box<dyn Fn(CommitterReport) + Send>;
 
 /// See [`Report`].
 #[derive(Debug)]
-pub(crate) enum CommitterReport {
+pub(super) enum CommitterReport {
     /// Everything staged up to `epoch` is visible.
     Committed(CommitterId, Epoch),
     /// It can't go on.
@@ -45,20 +32,20 @@ pub(crate) enum CommitterReport {
 }
 
 /// A staged shard: its rows and its bytes.
-pub(crate) type StagedShard = (u64, Bytes);
+pub(super) type StagedShard = (u64, Bytes);
 
 /// Records that a sink has staged and whose commit is not confirmed, by epoch.
 #[derive(Clone, Default)]
-pub(crate) struct Staged(Arc<Mutex<BTreeMap<Epoch, Vec<StagedShard>>>>);
+pub(super) struct Staged(Arc<Mutex<BTreeMap<Epoch, Vec<StagedShard>>>>);
 
 impl Staged {
     /// Keeps what the barrier of `epoch` handed over.
-    pub(crate) fn add(&self, epoch: Epoch, shard: StagedShard) {
+    pub(super) fn add(&self, epoch: Epoch, shard: StagedShard) {
         self.lock().entry(epoch).or_default().push(shard);
     }
 
     /// Everything not yet confirmed, of epochs up to `epoch`, in order.
-    pub(crate) fn up_to(&self, epoch: Epoch) -> Vec<(Epoch, StagedShard)> {
+    pub(super) fn up_to(&self, epoch: Epoch) -> Vec<(Epoch, StagedShard)> {
         let all = self.lock();
         all.range(..=epoch).flat_map(|(e, records)| records.iter().map(|r| (*e, r.clone()))).collect()
     }
@@ -74,30 +61,30 @@ impl Staged {
 }
 
 /// A committer, as the rest of the worker holds it. Dropping it ends the committer after what it is doing.
-pub(crate) struct CommitterHandle {
+pub(super) struct CommitterHandle {
     mailbox: Arc<Mailbox>,
     staged: Staged,
 }
 
 impl CommitterHandle {
     /// The job's state is all there: the committer opens, and commits what the snapshot holds.
-    pub(crate) fn begin(&self) {
+    pub(super) fn begin(&self) {
         self.mailbox.lock().begun = true;
         self.mailbox.signal.notify();
     }
 
     /// A barrier's records are in [`CommitterHandle::staged`], and durable.
-    pub(crate) fn staged_at(&self, epoch: Epoch) {
+    pub(super) fn staged_at(&self, epoch: Epoch) {
         self.mailbox.put(Event::Staged(epoch));
     }
 
     /// A checkpoint is complete: what was staged up to it is to be made visible.
-    pub(crate) fn completed(&self, epoch: Epoch) {
+    pub(super) fn completed(&self, epoch: Epoch) {
         self.mailbox.put(Event::Completed(epoch));
     }
 
     /// The records that wait for a commit.
-    pub(crate) fn staged(&self) -> &Staged {
+    pub(super) fn staged(&self) -> &Staged {
         &self.staged
     }
 }
@@ -139,7 +126,7 @@ impl Mailbox {
 
 /// Starts a committer. When it is told to [begin](CommitterHandle::begin), it opens, commits what `restored` says is pending,
 /// and then follows the events. `last_epoch` is the greatest that was ever used, as far as the log knows.
-pub(crate) fn start(
+pub(super) fn start(
     id: CommitterId,
     committer: Box<dyn Committer>,
     last_epoch: Epoch,

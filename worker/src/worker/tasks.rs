@@ -1,9 +1,8 @@
-//! A task as a machine: it steps, and forwards what it says to the coordinator.
+//! A task as a machine: it steps, and forwards what it says.
 
 use std::sync::Arc;
 
 use floodmark_dataflow::{
-    TaskId,
     channel::Signal,
     task::{Progress, Task, TaskEvent},
 };
@@ -13,18 +12,11 @@ use floodmark_snapshot::{
 };
 use tokio::sync::oneshot;
 
-/// Which subtask of the job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct SubtaskId {
-    /// Its task.
-    pub(crate) task: TaskId,
-    /// Its index in the task.
-    pub(crate) index: u32,
-}
+use crate::words::SubtaskId;
 
-/// What a task's thread tells the coordinator.
+/// What a task's thread tells its worker.
 #[derive(Debug)]
-pub(crate) enum TaskReport {
+pub(super) enum TaskReport {
     /// An event of the task.
     Event(SubtaskId, TaskEvent),
     /// The task failed; its thread has ended.
@@ -32,19 +24,21 @@ pub(crate) enum TaskReport {
 }
 
 /// Completes when a task is gone, however it ended.
-pub(crate) type Ended = oneshot::Receiver<()>;
+pub(super) type Ended = oneshot::Receiver<()>;
 
 /// Starts a task. It ends when it is done or has failed.
-pub(crate) fn start(
+pub(super) fn start(
     id: SubtaskId,
-    name: String,
     task: Task,
     signal: Arc<Signal>,
     env: &Env,
     report: impl Fn(TaskReport) + Send + 'static,
 ) -> Result<Ended> {
     let (alive, ended) = oneshot::channel();
-    env.runtime.drive(name, Box::new(Driven { id, task, events: Vec::new(), signal, report, _alive: alive }))?;
+    env.runtime.drive(
+        format!("task {id}"),
+        Box::new(Driven { id, task, events: Vec::new(), signal, report, _alive: alive }),
+    )?;
     Ok(ended)
 }
 

@@ -1,4 +1,4 @@
-//! From a log to a job that is ready to run: picks the snapshot to start from, checks that it fits, reads it into new tasks,
+//! From a log to a job that is ready to run: picks the snapshot to start from, checks that it fits, has it read into new tasks,
 //! and passes over one that turns out to be damaged.
 //!
 //! Invariant: the log says where the job goes on from before anything of it runs.
@@ -7,48 +7,56 @@ use std::{collections::HashMap, sync::Arc};
 
 use floodmark_dataflow::{JobGraph, Node, graph::NodeKind};
 use floodmark_snapshot::{
-    Disposition, Env, Epoch, Error, Manifest, OperatorUid, Result, SplitState,
+    Attempt, Disposition, Env, Epoch, Error, Manifest, OperatorUid, Result, SplitState,
     log::{self, CheckpointLog, Event, JobFolder, LogState},
     restore::{self, Candidate, Origin, Reference, Rejected, Scope, StatePlan, Taker},
     storage,
 };
 
+use super::{Crew, subtasks};
 use crate::{
     CheckpointMode, RunError, RunSpec,
-    deploy::{self, Committing, Deployed, Metrics, Restored},
+    words::{Built, Deployment, NotBuilt, Restored},
 };
 
 /// A job that is ready to run.
-pub(crate) struct Ready {
-    pub(crate) tasks: Vec<Deployed>,
-    pub(crate) committers: Vec<Committing>,
+pub(super) struct Ready {
+    pub(super) built: Built,
     /// `None` without snapshots.
-    pub(crate) log: Option<CheckpointLog>,
+    pub(super) log: Option<CheckpointLog>,
     /// Where the job stands, this start included.
-    pub(crate) state: LogState,
+    pub(super) state: LogState,
     /// The checkpoint that it starts from, as the job's own log numbers it.
-    pub(crate) restored: Option<Epoch>,
+    pub(super) restored: Option<Epoch>,
 }
 
 /// What a start comes to.
-pub(crate) enum Start {
+pub(super) enum Start {
     Ready(Box<Ready>),
     /// The job has finished before, at this checkpoint.
     AlreadyFinished(Epoch),
 }
 
 /// Makes a job ready. `damaged` are checkpoints that this process has found damaged, and passes over.
-pub(crate) async fn start(
+pub(super) async fn start(
     spec: &Arc<RunSpec>,
     env: &Env,
-    metrics: &Metrics,
+    crew: &mut Crew,
     damaged: &[Rejected],
 ) -> Result<Start, RunError> {
     if spec.checkpoints.mode == CheckpointMode::Disabled {
         let splits = connect(spec, env, None).await.map_err(RunError::Connector)?;
-        let tasks = deploy::tasks(spec, env, &splits, None, metrics).await.map_err(RunError::failed)?;
-        let (committers, state) = (Vec::new(), LogState::default());
-        return Ok(Start::Ready(Box::new(Ready { tasks, committers, log: None, state, restored: None })));
+        let state = LogState::default();
+        let deployment = Deployment {
+            attempt: Attempt::default(),
+            history: String::new(),
+            last_epoch: state.last_epoch,
+            restored: None,
+            splits,
+            subtasks: subtasks(spec).collect(),
+        };
+        let built = crew.deploy(deployment).await.map_err(not_built)?;
+        return Ok(Start::Ready(Box::new(Ready { built, log: None, state, restored: None })));
     }
     storage::check_writable(&*spec.storage, env).await.map_err(storage_error)?;
     let state = log::read(&*spec.storage, &JobFolder::of(&spec.job)).await.map_err(storage_error)?;
@@ -61,8 +69,8 @@ pub(crate) async fn start(
     if let Some(epoch) = finished(spec, &state) {
         return Ok(Start::AlreadyFinished(epoch));
     }
-    let starter = Starter { spec, env, metrics, damaged, log, state };
-    starter.start().await.map(|ready| Start::Ready(Box::new(ready)))
+    let starter = Starter { spec, env, damaged, log, state };
+    starter.start(crew).await.map(|ready| Start::Ready(Box::new(ready)))
 }
 
 /// At which checkpoint the job has finished, if it is asked for nothing but to go on.
@@ -81,7 +89,6 @@ fn storage_error(error: Error) -> RunError {
 struct Starter<'a> {
     spec: &'a Arc<RunSpec>,
     env: &'a Env,
-    metrics: &'a Metrics,
     damaged: &'a [Rejected],
     log: CheckpointLog,
     state: LogState,
@@ -97,11 +104,8 @@ struct Choice {
     fall_back: bool,
 }
 
-/// Tasks and committers with their state.
-type Built = (Vec<Deployed>, Vec<Committing>);
-
 impl Starter<'_> {
-    async fn start(self) -> Result<Ready, RunError> {
+    async fn start(self, crew: &mut Crew) -> Result<Ready, RunError> {
         for damaged in &self.state.damaged {
             tracing::warn!(entry = damaged.seq, reason = %damaged.reason, "checkpoint log entry is damaged and counts for nothing");
         }
@@ -111,14 +115,14 @@ impl Starter<'_> {
             if let Some(error) = fall_back.then(|| self.nothing_intact(&[])).flatten() {
                 return Err(storage_error(error));
             }
-            let built = self.build(None, false).await.map_err(Failure::into_run_error)?;
+            let built = self.build(crew, None, false).await.map_err(not_built)?;
             return self.ready(built, None, note).await;
         }
         // What is wrong elsewhere than in the checkpoint is wrong with the next one, too.
-        let build = async |candidate: &Candidate| match self.build(Some(candidate), fall_back).await {
+        let build = async |candidate: &Candidate| match self.build(&mut *crew, Some(candidate), fall_back).await {
             Ok(built) => Ok(Ok(built)),
-            Err(Failure::Snapshot(error)) => Err(error),
-            Err(Failure::Elsewhere(error)) => Ok(Err(error)),
+            Err(NotBuilt::Snapshot(error)) => Err(error),
+            Err(elsewhere) => Ok(Err(not_built(elsewhere))),
         };
         let known = |c: &Candidate| self.damaged.iter().any(|d| d.epoch == c.snapshot.manifest.epoch);
         let candidates = candidates.into_iter().filter(|c| !known(c)).collect();
@@ -203,22 +207,30 @@ impl Starter<'_> {
     }
 
     /// `streams`: the state may be read while tasks run, because another snapshot can stand in for it.
-    async fn build(&self, candidate: Option<&Candidate>, streams: bool) -> Result<Built, Failure> {
-        let Self { spec, env, metrics, damaged: _, log, state } = self;
+    async fn build(&self, crew: &mut Crew, candidate: Option<&Candidate>, streams: bool) -> Result<Built, NotBuilt> {
+        let Self { spec, env, damaged: _, log, state } = self;
         let manifest = candidate.map(|c| c.snapshot.manifest.clone());
         if let Some(manifest) = &manifest {
             let (takers, plan) = (takers(&spec.graph), &spec.graph.fingerprint);
             let plan = StatePlan::new(manifest, &takers, plan, spec.max_parallelism, state.committed);
-            plan.admit(spec.allow_dropped_state).map_err(Failure::Snapshot)?;
+            plan.admit(spec.allow_dropped_state).map_err(NotBuilt::Snapshot)?;
         }
-        let restored =
-            candidate.map(|c| Restored { snapshot: &c.snapshot, owned: c.owned, streams, committed: state.committed });
-        let splits = connect(spec, env, manifest).await.map_err(Failure::of_snapshot_or(RunError::Connector))?;
-        let committers = deploy::committers(&spec.graph, spec.parallelism, log.history(), restored.as_ref());
-        let committers = committers.await.map_err(Failure::of_snapshot_or(RunError::Connector))?;
-        let tasks = deploy::tasks(spec, env, &splits, restored.as_ref(), metrics);
-        let tasks = tasks.await.map_err(Failure::of_snapshot_or(RunError::failed))?;
-        Ok((tasks, committers))
+        let restored = candidate.map(|c| Restored {
+            snapshot: c.snapshot.clone(),
+            owned: c.owned,
+            streams,
+            committed: state.committed,
+        });
+        let splits = connect(spec, env, manifest).await.map_err(NotBuilt::of_snapshot_or(NotBuilt::Connector))?;
+        let deployment = Deployment {
+            attempt: log.attempt(),
+            history: log.history().to_owned(),
+            last_epoch: state.last_epoch,
+            restored,
+            splits,
+            subtasks: subtasks(spec).collect(),
+        };
+        crew.deploy(deployment).await
     }
 
     /// Says in the log where the job goes on from.
@@ -237,33 +249,15 @@ impl Starter<'_> {
             self.state.take(seq, event);
         }
         let Self { log, state, .. } = self;
-        let (tasks, committers) = built;
-        Ok(Ready { tasks, committers, log: Some(log), state, restored: epoch })
+        Ok(Ready { built, log: Some(log), state, restored: epoch })
     }
 }
 
-/// Why a job could not be built.
-enum Failure {
-    /// The snapshot does not fit, can't be read, or is damaged.
-    Snapshot(Error),
-    /// The snapshot has no part in it.
-    Elsewhere(RunError),
-}
-
-impl Failure {
-    /// Damage is the snapshot's, wherever it is met.
-    fn of_snapshot_or(otherwise: fn(Error) -> RunError) -> impl Fn(Error) -> Self {
-        move |error| match error.disposition() {
-            Disposition::Corrupt => Self::Snapshot(error),
-            Disposition::Retry | Disposition::Abort | Disposition::Fenced => Self::Elsewhere(otherwise(error)),
-        }
-    }
-
-    fn into_run_error(self) -> RunError {
-        match self {
-            Self::Snapshot(error) => storage_error(error),
-            Self::Elsewhere(error) => error,
-        }
+fn not_built(why: NotBuilt) -> RunError {
+    match why {
+        NotBuilt::Snapshot(error) => storage_error(error),
+        NotBuilt::Connector(error) => RunError::Connector(error),
+        NotBuilt::Task(error) => RunError::failed(error),
     }
 }
 
@@ -273,7 +267,24 @@ async fn connect(
     manifest: Option<Arc<Manifest>>,
 ) -> Result<HashMap<OperatorUid, Vec<SplitState>>> {
     let spec = spec.clone();
-    env.blocking("a connector", move || deploy::connect(&spec.graph, manifest.as_deref())).await?
+    env.blocking("a connector", move || splits(&spec.graph, manifest.as_deref())).await?
+}
+
+/// Looks up every source's splits, and checks every sink, before anything runs. Blocking.
+fn splits(graph: &JobGraph, restored: Option<&Manifest>) -> Result<HashMap<OperatorUid, Vec<SplitState>>> {
+    let mut splits = HashMap::new();
+    for (_, node) in graph.nodes() {
+        match &node.node {
+            NodeKind::Source(source) => {
+                let known = restored.and_then(|r| r.operators.get(&node.uid)).map_or(&[][..], |o| &o.splits);
+                let found = source.factory.splits(known).map_err(|e| e.context(&node.uid))?;
+                splits.insert(node.uid.clone(), found);
+            }
+            NodeKind::Sink(sink) => sink.check().map_err(|e| e.context(&node.uid))?,
+            NodeKind::Operator(_) => {}
+        }
+    }
+    Ok(splits)
 }
 
 /// The operators of a job, as far as their state goes: for [`StatePlan`].

@@ -21,31 +21,31 @@ use floodmark_snapshot::{
 use futures::{StreamExt, stream};
 use tokio::sync::oneshot;
 
-use crate::committers::{Staged, StagedShard};
+use super::committers::{Staged, StagedShard};
 
 /// Shards of one subtask that are encoded and uploaded at the same time.
 const UPLOADS_IN_FLIGHT_MAX: usize = 4;
 
 /// Uploads shards into the folder of one attempt.
-pub(crate) struct Uploader {
-    pub(crate) storage: Arc<dyn Storage>,
-    pub(crate) env: Env,
+pub(super) struct Uploader {
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) env: Env,
     /// The job's folder.
-    pub(crate) folder: JobFolder,
+    pub(super) folder: JobFolder,
     /// Names the folder of this attempt's blobs.
-    pub(crate) attempt: Attempt,
+    pub(super) attempt: Attempt,
 }
 
 /// The snapshots of one subtask keep their records one after the other: each has its turn when the one before has had its.
 #[derive(Default)]
-pub(crate) struct Turn {
+pub(super) struct Turn {
     before: Option<oneshot::Receiver<()>>,
     done: Option<oneshot::Sender<()>>,
 }
 
 impl Turn {
     /// The turn after `last`, which from now on is this one.
-    pub(crate) fn after(last: &mut Option<oneshot::Receiver<()>>) -> Self {
+    pub(super) fn after(last: &mut Option<oneshot::Receiver<()>>) -> Self {
         let (done, next) = oneshot::channel();
         Self { before: last.replace(next), done: Some(done) }
     }
@@ -71,7 +71,7 @@ impl Uploader {
     ///
     /// # Errors
     /// When the records can't be encoded: the job must not go on without them.
-    pub(crate) async fn stage(
+    pub(super) async fn stage(
         &self,
         epoch: Epoch,
         parts: &mut [OperatorPart],
@@ -97,7 +97,7 @@ impl Uploader {
     /// Uploads the parts of subtask `subtask`, and the records that its sinks hold staged: a checkpoint must hold whatever its
     /// commit will have to write. Answers with what the manifest will say of each operator. What was written before a failure
     /// is deleted.
-    pub(crate) async fn upload(
+    pub(super) async fn upload(
         &self,
         epoch: Epoch,
         subtask: u32,

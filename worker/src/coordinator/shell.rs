@@ -1,14 +1,13 @@
-//! Carries out what the coordination machine decides: triggers, uploads, the log, retention, savepoints.
+//! Carries out what the coordination machine decides: triggers, the log, retention, savepoints.
 //!
 //! Invariant: nothing is announced, committed or deleted before the log entry that allows it is durable.
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::Arc,
     time::Duration,
 };
 
-use floodmark_dataflow::task::{Command, OperatorPart, TaskEvent};
+use floodmark_dataflow::task::Command;
 use floodmark_snapshot::{
     Env, Epoch, Error, OperatorSnapshot, OperatorUid, Result, Shard, Step,
     coordination::{
@@ -19,42 +18,39 @@ use floodmark_snapshot::{
     restore::Snapshot,
     retention, savepoint,
 };
-use tokio::sync::oneshot;
+use tokio::sync::mpsc;
 
+use super::{Running, heads_source, stopped};
 use crate::{
     CheckpointStatus, Controls, JobPhase, Outcome, SavepointMade, SavepointRequest,
-    committers::{CommitterId, CommitterReport, Staged},
-    coordinator::{Event, Running, stopped},
-    tasks::{SubtaskId, TaskReport},
-    upload::{Turn, Uploader},
+    words::{CommitterId, FromWorker, SubtaskId},
 };
 
 /// Settled checkpoints from one look for orphaned files to the next.
 const SWEEP_EVERY: u64 = 16;
 
 /// The I/O around the coordination machine.
-pub(crate) struct Shell {
+pub(super) struct Shell {
     machine: Coordinator,
     log: CheckpointLog,
     state: LogState,
-    uploader: Arc<Uploader>,
     numbers: HashMap<CommitterId, usize>,
-    /// Says when the records of a subtask's last barrier are kept.
-    turns: HashMap<SubtaskId, Option<oneshot::Receiver<()>>>,
     /// Who waits for a savepoint.
     asked: HashMap<SavepointId, SavepointRequest>,
     next_asked: u64,
+    /// Checkpoints whose savepoints are copied, or have failed.
+    exported: (mpsc::UnboundedSender<Epoch>, mpsc::UnboundedReceiver<Epoch>),
     settled: u64,
 }
 
 impl Shell {
     /// `restored` is the checkpoint that the tasks have started from.
-    pub(crate) fn new(running: &Running, log: CheckpointLog, state: LogState, restored: Option<Epoch>) -> Self {
+    pub(super) fn new(running: &Running<'_>, log: CheckpointLog, state: LogState, restored: Option<Epoch>) -> Self {
         let spec = &running.spec;
-        let numbers: HashMap<_, _> = running.committers.keys().cloned().zip(0..).collect();
+        let numbers: HashMap<_, _> = running.committers.iter().cloned().zip(0..).collect();
         let who = Participants {
-            subtasks: running.tasks.keys().map(|id| subtask(*id)).collect(),
-            sources: running.tasks.iter().filter(|(_, t)| t.source).map(|(id, _)| subtask(*id)).collect(),
+            subtasks: running.unended.iter().map(|id| subtask(*id)).collect(),
+            sources: running.unended.iter().filter(|id| heads_source(spec, id.task)).map(|id| subtask(*id)).collect(),
             committers: numbers.values().copied().collect::<BTreeSet<usize>>(),
             job: spec.job.clone(),
             generation: log.generation(),
@@ -73,22 +69,15 @@ impl Shell {
             unaligned_after: settings.unaligned_after,
         };
         let start = StartingPoint { restored, last_epoch: state.last_epoch };
-        let uploader = Arc::new(Uploader {
-            storage: spec.storage.clone(),
-            env: running.env.clone(),
-            folder: log.folder().clone(),
-            attempt: log.attempt(),
-        });
         let machine = Coordinator::new(schedule, who, start, now(&running.env));
         Self {
             machine,
             log,
             state,
-            uploader,
             numbers,
-            turns: HashMap::new(),
             asked: HashMap::new(),
             next_asked: 0,
+            exported: mpsc::unbounded_channel(),
             settled: 0,
         }
     }
@@ -97,9 +86,9 @@ impl Shell {
     ///
     /// # Errors
     /// Whatever fails the job.
-    pub(crate) async fn run(
+    pub(super) async fn run(
         mut self,
-        running: &mut Running,
+        running: &mut Running<'_>,
         controls: &mut Controls,
     ) -> Result<(Outcome, Option<Epoch>)> {
         self.sweep_orphans(running);
@@ -127,7 +116,8 @@ impl Shell {
                     pending.push(coordination::Event::StopRequested);
                 }
                 Some(request) = controls.savepoints.recv() => pending.extend(self.ask(request)),
-                event = running.events.recv() => pending.extend(self.event(event, running)?),
+                Some(epoch) = self.exported.1.recv() => pending.push(coordination::Event::Exported(epoch)),
+                report = running.crew.next() => pending.extend(self.report(report?, running)?),
             }
         }
     }
@@ -146,88 +136,39 @@ impl Shell {
         Some(coordination::Event::SavepointRequested { id, then })
     }
 
-    /// What an event of the job means to the machine.
-    fn event(&mut self, event: Option<Event>, running: &mut Running) -> Result<Option<coordination::Event>> {
-        match event {
-            Some(Event::Task(TaskReport::Event(id, TaskEvent::Snapshot { barrier, parts }))) => {
-                self.upload(id, barrier.epoch, parts, running);
-                Ok(None)
+    /// What a report means to the machine.
+    fn report(&mut self, report: FromWorker, running: &mut Running<'_>) -> Result<Option<coordination::Event>> {
+        Ok(match report {
+            FromWorker::Acknowledged { epoch, subtask: id, parts } => {
+                Some(self.acknowledged(epoch, subtask(id), parts))
             }
-            Some(Event::Task(TaskReport::Event(id, TaskEvent::Declined { epoch, reason }))) => {
-                Ok(Some(coordination::Event::Declined { epoch, subtask: subtask(id), reason }))
+            FromWorker::Declined { epoch, subtask: id, reason } => {
+                Some(coordination::Event::Declined { epoch, subtask: subtask(id), reason })
             }
-            Some(Event::Task(TaskReport::Event(id, TaskEvent::Exhausted))) => {
-                Ok(Some(coordination::Event::Exhausted(subtask(id))))
+            FromWorker::Exhausted(id) => Some(coordination::Event::Exhausted(subtask(id))),
+            FromWorker::Committed(id, epoch) => {
+                self.numbers.get(&id).map(|n| coordination::Event::Committed { committer: *n, epoch })
             }
-            Some(Event::Uploaded { epoch, subtask: id, outcome }) => {
-                Ok(Some(self.uploaded(epoch, id, outcome, running)))
+            other => {
+                running.plain_event(other)?;
+                None
             }
-            Some(Event::Committer(CommitterReport::Committed(id, epoch))) => {
-                Ok(self.numbers.get(&id).map(|n| coordination::Event::Committed { committer: *n, epoch }))
-            }
-            Some(Event::Exported(epoch)) => Ok(Some(coordination::Event::Exported(epoch))),
-            other => running.plain_event(other).map(|()| None),
-        }
+        })
     }
 
-    fn upload(&mut self, id: SubtaskId, epoch: Epoch, mut parts: Vec<OperatorPart>, running: &Running) {
-        let mut staged: HashMap<OperatorUid, Staged> = HashMap::new();
-        for sink in running.tasks.get(&id).map_or(&[][..], |t| &t.sinks) {
-            let committer = CommitterId { uid: sink.uid.clone(), index: id.index };
-            let Some(handle) = running.committers.get(&committer) else { continue };
-            staged.insert(sink.uid.clone(), handle.staged().clone());
-            // A sink without new records may still hold older ones.
-            if parts.iter().all(|p| p.uid != sink.uid) {
-                parts.push(OperatorPart {
-                    uid: sink.uid.clone(),
-                    kind: sink.kind.clone(),
-                    schema: Default::default(),
-                    parallelism: sink.parallelism,
-                    splits: Vec::new(),
-                    reused: Vec::new(),
-                    shards: Vec::new(),
-                });
-            }
-        }
-        let turn = Turn::after(self.turns.entry(id).or_default());
-        let (uploader, events) = (self.uploader.clone(), running.sender.clone());
-        let wanted = self.machine.in_flight().any(|e| e == epoch);
-        running.env.runtime.spawn(Box::pin(async move {
-            let event = match uploader.stage(epoch, &mut parts, &staged, turn).await {
-                Err(error) => Event::StagingFailed(error),
-                // One that has been given up meanwhile needs no files.
-                Ok(()) if !wanted => return,
-                Ok(()) => {
-                    let outcome = uploader.upload(epoch, id.index, parts, &staged).await;
-                    Event::Uploaded { epoch, subtask: id, outcome }
-                }
-            };
-            // Nobody listens any more once the job has ended.
-            let _ = events.send(event);
-        }));
-    }
-
-    fn uploaded(
+    /// A subtask's part of a checkpoint is durable.
+    fn acknowledged(
         &self,
         epoch: Epoch,
-        id: SubtaskId,
-        outcome: Result<Vec<(OperatorUid, OperatorSnapshot)>>,
-        running: &Running,
+        subtask: Subtask,
+        parts: Vec<(OperatorUid, OperatorSnapshot)>,
     ) -> coordination::Event {
-        let subtask = subtask(id);
-        for sink in running.tasks.get(&id).map_or(&[][..], |t| &t.sinks) {
-            let committer = CommitterId { uid: sink.uid.clone(), index: id.index };
-            if let Some(handle) = running.committers.get(&committer) {
-                handle.staged().up_to(epoch).iter().for_each(|(staged, _)| handle.staged_at(*staged));
+        match self.gone(epoch, &parts) {
+            Some(path) => {
+                let reason = format!("it names {path}, which an earlier checkpoint has given up");
+                coordination::Event::Declined { epoch, subtask, reason }
             }
-        }
-        let declined = |reason: String| coordination::Event::Declined { epoch, subtask, reason };
-        match outcome {
-            Ok(parts) => match self.gone(epoch, &parts) {
-                Some(path) => declined(format!("it names {path}, which an earlier checkpoint has given up")),
-                None => coordination::Event::Acknowledged { epoch, subtask, parts },
-            },
-            Err(error) => declined(error.to_string()),
+            None => coordination::Event::Acknowledged { epoch, subtask, parts },
         }
     }
 
@@ -243,24 +184,21 @@ impl Shell {
         named.find(|s| !standing.contains(s.path.as_str())).map(|s| s.path.as_str())
     }
 
-    async fn carry_out(&mut self, decision: Decision, running: &mut Running) -> Result<After> {
+    async fn carry_out(&mut self, decision: Decision, running: &mut Running<'_>) -> Result<After> {
         tracing::debug!("{decision}");
         match decision {
             Decision::Trigger(barrier) => {
                 if barrier.stops() {
                     running.progress.phase(JobPhase::Stopping);
                 }
-                running.tasks.values().filter(|t| t.source).for_each(|t| t.commands.send(Command::Trigger(barrier)));
+                running.tell(Command::Trigger(barrier));
             }
-            Decision::Unalign(epoch) => running.tell_all(Command::Unalign(epoch)),
+            Decision::Unalign(epoch) => running.tell(Command::Unalign(epoch)),
             Decision::Append(event) => {
                 self.append(event, running).await?;
                 return Ok(After::Tell(coordination::Event::Appended));
             }
-            Decision::Announce(epoch) => {
-                running.committers.values().for_each(|c| c.completed(epoch));
-                running.tell_all(Command::Completed(epoch));
-            }
+            Decision::Announce(epoch) => running.tell(Command::Completed(epoch)),
             Decision::Abort { epoch, reason, overtaken, orphans } => {
                 if overtaken {
                     tracing::info!(checkpoint = %epoch, %reason, "checkpoint given up");
@@ -269,7 +207,7 @@ impl Shell {
                     tracing::warn!(checkpoint = %epoch, %reason, "checkpoint aborted");
                     running.progress.failed();
                 }
-                running.tell_all(Command::Abort(epoch));
+                running.tell(Command::Abort(epoch));
                 self.delete(orphans, running);
             }
             Decision::Discard(orphans) => self.delete(orphans, running),
@@ -288,7 +226,7 @@ impl Shell {
         Ok(After::GoOn)
     }
 
-    async fn append(&mut self, event: LogEvent, running: &Running) -> Result<()> {
+    async fn append(&mut self, event: LogEvent, running: &Running<'_>) -> Result<()> {
         let probe = &running.env.probe;
         if let LogEvent::Completed { manifest } = &event {
             probe.reached(Step::BeforeLogEntry, manifest.epoch);
@@ -319,7 +257,7 @@ impl Shell {
     }
 
     /// Gives up checkpoints past the newest few, and deletes what nothing names any more, off this loop.
-    async fn settled(&mut self, running: &Running) -> Result<()> {
+    async fn settled(&mut self, running: &Running<'_>) -> Result<()> {
         self.settled += 1;
         if self.settled.is_multiple_of(SWEEP_EVERY) {
             self.sweep_orphans(running);
@@ -337,13 +275,13 @@ impl Shell {
         Ok(())
     }
 
-    fn delete(&self, paths: Vec<String>, running: &Running) {
+    fn delete(&self, paths: Vec<String>, running: &Running<'_>) {
         let (storage, folder) = (running.spec.storage.clone(), self.log.folder().clone());
         running.env.runtime.spawn(Box::pin(async move { retention::delete(&*storage, &folder, paths).await }));
     }
 
     /// Deletes what was uploaded and no checkpoint names or can name any more.
-    fn sweep_orphans(&self, running: &Running) {
+    fn sweep_orphans(&self, running: &Running<'_>) {
         let (storage, folder) = (running.spec.storage.clone(), self.log.folder().clone());
         let (state, attempt, oldest_open) = (self.state.clone(), self.log.attempt(), self.machine.oldest_open());
         running.env.runtime.spawn(Box::pin(async move {
@@ -360,11 +298,11 @@ impl Shell {
     }
 
     /// Copies a settled checkpoint to the savepoints that were asked for, off this loop.
-    fn export(&mut self, epoch: Epoch, savepoints: Vec<SavepointId>, running: &Running) {
+    fn export(&mut self, epoch: Epoch, savepoints: Vec<SavepointId>, running: &Running<'_>) {
         let requests: Vec<SavepointRequest> = savepoints.iter().filter_map(|id| self.asked.remove(id)).collect();
         let manifest = self.state.retained.iter().find(|r| r.manifest.epoch == epoch).map(|r| r.manifest.clone());
         let (storage, folder, env) = (running.spec.storage.clone(), self.log.folder().clone(), running.env.clone());
-        let events = running.sender.clone();
+        let exported = self.exported.0.clone();
         running.env.runtime.spawn(Box::pin(async move {
             for SavepointRequest { name, then: _, reply } in requests {
                 let made = match manifest.clone() {
@@ -382,7 +320,7 @@ impl Shell {
                 }
                 let _ = reply.send(made.map_err(|e| e.to_string()));
             }
-            let _ = events.send(Event::Exported(epoch));
+            let _ = exported.send(epoch);
         }));
     }
 }

@@ -1,0 +1,209 @@
+//! The coordinator's side of a job: attempts, one after the other, each with one loop that takes every event, in order.
+
+mod crew;
+mod shell;
+mod starting;
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use floodmark_dataflow::{TaskId, graph::NodeKind, task::Command};
+use floodmark_snapshot::{Env, Epoch, Error, Result, restore::Rejected};
+use tokio::sync::watch;
+
+pub(crate) use self::crew::Crew;
+pub use self::starting::takers;
+use self::{
+    shell::Shell,
+    starting::{Ready, Start},
+};
+use crate::{
+    Controls, JobPhase, Outcome, Progress, RunError, RunSpec, Summary,
+    words::{CommitterId, FromWorker, SubtaskId, ToWorker},
+};
+
+/// See [`crate::run`].
+pub(crate) async fn run(
+    spec: Arc<RunSpec>,
+    env: Env,
+    mut controls: Controls,
+    progress: Arc<Progress>,
+    mut crew: Crew,
+) -> Result<Summary, RunError> {
+    let mut damaged = Vec::new();
+    loop {
+        let ready = match starting::start(&spec, &env, &mut crew, &damaged).await? {
+            Start::Ready(ready) => *ready,
+            Start::AlreadyFinished(epoch) => {
+                progress.phase(JobPhase::Done);
+                let (outcome, progress) = (Outcome::AlreadyFinished, progress.view());
+                return Ok(Summary { outcome, progress, last_epoch: Some(epoch) });
+            }
+        };
+        if let Some(epoch) = ready.restored {
+            progress.restored_from(epoch);
+        }
+        match attempt(&spec, &env, &mut controls, &progress, &mut crew, ready).await? {
+            Attempted::Ended(summary) => return Ok(summary),
+            // Nothing has been snapshotted or committed: the next older checkpoint is as good as if it had been chosen first.
+            Attempted::Damaged(rejected) => {
+                progress.phase(JobPhase::Restoring);
+                damaged.push(rejected);
+            }
+        }
+    }
+}
+
+/// What an attempt came to.
+enum Attempted {
+    Ended(Summary),
+    /// The snapshot that it started from turned out to be damaged before all of it was there.
+    Damaged(Rejected),
+}
+
+async fn attempt(
+    spec: &Arc<RunSpec>,
+    env: &Env,
+    controls: &mut Controls,
+    progress: &Arc<Progress>,
+    crew: &mut Crew,
+    ready: Ready,
+) -> Result<Attempted, RunError> {
+    let Ready { built, log, state, restored } = ready;
+    let mut running = Running {
+        spec: spec.clone(),
+        env: env.clone(),
+        progress: progress.clone(),
+        unended: subtasks(spec).collect(),
+        committers: built.committers,
+        arriving: built.arriving,
+        damage: None,
+        crew,
+    };
+    running.crew.tell(ToWorker::Run);
+    running.commit_if_restored();
+    progress.phase(JobPhase::Running);
+    let outcome = match log {
+        Some(log) => Shell::new(&running, log, state, restored).run(&mut running, controls).await,
+        None => running.without_snapshots(controls).await.map(|outcome| (outcome, None)),
+    };
+    let damage = running.damage.take().zip(restored);
+    match (running.end(outcome).await, damage) {
+        (Ok(summary), _) => Ok(Attempted::Ended(summary)),
+        (Err(_), Some((reason, epoch))) => Ok(Attempted::Damaged(Rejected { epoch, reason })),
+        (Err(error), None) => Err(error),
+    }
+}
+
+/// All subtasks of a job.
+fn subtasks(spec: &RunSpec) -> impl Iterator<Item = SubtaskId> {
+    let of_task =
+        |task: TaskId| (0..spec.graph.width(task, spec.parallelism)).map(move |index| SubtaskId { task, index });
+    (0..spec.graph.vertices.len()).map(TaskId).flat_map(of_task)
+}
+
+/// Whether a task begins with a source.
+fn heads_source(spec: &RunSpec, task: TaskId) -> bool {
+    let first = spec.graph.vertices.get(task.0).and_then(|v| v.chain.first());
+    first.is_some_and(|node| matches!(node.node, NodeKind::Source(_)))
+}
+
+/// A job whose tasks run.
+struct Running<'a> {
+    spec: Arc<RunSpec>,
+    env: Env,
+    progress: Arc<Progress>,
+    crew: &'a mut Crew,
+    /// The subtasks that have not sent their last frame.
+    unended: BTreeSet<SubtaskId>,
+    committers: BTreeSet<CommitterId>,
+    /// The subtasks whose state is not all there yet.
+    arriving: BTreeSet<SubtaskId>,
+    /// Why the attempt has failed, if it is that its snapshot is damaged.
+    damage: Option<String>,
+}
+
+impl Running<'_> {
+    async fn end(self, outcome: Result<(Outcome, Option<Epoch>)>) -> Result<Summary, RunError> {
+        let left = self.crew.end(outcome.is_err()).await;
+        match outcome {
+            Ok((outcome, last_epoch)) => {
+                left.map_err(RunError::failed)?;
+                self.progress.phase(JobPhase::Done);
+                Ok(Summary { outcome, progress: self.progress.view(), last_epoch })
+            }
+            Err(error) => Err(RunError::failed(error)),
+        }
+    }
+
+    /// Runs until every task has ended by itself.
+    async fn without_snapshots(&mut self, controls: &mut Controls) -> Result<Outcome> {
+        let mut outcome = Outcome::Finished;
+        while !self.unended.is_empty() {
+            tokio::select! {
+                biased;
+                () = stopped(&mut controls.stop), if outcome == Outcome::Finished => {
+                    outcome = Outcome::Stopped;
+                    self.progress.phase(JobPhase::Stopping);
+                    self.tell(Command::Cancel);
+                }
+                Some(request) = controls.savepoints.recv() => {
+                    // One that no longer listens has no need of the answer.
+                    let _ = request.reply.send(Err("the job takes no snapshots: spec.checkpoints.mode is Disabled".to_owned()));
+                }
+                event = self.crew.next() => self.plain_event(event?)?,
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Takes an event that means the same with and without snapshots.
+    ///
+    /// # Errors
+    /// If the event is a failure.
+    fn plain_event(&mut self, event: FromWorker) -> Result<()> {
+        match event {
+            FromWorker::Failed { error, damaged } => {
+                if damaged {
+                    self.damage = Some(error.to_string());
+                }
+                return Err(error);
+            }
+            FromWorker::Restored(id) => {
+                self.arriving.remove(&id);
+                self.commit_if_restored();
+            }
+            FromWorker::Ended(id) => {
+                self.unended.remove(&id);
+            }
+            FromWorker::Gone(_) => return Err(Error::abort("internal error: the job's worker has ended")),
+            FromWorker::Built(_)
+            | FromWorker::NotBuilt(_)
+            | FromWorker::Acknowledged { .. }
+            | FromWorker::Declined { .. }
+            | FromWorker::Exhausted(_)
+            | FromWorker::Committed(..) => {}
+        }
+        Ok(())
+    }
+
+    /// Lets the committers begin if all state is there. Not before: should the snapshot be damaged, what it holds staged is
+    /// not to be written, because an older one stands in for it.
+    fn commit_if_restored(&self) {
+        if self.arriving.is_empty() {
+            self.crew.tell(ToWorker::Commit);
+        }
+    }
+
+    /// To the tasks and committers that it concerns.
+    fn tell(&self, command: Command) {
+        self.crew.tell(ToWorker::Tell(command));
+    }
+}
+
+/// Returns when the job shall stop.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // A sender that is gone will never ask for a stop.
+    if stop.wait_for(|s| *s).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
