@@ -1,7 +1,8 @@
 //! Figures of state in RocksDB beside state on the heap: batches that read, change and write rows, the pause at a barrier, what
 //! a checkpoint uploads, how long a restore takes.
 //!
-//! `cargo run --release -p floodmark-rocksdb --example rocksdb_figures -- [KEYS] [CACHE MiB]`, by default 5,000,000 keys and 256 MiB.
+//! `cargo run --release -p floodmark-rocksdb --example rocksdb_figures -- [KEYS] [CACHE MiB] [heap | rocksdb]`, by default 5,000,000
+//! keys, 256 MiB and both.
 //! Keys have 16 bytes, rows 8 columns of 8 bytes; batches have 4,096 keys, uniform or skewed (Zipf-like).
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -22,6 +23,8 @@ use floodmark_state::{
 const BATCH: usize = 4096;
 const COLUMNS: usize = 8;
 const GROUPS: u16 = 128;
+/// Batches of which each spread of times is told, at least.
+const BATCHES_TIMED: usize = 2_000;
 
 struct Counters;
 
@@ -127,6 +130,20 @@ impl Random {
     }
 }
 
+/// Of how long something took: the middle, and what is rarely surpassed.
+fn spread(mut times: Vec<Duration>) -> String {
+    times.sort_unstable();
+    let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3;
+    format!(
+        "p50 {:.2}, p99 {:.1}, p99.9 {:.1}, most {:.1} ms of {}",
+        at(0.5),
+        at(0.99),
+        at(0.999),
+        at(1.0),
+        times.len()
+    )
+}
+
 fn resident_mib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find(|l| l.starts_with("VmRSS")).unwrap_or_default();
@@ -135,11 +152,22 @@ fn resident_mib() -> u64 {
 
 struct Run<'a> {
     env: &'a Env,
-    name: &'static str,
+    name: &'a str,
     keys: u64,
 }
 
 impl Run<'_> {
+    /// As `timed`, without the time in which others had the processor.
+    fn net<T>(&self, work: impl FnOnce() -> T) -> (T, Duration) {
+        let waited = || {
+            let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+            text.split(' ').nth(1).and_then(|n| n.parse().ok()).unwrap_or(0)
+        };
+        let before: u64 = waited();
+        let (done, took) = self.timed(work);
+        (done, took.saturating_sub(Duration::from_nanos(waited().saturating_sub(before))))
+    }
+
     fn timed<T>(&self, work: impl FnOnce() -> T) -> (T, Duration) {
         let start = self.env.clock.monotonic();
         let done = work();
@@ -209,6 +237,7 @@ impl Run<'_> {
         }
         self.say("memory", format!("{} MiB", resident_mib()));
         let first = self.checkpoints(&mut *state, &mut random);
+        self.batches(&mut *state, &mut random);
         drop(state);
         self.restores(backend, &first);
     }
@@ -217,37 +246,63 @@ impl Run<'_> {
     fn checkpoints(&self, state: &mut dyn KeyedState, random: &mut Random) -> Vec<(Shard, Bytes)> {
         let mut first = Vec::new();
         for epoch in 1..=11 {
-            let (snapshot, pause) =
-                self.timed(|| state.snapshot(&Barrier::checkpoint(Epoch(epoch)), &KeyGroupWatermarks::default()).expect("a snapshot"));
-            // The task goes on while the checkpoint is made: how long do its next batches take?
-            let (slowest, (shards, reused), took) = std::thread::scope(|threads| {
-                let upload = threads.spawn(|| self.timed(|| self.upload(snapshot)));
-                let mut slowest = Duration::ZERO;
-                for _ in 0..(self.keys as usize / 100).div_ceil(BATCH) {
-                    let keys: Vec<u64> = (0..BATCH).map(|_| random.below(self.keys)).collect();
-                    slowest = slowest.max(self.timed(|| change(state, &keys)).1);
-                }
-                let (uploaded, took) = upload.join().expect("an upload");
-                (slowest, uploaded, took)
+            let (snapshot, pause) = self.timed(|| {
+                state.snapshot(&Barrier::checkpoint(Epoch(epoch)), &KeyGroupWatermarks::default()).expect("a snapshot")
             });
+            let (shards, reused) = self.upload(snapshot);
             state.completed(Epoch(epoch)).expect("completed");
             let bytes: usize = shards.iter().map(|(_, b)| b.len()).sum();
             self.say(
                 &format!("checkpoint {epoch}"),
                 format!(
-                    "pause {:.2} ms, slowest batch after it {:.1} ms, {:.1} MB in {} files ({reused} reused), {:.2} s",
+                    "pause {:.2} ms, {:.1} MB in {} files ({reused} reused)",
                     pause.as_secs_f64() * 1e3,
-                    slowest.as_secs_f64() * 1e3,
                     bytes as f64 / 1e6,
                     shards.len(),
-                    took.as_secs_f64()
                 ),
             );
+            for _ in 0..(self.keys as usize / 100).div_ceil(BATCH) {
+                let keys: Vec<u64> = (0..BATCH).map(|_| random.below(self.keys)).collect();
+                change(state, &keys);
+            }
             if epoch == 1 {
                 first = shards;
             }
         }
         first
+    }
+
+    /// How long batches take while checkpoints are made, and while none is: for keys that are in memory, and for any.
+    fn batches(&self, state: &mut dyn KeyedState, random: &mut Random) {
+        let mut epoch = 100;
+        for (what, keys, size) in [
+            ("batches of 4,096 of 200,000 keys", 200_000.min(self.keys), BATCH),
+            ("batches of 256 of all keys", self.keys, 256),
+        ] {
+            let mut run = |state: &mut dyn KeyedState| {
+                let keys: Vec<u64> = (0..size).map(|_| random.below(keys)).collect();
+                self.net(|| change(state, &keys)).1
+            };
+            let quiet: Vec<Duration> = (0..BATCHES_TIMED).map(|_| run(state)).collect();
+            let mut busy = Vec::new();
+            while busy.len() < BATCHES_TIMED {
+                epoch += 1;
+                let snapshot = state
+                    .snapshot(&Barrier::checkpoint(Epoch(epoch)), &KeyGroupWatermarks::default())
+                    .expect("a snapshot");
+                std::thread::scope(|threads| {
+                    let upload = threads.spawn(|| drop(self.upload(snapshot)));
+                    // Some more after the upload: what it has put off comes then.
+                    let mut more = 8;
+                    while more > 0 {
+                        busy.push(run(state));
+                        more -= u32::from(upload.is_finished());
+                    }
+                });
+                state.completed(Epoch(epoch)).expect("completed");
+            }
+            self.say(what, format!("{}; without checkpoints {}", spread(busy), spread(quiet)));
+        }
     }
 
     fn restores(&self, backend: &dyn StateBackend, shards: &[(Shard, Bytes)]) {
@@ -276,13 +331,16 @@ fn main() {
     let mut args = std::env::args().skip(1);
     let mut number = |default: u64| args.next().and_then(|a| a.parse().ok()).unwrap_or(default);
     let (keys, cache) = (number(5_000_000), number(256));
+    let only = args.next();
     let env = Env::system();
     let folder = Path::new("target").join("rocksdb-figures");
     let settings = Settings { cache_bytes: (cache as usize) << 20, ..Settings::new(&folder) };
     let backend = RocksDb::open(&settings, &env).expect("a work folder");
     println!("{keys} keys, cache of {cache} MiB");
-    Run { env: &env, name: "rocksdb", keys }.all(&backend);
-    Run { env: &env, name: "heap", keys }.all(&Heap);
+    let backends: [(&str, &dyn StateBackend); 2] = [("rocksdb", &backend), ("heap", &Heap)];
+    for (name, each) in backends.into_iter().filter(|(name, _)| only.as_ref().is_none_or(|only| only == name)) {
+        Run { env: &env, name, keys }.all(each);
+    }
     drop(backend);
     let _ = std::fs::remove_dir_all(folder);
 }

@@ -93,16 +93,14 @@ pub(crate) fn take(state: &mut State, barrier: &Barrier, watermarks: &KeyGroupWa
         taken.map_err(|_| Error::abort("the database was closed before its checkpoint was taken"))
     };
     if barrier.whole {
-        let rows = about.namespaces.values().sum();
-        let (key_groups, name) = (Some(about.spec.key_groups), about.spec.shard_name());
-        let encode = move || {
-            let Taken { folder, .. } = taken()?;
-            let bytes = neutral::write(&shared.shared, folder.path(), &about.spec, &about.form, &about.watermarks);
-            drop((folder, database_folder));
-            bytes
+        let About { spec, form, watermarks, .. } = about;
+        let shard_bytes = state.process.shard_bytes;
+        let expand = move || {
+            let folders = (taken()?.folder, database_folder, shared);
+            let source = neutral::Source::open(folders, spec, form, watermarks)?;
+            Ok(StateSnapshot::of(source.shards(shard_bytes)?))
         };
-        let shard = PendingShard::new(ShardKind::Keyed, key_groups, rows, Box::new(encode));
-        return Ok(StateSnapshot::of(vec![PendingShard { name, ..shard }]));
+        return Ok(StateSnapshot::of(vec![PendingShard::standing_for(ShardKind::Keyed, Box::new(expand))]));
     }
     let lineage = state.lineage.clone();
     lock(&lineage).begin(barrier.epoch);

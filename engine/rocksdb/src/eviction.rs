@@ -115,10 +115,7 @@ impl State {
     /// Turns the hand until enough rows have left or are on their way, by so many slots at most.
     fn turn_hand(&mut self, goal: usize, slots: usize) -> Result<()> {
         let (mut rounds, mut left) = (0, slots);
-        while left > 0
-            && rounds < ROUNDS_MAX
-            && self.cached_bytes.saturating_sub(self.clock.leaving_bytes) > goal
-        {
+        while left > 0 && rounds < ROUNDS_MAX && self.cached_bytes.saturating_sub(self.clock.leaving_bytes) > goal {
             let Place { namespace, slot } = self.clock.hand;
             let slots = self.spaces.get(&namespace).and_then(|s| s.cache.as_ref()).map_or(0, |c| c.slots());
             if slot < slots {

@@ -63,13 +63,21 @@ pub struct Settings {
     pub block_cache_bytes: usize,
     /// Rows that are written but not yet in files, of all databases together, bytes.
     pub memtable_bytes: usize,
+    /// A whole snapshot is cut into shards of this many bytes, about. A few of them are in memory at a time.
+    pub shard_bytes: u64,
 }
 
 impl Settings {
     /// Settings that fit a process of about 1 GiB.
     #[must_use]
     pub fn new(folder: impl Into<PathBuf>) -> Self {
-        Self { folder: folder.into(), cache_bytes: 256 << 20, block_cache_bytes: 128 << 20, memtable_bytes: 64 << 20 }
+        Self {
+            folder: folder.into(),
+            cache_bytes: 256 << 20,
+            block_cache_bytes: 128 << 20,
+            memtable_bytes: 64 << 20,
+            shard_bytes: neutral::SHARD_BYTES,
+        }
     }
 }
 
@@ -87,6 +95,7 @@ impl RocksDb {
             shared: Shared::new(settings.block_cache_bytes, settings.memtable_bytes),
             folder,
             cache_bytes: settings.cache_bytes,
+            shard_bytes: settings.shard_bytes,
             databases: Arc::default(),
             named: AtomicUsize::new(0),
         })))
@@ -108,6 +117,7 @@ struct Process {
     shared: Shared,
     folder: WorkFolder,
     cache_bytes: usize,
+    shard_bytes: u64,
     /// Databases that are open.
     databases: Arc<AtomicUsize>,
     /// Folders that were made.

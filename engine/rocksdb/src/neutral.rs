@@ -1,51 +1,134 @@
 //! Rows in the format that any back end reads ([`floodmark_state::neutral`]): out of a checkpoint, and through the cache in again.
 
-use std::path::Path;
+use std::sync::Arc;
 
 use bytes::Bytes;
-use floodmark_snapshot::{Error, KeyGroup, KeyGroupRange, Result};
+use floodmark_snapshot::{Error, KeyGroup, KeyGroupRange, Result, ShardKind};
 use floodmark_state::{
-    KeyGroupWatermarks, KeyedState, NO_SLOT, RestoredShard, RowKeys, Rows, StateSpec,
+    KeyGroupWatermarks, KeyedState, NO_SLOT, PendingShard, RestoredShard, RowKeys, Rows, StateSpec,
     neutral::{PAGE_ROWS, Page as NeutralPage, Pages, RowWriter},
     shard::Header,
 };
 
+use rocksdb::DB;
+
 use crate::{
-    database, key,
-    options::Shared,
+    Process, database,
+    folder::Folder,
+    key, options,
     row::Form,
     state::{Page, State},
 };
 
-/// Reads all rows of a checkpoint out into one shard.
-pub(crate) fn write(
-    shared: &Shared,
-    place: &Path,
-    spec: &StateSpec,
-    form: &Form,
-    watermarks: &KeyGroupWatermarks,
-) -> Result<Bytes> {
-    let db = database::open_to_read(shared, place)?;
-    let mut page = Page::new(form.clone());
-    let mut writer = RowWriter::new(spec, Header::new(None).at(watermarks), page.written());
-    let mut at = None;
-    let mut turn = |page: &mut Page, at: Option<(KeyGroup, i64)>| {
-        let Some((group, namespace)) = at else { return Ok(()) };
-        page.turn(&mut |rows, slots| writer.push(group, namespace, rows, slots, false))
-    };
-    let (start, end) = (key::group_start(spec.key_groups.first), key::group_end(spec.key_groups.last));
-    database::scan(&db, &start, end, |row_key, value| {
-        let (group, namespace, row_key) = key::parse(row_key)
-            .ok_or_else(|| Error::corrupt("a key of the database is not in the form in which keys are written"))?;
-        if at.is_some_and(|at| at != (group, namespace)) || page.len() >= PAGE_ROWS {
-            turn(&mut page, at)?;
-        }
-        at = Some((group, namespace));
-        page.add(form.head(value)?, row_key, value)?;
-        Ok(true)
-    })?;
-    turn(&mut page, at)?;
-    writer.finish()
+/// A neutral shard has rows of about this many bytes: an upload holds as much of it in memory as of a data file.
+pub(crate) const SHARD_BYTES: u64 = options::FILE_BYTES;
+/// What a value of a row takes beside its bytes in the database, at most, about.
+const VALUE_BYTES: u64 = 8;
+
+/// A checkpoint whose rows are read out.
+pub(crate) struct Source {
+    // Closed before its folder goes.
+    db: DB,
+    spec: StateSpec,
+    form: Form,
+    watermarks: KeyGroupWatermarks,
+    /// The checkpoint's folder, and what must outlive it.
+    _folders: (Folder, Arc<Folder>, Arc<Process>),
+}
+
+/// Rows that become one shard: those between two keys of the database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Part {
+    key_groups: KeyGroupRange,
+    start: Vec<u8>,
+    end: Vec<u8>,
+    rows: u64,
+}
+
+impl Source {
+    /// Opens a checkpoint: its folder, that of the database, and what else it needs.
+    pub(crate) fn open(
+        folders: (Folder, Arc<Folder>, Arc<Process>),
+        spec: StateSpec,
+        form: Form,
+        watermarks: KeyGroupWatermarks,
+    ) -> Result<Self> {
+        let db = database::open_to_read(&folders.2.shared, folders.0.path())?;
+        Ok(Self { db, spec, form, watermarks, _folders: folders })
+    }
+
+    /// All rows, as shards of bounded size, each made when it is asked for.
+    pub(crate) fn shards(self, shard_bytes: u64) -> Result<Vec<PendingShard>> {
+        let parts = self.parts(shard_bytes)?;
+        let source = Arc::new(self);
+        let pending = |part: Part| {
+            let source = source.clone();
+            let (key_groups, rows, name) = (Some(part.key_groups), part.rows, source.spec.shard_name());
+            let encode = Box::new(move || source.write(&part));
+            PendingShard { name, ..PendingShard::new(ShardKind::Keyed, key_groups, rows, encode) }
+        };
+        Ok(parts.into_iter().map(pending).collect())
+    }
+
+    /// Cuts the rows, also inside of a key group. Together the parts cover all key groups of the subtask, those without rows
+    /// too.
+    fn parts(&self, shard_bytes: u64) -> Result<Vec<Part>> {
+        let all = self.spec.key_groups;
+        let columns = self.form.types.len() as u64;
+        let (mut parts, mut bytes, mut last) = (Vec::new(), 0, all.first);
+        let (start, end) = (key::group_start(all.first), key::group_end(all.last));
+        let mut part = Part { key_groups: all, start: start.clone(), end: end.clone(), rows: 0 };
+        database::scan(&self.db, &start, end, |row_key, value| {
+            let (group, _, _) = key::parse(row_key).ok_or_else(not_ours)?;
+            let row = (row_key.len() + value.len()) as u64 + columns * VALUE_BYTES;
+            if part.rows > 0 && bytes + row > shard_bytes {
+                let first = if group == last { group } else { KeyGroup(last.0 + 1) };
+                let next = Part {
+                    key_groups: KeyGroupRange { first, ..all },
+                    start: row_key.to_vec(),
+                    rows: 0,
+                    ..part.clone()
+                };
+                let done = std::mem::replace(&mut part, next);
+                let key_groups = KeyGroupRange { last, ..done.key_groups };
+                parts.push(Part { key_groups, end: row_key.to_vec(), ..done });
+                bytes = 0;
+            }
+            part.rows += 1;
+            bytes += row;
+            last = group;
+            Ok(true)
+        })?;
+        parts.push(part);
+        Ok(parts)
+    }
+
+    /// Reads a part out.
+    fn write(&self, part: &Part) -> Result<Bytes> {
+        let mut page = Page::new(self.form.clone());
+        let header = Header::new(None).at(&self.watermarks.within(part.key_groups));
+        let mut writer = RowWriter::new(&self.spec, header, page.written());
+        let mut at = None;
+        let mut turn = |page: &mut Page, at: Option<(KeyGroup, i64)>| {
+            let Some((group, namespace)) = at else { return Ok(()) };
+            page.turn(&mut |rows, slots| writer.push(group, namespace, rows, slots, false))
+        };
+        database::scan(&self.db, &part.start, part.end.clone(), |row_key, value| {
+            let (group, namespace, row_key) = key::parse(row_key).ok_or_else(not_ours)?;
+            if at.is_some_and(|at| at != (group, namespace)) || page.len() >= PAGE_ROWS {
+                turn(&mut page, at)?;
+            }
+            at = Some((group, namespace));
+            page.add(self.form.head(value)?, row_key, value)?;
+            Ok(true)
+        })?;
+        turn(&mut page, at)?;
+        writer.finish()
+    }
+}
+
+fn not_ours() -> Error {
+    Error::corrupt("a key of the database is not in the form in which keys are written")
 }
 
 /// Takes in a neutral shard.

@@ -12,7 +12,8 @@ use std::{
 
 use floodmark_snapshot::{Epoch, KeyGroup, Result, coordination::Barrier};
 use floodmark_state::{
-    Column, ColumnType, KeyGroupWatermarks, KeyedState, NO_SLOT, RestoredShard, Rows, Slots, StateSnapshot, StateSpec, Table,
+    Column, ColumnType, KeyGroupWatermarks, KeyedState, NO_SLOT, RestoredShard, Rows, Slots, StateSnapshot, StateSpec,
+    Table,
 };
 
 use crate::{

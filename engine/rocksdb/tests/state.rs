@@ -254,7 +254,7 @@ fn a_restored_checkpoint_is_gone_on_from_at_the_same_key_groups_only() {
 }
 
 #[test]
-fn a_savepoint_is_one_neutral_shard_and_changes_nothing_for_later_checkpoints() {
+fn a_savepoint_is_neutral_and_changes_nothing_for_later_checkpoints() {
     let folder = scratch();
     let (env, backend) = (Env::system(), backend(folder.path(), 256 << 10));
     let (mut states, mut store) = (States::open(&backend, 1, None, &env), Store::default());
@@ -280,6 +280,55 @@ fn a_savepoint_is_one_neutral_shard_and_changes_nothing_for_later_checkpoints() 
         restored.add(3, &[5], b"later");
         assert_eq!(restored.all(), states.all());
     }
+}
+
+#[test]
+fn a_large_savepoint_is_cut_into_shards_and_each_key_group_gets_its_rows() {
+    const SHARD_BYTES: u64 = 64 << 10;
+    let folder = scratch();
+    let env = Env::system();
+    let settings = Settings { cache_bytes: 256 << 10, shard_bytes: SHARD_BYTES, ..Settings::new(folder.path()) };
+    let backend = RocksDb::open(&settings, &env).unwrap();
+    let (mut states, mut store) = (States::open(&backend, 2, None, &env), Store::default());
+    for namespace in [-1, 0, 7] {
+        states.add(namespace, &(0..10_000).collect::<Vec<_>>(), format!("text of {namespace}").as_bytes());
+    }
+    let model = states.all();
+    let snapshots = states.snapshot(&whole(1), Some(7));
+    let savepoint = store.upload(1, snapshots).unwrap();
+    assert_eq!(savepoint.iter().map(|s| s.rows).sum::<u64>(), 30_000);
+    assert!(savepoint.len() > 20, "{} shards", savepoint.len());
+    for shard in &savepoint {
+        let (size, rows) = (shard.size, shard.rows);
+        assert!(size < 2 * SHARD_BYTES, "a shard of {rows} rows has {size} bytes instead of {SHARD_BYTES}");
+    }
+    for subtask in 0..2 {
+        // No key group is left out: the watermark is known of each.
+        let groups: Vec<_> = savepoint.iter().filter(|s| s.subtask == subtask).filter_map(|s| s.key_groups).collect();
+        let mine = spec(subtask, 2, None, &env).key_groups;
+        assert_eq!((groups[0].first, groups[groups.len() - 1].last), (mine.first, mine.last));
+        assert!(groups.windows(2).all(|g| g[0].last == g[1].first || g[0].last.0 + 1 == g[1].first.0), "{groups:?}");
+        assert!(groups.windows(2).any(|g| g[0].last == g[1].first), "some key group is larger than a shard");
+    }
+    for to in [&Heap as &dyn StateBackend, &backend] {
+        for parallelism in [1, 2, 3] {
+            let mut restored = States::open(to, parallelism, None, &env);
+            assert_eq!(restored.restore(&store, &savepoint, 2).unwrap(), Some(7));
+            assert_eq!(restored.all(), model, "{} at {parallelism}", to.name());
+        }
+    }
+}
+
+#[test]
+fn an_empty_savepoint_tells_the_watermark_all_the_same() {
+    let folder = scratch();
+    let (env, backend) = (Env::system(), backend(folder.path(), 256 << 10));
+    let (mut states, mut store) = (States::open(&backend, 1, None, &env), Store::default());
+    let snapshots = states.snapshot(&whole(1), Some(7));
+    let savepoint = store.upload(1, snapshots).unwrap();
+    assert_eq!((savepoint.len(), savepoint[0].rows), (1, 0));
+    let mut restored = States::open(&backend, 2, None, &env);
+    assert_eq!(restored.restore(&store, &savepoint, 1).unwrap(), Some(7));
 }
 
 #[test]

@@ -220,8 +220,9 @@ pub trait KeyedState: Send {
     fn scan(&mut self, namespace: i64, page: &mut dyn FnMut(&Rows, &[u32]) -> Result<()>) -> Result<()>;
 
     /// The synchronous part of a snapshot; see `dataflow::Operator::snapshot`. `watermarks` are the operator's, and come back
-    /// from [`KeyedState::restored`]. If the barrier asks for a whole snapshot, it is one shard of layer 0 in the neutral
-    /// format ([`crate::shard`]), and what later checkpoints reuse is as if it had not been.
+    /// from [`KeyedState::restored`]. If the barrier asks for a whole snapshot, it is shards of layer 0 in the neutral
+    /// format ([`crate::shard`]), in the order of their key groups, which cover all of the subtask's; one key group may be in
+    /// several. What later checkpoints reuse is as if it had not been.
     ///
     /// # Errors
     /// When the back end can't.
