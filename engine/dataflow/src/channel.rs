@@ -6,6 +6,11 @@
 //!
 //! Only what an overtaking barrier takes along goes past the bound. A receiver can take a barrier out of the middle of a
 //! queue, with a copy of the rows before it; the rows stay, and are processed as usual.
+//!
+//! A channel between two processes is two of these, one at each end, with a pump between them. The pump at the receiver's end
+//! puts in what comes, weighed as it was on the way ([`Sender::send_weighing`]), and looks at how much is left
+//! ([`Sender::watch`]); the one at the sender's end says what is on its way without leave ([`Inbox::owe`]), so that the
+//! sender waits for that too.
 
 use std::{
     collections::VecDeque,
@@ -42,10 +47,25 @@ pub enum Refused {
 struct Queue {
     frames: VecDeque<(Frame, usize)>,
     bytes: usize,
+    /// Bytes that are not in the queue any more, and for which the sender must wait all the same.
+    owed: usize,
     /// The barriers among the frames, oldest first, and whether they overtake: found without a search.
     barriers: VecDeque<(Barrier, bool)>,
-    /// Set while the sender waits for room.
-    waiting: Option<Arc<Signal>>,
+    /// Set while the sender waits until the queue holds less than so many bytes.
+    waiting: Option<(usize, Arc<Signal>)>,
+}
+
+impl Queue {
+    /// What counts against the bound.
+    fn held(&self) -> usize {
+        self.bytes + self.owed
+    }
+
+    /// The sender to wake, if it waits for no less than what is there now.
+    fn wake(&mut self) -> Option<Arc<Signal>> {
+        let held = self.held();
+        self.waiting.take_if(|(below, _)| held < *below).map(|(_, sender)| sender)
+    }
 }
 
 #[derive(Debug)]
@@ -92,7 +112,7 @@ impl Inbox {
     /// Adds a channel, whose number is the count of those before it. `signal` wakes the sender's thread.
     pub fn channel(&mut self, signal: Arc<Signal>) -> Sender {
         let mut queues = lock(&self.shared.queues);
-        queues.push(Queue { frames: VecDeque::new(), bytes: 0, barriers: VecDeque::new(), waiting: None });
+        queues.push(Queue { frames: VecDeque::new(), bytes: 0, owed: 0, barriers: VecDeque::new(), waiting: None });
         self.channels = queues.len();
         Sender { shared: self.shared.clone(), channel: self.channels - 1, signal }
     }
@@ -124,7 +144,7 @@ impl Inbox {
             let queue = &mut queues[channel];
             if let Some((frame, weight)) = queue.frames.pop_front_if(|(frame, _)| wanted(channel, frame)) {
                 queue.bytes -= weight;
-                let wake = if queue.bytes < self.shared.bound { queue.waiting.take() } else { None };
+                let wake = queue.wake();
                 self.next = (channel + 1) % self.channels;
                 if barrier_of(&frame).is_some() {
                     queue.barriers.pop_front();
@@ -177,12 +197,25 @@ impl Inbox {
             Frame::Watermark(_) | Frame::Barrier(_) | Frame::Overtaking(_) | Frame::Idle | Frame::End => None,
         });
         let rows = rows.collect();
-        let wake = if queue.bytes < self.shared.bound { queue.waiting.take() } else { None };
+        let wake = queue.wake();
         drop(queues);
         if let Some(sender) = wake {
             sender.notify();
         }
         rows
+    }
+
+    /// Says that so many bytes which were taken from `channel` are to count against its bound for now, in place of what was
+    /// said before.
+    pub fn owe(&mut self, channel: usize, bytes: usize) {
+        let mut queues = lock(&self.shared.queues);
+        let Some(queue) = queues.get_mut(channel) else { return };
+        queue.owed = bytes;
+        let wake = queue.wake();
+        drop(queues);
+        if let Some(sender) = wake {
+            sender.notify();
+        }
     }
 }
 
@@ -208,7 +241,7 @@ impl Drop for Inbox {
     fn drop(&mut self) {
         // Senders that wait for room find the channel closed.
         for queue in lock(&self.shared.queues).drain(..) {
-            if let Some(sender) = queue.waiting {
+            if let Some((_, sender)) = queue.waiting {
                 sender.notify();
             }
         }
@@ -223,11 +256,12 @@ impl Sender {
     pub fn try_send(&self, frame: Frame) -> Result<(), Refused> {
         let mut queues = lock(&self.shared.queues);
         let Some(queue) = queues.get_mut(self.channel) else { return Err(Refused::Closed) };
-        if queue.bytes >= self.shared.bound {
-            queue.waiting = Some(self.signal.clone());
+        if queue.held() >= self.shared.bound {
+            queue.waiting = Some((self.shared.bound, self.signal.clone()));
             return Err(Refused::Full(frame));
         }
-        self.push(queue, frame);
+        let weight = weight(&frame);
+        self.push(queue, frame, weight);
         drop(queues);
         self.shared.receiver.notify();
         Ok(())
@@ -240,9 +274,9 @@ impl Sender {
     pub fn has_room(&self) -> Result<bool, Refused> {
         let mut queues = lock(&self.shared.queues);
         let Some(queue) = queues.get_mut(self.channel) else { return Err(Refused::Closed) };
-        let room = queue.bytes < self.shared.bound;
+        let room = queue.held() < self.shared.bound;
         if !room {
-            queue.waiting = Some(self.signal.clone());
+            queue.waiting = Some((self.shared.bound, self.signal.clone()));
         }
         Ok(room)
     }
@@ -252,15 +286,62 @@ impl Sender {
     /// # Errors
     /// [`Refused::Closed`].
     pub fn send_past_bound(&self, frame: Frame) -> Result<(), Refused> {
+        let weight = weight(&frame);
+        self.send_weighing(frame, weight)
+    }
+
+    /// Puts a frame that weighs so many bytes into the channel, whether there is room or not. Only for who keeps a bound of
+    /// its own: see [`Sender::watch`].
+    ///
+    /// # Errors
+    /// [`Refused::Closed`].
+    pub fn send_weighing(&self, frame: Frame, weight: usize) -> Result<(), Refused> {
         let mut queues = lock(&self.shared.queues);
         let Some(queue) = queues.get_mut(self.channel) else { return Err(Refused::Closed) };
-        self.push(queue, frame);
+        self.push(queue, frame, weight);
         drop(queues);
         self.shared.receiver.notify();
         Ok(())
     }
 
-    fn push(&self, queue: &mut Queue, frame: Frame) {
+    /// Bytes that wait in the channel. If they are not less than `below`, the sender's signal is notified once they are; and
+    /// when the receiver goes.
+    ///
+    /// # Errors
+    /// [`Refused::Closed`].
+    pub fn watch(&self, below: usize) -> Result<usize, Refused> {
+        let mut queues = lock(&self.shared.queues);
+        let Some(queue) = queues.get_mut(self.channel) else { return Err(Refused::Closed) };
+        let held = queue.held();
+        queue.waiting = (held >= below).then(|| (below, self.signal.clone()));
+        Ok(held)
+    }
+
+    /// Lets the receiver know that the barrier of `epoch` overtakes, if it waits in the channel and may.
+    pub fn overtake(&self, epoch: Epoch) {
+        let mut queues = lock(&self.shared.queues);
+        let Some(queue) = queues.get_mut(self.channel) else { return };
+        let is_it = |b: &Barrier| b.epoch == epoch && b.may_overtake();
+        let Some((_, overtakes @ false)) = queue.barriers.iter_mut().find(|(b, _)| is_it(b)) else { return };
+        *overtakes = true;
+        for (frame, _) in &mut queue.frames {
+            if let Frame::Barrier(barrier) = *frame
+                && is_it(&barrier)
+            {
+                *frame = Frame::Overtaking(barrier);
+            }
+        }
+        drop(queues);
+        self.shared.receiver.notify();
+    }
+
+    /// What wakes the sender.
+    #[must_use]
+    pub fn signal(&self) -> &Arc<Signal> {
+        &self.signal
+    }
+
+    fn push(&self, queue: &mut Queue, frame: Frame, weight: usize) {
         match (&frame, queue.frames.back_mut()) {
             // Nothing lies between them: the later watermark says it all.
             (Frame::Watermark(_), Some((last @ Frame::Watermark(_), _))) => *last = frame,
@@ -269,7 +350,6 @@ impl Sender {
                     queue.barriers.push_back((barrier, matches!(frame, Frame::Overtaking(_))));
                     self.shared.barriers.fetch_add(1, Ordering::Relaxed);
                 }
-                let weight = weight(&frame);
                 queue.bytes += weight;
                 queue.frames.push_back((frame, weight));
             }
@@ -351,6 +431,62 @@ mod tests {
         }
         assert_eq!(order, ["1", "Barrier", "Watermark", "2", "3"]);
         assert!(inbox.waiting_barriers().is_empty());
+    }
+
+    #[test]
+    fn a_barrier_that_waits_in_a_channel_can_be_told_to_overtake_if_it_may() {
+        let signal = Arc::new(Signal::default());
+        let mut inbox = Inbox::new(signal.clone());
+        let sender = inbox.channel(Arc::default());
+        sender.try_send(batch(1)).unwrap();
+        sender.try_send(Frame::Barrier(Barrier { whole: true, ..Barrier::checkpoint(Epoch(1)) })).unwrap();
+        sender.try_send(Frame::Barrier(Barrier::checkpoint(Epoch(2)))).unwrap();
+        signal.wait(None);
+        sender.overtake(Epoch(1));
+        sender.overtake(Epoch(3));
+        assert_eq!(inbox.waiting_barriers()[0].overtaking, Epoch(0));
+        sender.overtake(Epoch(2));
+        signal.wait(None);
+        assert_eq!(inbox.waiting_barriers()[0].overtaking, Epoch(2));
+        let frames: Vec<_> = std::iter::from_fn(|| inbox.try_recv(|_| false)).map(|(_, frame)| frame).collect();
+        assert!(matches!(frames[..], [Frame::Batch(_), Frame::Barrier(_), Frame::Overtaking(_)]), "{frames:?}");
+    }
+
+    #[test]
+    fn a_sender_waits_for_what_is_owed_as_for_what_is_there() {
+        let writer = Arc::new(Signal::default());
+        let mut inbox = Inbox::bounded(Arc::default(), 100);
+        let sender = inbox.channel(writer.clone());
+        inbox.owe(0, 99);
+        sender.try_send(Frame::Idle).unwrap();
+        assert!(matches!(sender.try_send(Frame::Idle), Err(Refused::Full(_))));
+        assert!(inbox.try_recv(|_| false).is_some());
+        writer.wait(None);
+        inbox.owe(0, 100);
+        assert!(!sender.has_room().unwrap());
+        inbox.owe(0, 7);
+        writer.wait(None);
+        assert!(sender.has_room().unwrap());
+    }
+
+    #[test]
+    fn who_keeps_a_bound_of_its_own_is_told_when_less_is_left_than_it_asked_for() {
+        let writer = Arc::new(Signal::default());
+        let mut inbox = Inbox::bounded(Arc::default(), 1);
+        let sender = inbox.channel(writer.clone());
+        for _ in 0..3 {
+            sender.send_weighing(Frame::Idle, 1000).unwrap();
+        }
+        assert_eq!(sender.watch(1500).unwrap(), 3000);
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        inbox.try_recv(|_| false);
+        assert!(writer.poll_wait(&mut context).is_pending(), "2000 are left");
+        inbox.try_recv(|_| false);
+        assert!(writer.poll_wait(&mut context).is_ready());
+        assert_eq!(sender.watch(0).unwrap(), 1000);
+        drop(inbox);
+        assert!(writer.poll_wait(&mut context).is_ready(), "the receiver has gone");
+        assert!(matches!(sender.watch(0), Err(Refused::Closed)));
     }
 
     #[test]

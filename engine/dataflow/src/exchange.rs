@@ -93,7 +93,8 @@ impl Router {
     }
 
     /// If the barrier of `epoch` still waits here, sends it and what waits before it, whether there is room or not, and lets
-    /// the receivers know that it overtakes. A forward exchange stays in order: see [`InputChannel::in_order`].
+    /// the receivers know that it overtakes; also if it waits in the channel, from where a receiver in another process does
+    /// not see it. A forward exchange stays in order: see [`InputChannel::in_order`].
     ///
     /// [`InputChannel::in_order`]: crate::inflight::InputChannel::in_order
     ///
@@ -105,7 +106,10 @@ impl Router {
         }
         for target in &mut self.targets {
             let is_it = |f: &Frame| matches!(f, Frame::Barrier(b) if b.epoch == epoch && b.may_overtake());
-            let Some(at) = target.waiting.iter().position(is_it) else { continue };
+            let Some(at) = target.waiting.iter().position(is_it) else {
+                target.sender.overtake(epoch);
+                continue;
+            };
             for frame in target.waiting.drain(..=at) {
                 let frame = match frame {
                     Frame::Barrier(barrier) if barrier.epoch == epoch => Frame::Overtaking(barrier),
