@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use floodmark_tests::job::Job;
 use nix::sys::resource::{UsageWho, getrusage};
 
-use crate::{Args, Backend, queries::Query};
+use super::queries::Query;
+use crate::{backend::Backend, report::load_average};
 
 /// Name of the system that is measured.
 pub(crate) const FLOODMARK: &str = "floodmark";
@@ -42,18 +43,30 @@ pub(crate) struct Measured {
 }
 
 impl Measured {
+    /// CPU-seconds per million events.
     pub(crate) fn per_million(&self) -> f64 {
         self.cpu_seconds / self.events as f64 * 1e6
+    }
+
+    /// Events a second.
+    pub(crate) fn per_second(&self) -> f64 {
+        self.events as f64 / self.wall_seconds
     }
 }
 
 /// Runs a query with Floodmark.
-pub(crate) fn floodmark(bootstrap: &str, topic: &str, setting: &Setting<'_>, args: &Args) -> Result<Measured> {
+pub(crate) fn floodmark(
+    bootstrap: &str,
+    topic: &str,
+    setting: &Setting<'_>,
+    parallelism: u32,
+    events: u64,
+) -> Result<Measured> {
     let Setting { query, backend, interval } = *setting;
     let folder = tempfile::tempdir()?;
     let sql: String = query.statements(bootstrap, topic).iter().map(|s| format!("{s};\n")).collect();
     let mut job = Job::new(folder.path(), query.name(), sql);
-    job.parallelism = args.parallelism;
+    job.parallelism = parallelism;
     interval.clone_into(&mut job.interval);
     job.spec = format!("  state:\n    backend: {backend}\n");
     let (load, before, start) = (load_average(), cpu_of_children()?, Instant::now());
@@ -61,7 +74,7 @@ pub(crate) fn floodmark(bootstrap: &str, topic: &str, setting: &Setting<'_>, arg
     let (wall_seconds, cpu) = (start.elapsed().as_secs_f64(), cpu_of_children()? - before);
     let summary = ended.ok("finished")?;
     let read = summary.rows_in.get("nexmark").copied().context("the summary does not count table nexmark")?;
-    ensure!(read == args.events, "{} read {read} events instead of {}", query.name(), args.events);
+    ensure!(read == events, "{} read {read} events instead of {}", query.name(), events);
     ensure!(
         (summary.cpu_seconds - cpu).abs() < START_AND_END + cpu * 0.05,
         "the process says it took {:.2} CPU-seconds, the operating system says {cpu:.2}",
@@ -71,7 +84,7 @@ pub(crate) fn floodmark(bootstrap: &str, topic: &str, setting: &Setting<'_>, arg
         system: FLOODMARK,
         query,
         setting: format!("{backend}, {interval}"),
-        events: args.events,
+        events,
         cpu_seconds: summary.cpu_seconds,
         cpu_seconds_of_system: Some(cpu),
         wall_seconds,
@@ -85,10 +98,4 @@ fn cpu_of_children() -> Result<f64> {
     let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN).context("read resource usage")?;
     Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
-}
-
-/// The load average of the last minute; 0 where the system has none.
-pub(crate) fn load_average() -> f64 {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or(0.0)
 }

@@ -13,10 +13,8 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::{
-    measure::{Measured, load_average},
-    queries::Query,
-};
+use super::{measure::Measured, queries::Query};
+use crate::report::load_average;
 
 const NAME: &str = "flink";
 
