@@ -19,6 +19,7 @@ use floodmark_snapshot::{Env, Epoch, KeyGroup, KeyGroupRange, Result, Shard, Sha
 
 use crate::{
     heap::Heap,
+    shape::RowShape,
     snapshot::{RestoredShard, StateSnapshot},
     table::{ColumnType, Rows, Table},
     watermarks::KeyGroupWatermarks,
@@ -122,6 +123,12 @@ pub trait Layout: Send + Sync {
     /// # Errors
     /// When a column is of another type.
     fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> Result<()>;
+
+    /// What [`Layout::encode`] does, in words that another program can follow. Without them, files of a back end that hold rows
+    /// as they are in memory can be read by the operator alone.
+    fn shape(&self) -> Option<RowShape> {
+        None
+    }
 }
 
 /// The places of some rows.
