@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use floodmark_dataflow::sink::Committer;
-use floodmark_snapshot::{Env, Epoch, Error, Result, Step, block::read_blocks, env::sleep};
+use floodmark_snapshot::{Env, Epoch, Error, Result, Step, env::sleep};
 use rdkafka::{
     Message, TopicPartitionList,
     admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
@@ -27,8 +27,7 @@ use serde_json::{Value, json};
 use super::{
     client::{Cluster, Lookup, Watch, failed},
     produce::{judged, producer, send, settle},
-    record::Records,
-    sink::STAGED,
+    record::unstage,
 };
 
 /// Longest that one call waits for brokers. What takes longer is an error to retry.
@@ -144,12 +143,8 @@ impl KafkaCommitter {
 
     fn write(&self, producer: &BaseProducer<Watch>, epoch: Epoch, staged: &[Bytes], until: Duration) -> Result<()> {
         let wrong = |error: &KafkaError| judged(producer, &format!("write to topic '{}'", self.topic), error);
-        for shard in staged {
-            for block in read_blocks(STAGED, shard)? {
-                for record in Records(&block) {
-                    send(producer, &self.topic, None, record?, &self.env, until).map_err(|e| wrong(&e))?;
-                }
-            }
+        for file in staged {
+            unstage(file, |record| send(producer, &self.topic, None, record, &self.env, until).map_err(|e| wrong(&e)))?;
         }
         let marker = json!({ "epoch": epoch, "history": self.history }).to_string();
         let marker = (Some(self.id.as_bytes()), Some(marker.as_bytes()));

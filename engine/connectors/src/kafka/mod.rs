@@ -6,7 +6,7 @@
 mod client;
 mod committer;
 mod produce;
-mod record;
+pub mod record;
 mod sink;
 mod source;
 mod start;

@@ -1,9 +1,11 @@
-//! Rows to records (a key, a value, or a value's absence: a tombstone), and records to bytes and back. Pure.
+//! Rows to records (a key, a value, or a value's absence: a tombstone), and records to staged files and back. Pure.
 //!
 //! A changelog becomes upserts: of the rows of one key in a batch only the last counts, and is the key's new value, or a
 //! tombstone if the row is gone.
 //!
 //! ```text
+//! file   = a file of checksummed blocks (floodmark_snapshot::block), kind "staged-records"
+//! block  = record*
 //! record = key_len:i32 value_len:i32 key value      little-endian; a length of -1 stands for null
 //! ```
 
@@ -15,11 +17,17 @@ use arrow::{
     datatypes::Int8Type,
     record_batch::RecordBatch,
 };
+use bytes::Bytes;
 use floodmark_dataflow::RowKind;
-use floodmark_snapshot::{Error, Result};
+use floodmark_snapshot::{
+    Error, Result,
+    block::{BlockWriter, read_blocks},
+};
 
 use crate::format::Format;
 
+/// The kind of the framed file that staged records are in.
+const STAGED: &str = "staged-records";
 const NULL: i32 = -1;
 
 /// How the rows of a sink become records.
@@ -96,7 +104,11 @@ impl Lines {
     }
 }
 
-fn put(out: &mut Vec<u8>, key: Option<&[u8]>, value: Option<&[u8]>) -> Result<()> {
+/// Appends a record to a block.
+///
+/// # Errors
+/// When key or value are over 2 GiB long.
+pub fn put(out: &mut Vec<u8>, key: Option<&[u8]>, value: Option<&[u8]>) -> Result<()> {
     for part in [key, value] {
         let len = match part {
             None => NULL,
@@ -109,8 +121,31 @@ fn put(out: &mut Vec<u8>, key: Option<&[u8]>, value: Option<&[u8]>) -> Result<()
     Ok(())
 }
 
+/// The file that blocks of records are staged in.
+///
+/// # Errors
+/// When a block is too long.
+pub fn stage<'a>(blocks: impl IntoIterator<Item = &'a [u8]>) -> Result<Bytes> {
+    let mut file = BlockWriter::new(STAGED);
+    blocks.into_iter().filter(|block| !block.is_empty()).try_for_each(|block| file.push(block))?;
+    Ok(file.finish())
+}
+
+/// Hands over the records of a staged file, in order. The whole file is verified before the first.
+///
+/// # Errors
+/// `Corrupt` if it is not what [`stage`] has written; whatever `take` fails with.
+pub fn unstage(file: &Bytes, mut take: impl FnMut(Record<'_>) -> Result<()>) -> Result<()> {
+    for block in read_blocks(STAGED, file)? {
+        for record in Records(&block) {
+            take(record?)?;
+        }
+    }
+    Ok(())
+}
+
 /// A record: key and value.
-pub(super) type Record<'a> = (Option<&'a [u8]>, Option<&'a [u8]>);
+pub type Record<'a> = (Option<&'a [u8]>, Option<&'a [u8]>);
 
 /// Reads records back, one after the other.
 pub(super) struct Records<'a>(pub(super) &'a [u8]);
@@ -158,6 +193,7 @@ mod tests {
 
     use arrow::array::{Int8Array, Int64Array, StringArray};
     use expect_test::{Expect, expect};
+    use floodmark_snapshot::Disposition;
 
     use super::*;
 
@@ -204,6 +240,32 @@ mod tests {
                 {"k":3} -> {"k":3,"v":"d"}
                 {"k":4} -> null"#]],
         );
+    }
+
+    #[test]
+    fn a_staged_file_gives_its_records_back_in_order_and_of_a_damaged_one_none() {
+        let records: [Record<'_>; 5] =
+            [(None, Some(b"a")), (Some(b"k"), None), (None, None), (Some(b""), Some(b"")), (Some(b"k"), Some(b"v"))];
+        let mut blocks = vec![Vec::new(); 3];
+        records.iter().zip([0, 0, 2, 2, 2]).for_each(|((k, v), block)| put(&mut blocks[block], *k, *v).unwrap());
+        let file = stage(blocks.iter().map(Vec::as_slice)).unwrap();
+        let read = |file: &Bytes| {
+            let (owned, mut found) = (|part: Option<&[u8]>| part.map(<[u8]>::to_vec), Vec::new());
+            let outcome = unstage(file, |(key, value)| {
+                found.push((owned(key), owned(value)));
+                Ok(())
+            });
+            (outcome.map_err(|e| e.disposition()), found)
+        };
+        let owned = |part: Option<&[u8]>| part.map(<[u8]>::to_vec);
+        assert_eq!(read(&file), (Ok(()), records.iter().map(|(k, v)| (owned(*k), owned(*v))).collect()));
+        for at in 0..file.len() {
+            let mut bad = file.to_vec();
+            bad[at] ^= 4;
+            for bad in [bad.into(), file.slice(..at)] {
+                assert_eq!(read(&bad), (Err(Disposition::Corrupt), Vec::new()), "byte {at}");
+            }
+        }
     }
 
     #[test]

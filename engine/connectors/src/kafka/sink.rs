@@ -10,19 +10,17 @@ use floodmark_dataflow::{
     metrics::add,
     sink::{Committer, SinkFactory},
 };
-use floodmark_snapshot::{Error, Result, ShardKind, block::BlockWriter};
+use floodmark_snapshot::{Error, Result, ShardKind};
 use rdkafka::producer::{BaseProducer, Producer};
 
 use super::{
     client::{Cluster, Lookup, Watch, failed},
     committer::{KafkaCommitter, check_commit_topic, ensure_commit_topic},
     produce::{producer, send, settle},
-    record::{Encoder, Records},
+    record::{Encoder, Records, stage},
 };
 use crate::{format::Format, options::Options};
 
-/// The kind of the framed file that staged records are in.
-pub(super) const STAGED: &str = "staged-records";
 /// Staged records are put into blocks of about this many bytes.
 const BLOCK_BYTES: usize = 4 << 20;
 /// Longest that direct writing waits for the brokers; with a broker away for longer, the job fails and starts again.
@@ -213,13 +211,7 @@ impl Operator for Staging {
         if rows == 0 {
             return Ok(StateSnapshot::default());
         }
-        let encode = move || {
-            let mut blocks = BlockWriter::new(STAGED);
-            for block in staged.iter().filter(|b| !b.is_empty()) {
-                blocks.push(block)?;
-            }
-            Ok(blocks.finish())
-        };
+        let encode = move || stage(staged.iter().map(Vec::as_slice));
         Ok(StateSnapshot::of(vec![PendingShard::new(ShardKind::Staged, None, rows, Box::new(encode))]))
     }
 }
