@@ -1,0 +1,10 @@
+//! See `decoders::staged_records` in tests/corruption.
+
+#![no_main]
+
+use floodmark_corruption::decoders;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    decoders::let_panics_be_caught();
+    decoders::staged_records(data);
+});
