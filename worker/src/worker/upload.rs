@@ -141,7 +141,9 @@ impl Written<'_> {
         let snapshot = StateSnapshot { reused, pending };
         let expand = move || snapshot.expanded();
         let StateSnapshot { reused, pending } = self.uploader.env.blocking("writing out state", expand).await??;
-        let mut shards: Vec<Shard> = reused.into_iter().map(|s| Shard { status: ShardStatus::Reused, ..s }).collect();
+        // Its number may have been another when it wrote them: what it names now is its own, and is read before what it adds.
+        let again = |s: Shard| Shard { status: ShardStatus::Reused, subtask: self.subtask, ..s };
+        let mut shards: Vec<Shard> = reused.into_iter().map(again).collect();
         let puts = pending.into_iter().map(|shard| self.pending(shard));
         // All are waited for, also past a failure: what is deleted then must not appear later.
         let written: Vec<Result<Shard>> = stream::iter(puts).buffered(UPLOADS_IN_FLIGHT_MAX).collect().await;
@@ -181,5 +183,36 @@ impl Written<'_> {
         let tail = (shard.kind == ShardKind::Keyed).then(|| tail_hash(&bytes));
         storage.put(&folder.path(&path), bytes).await.context_with(|| "write a shard")?;
         Ok(Shard { size, hash, tail, path, subtask: self.subtask, ..shard })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use floodmark_snapshot::{JobId, storage};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_subtask_names_again_is_its_own_although_another_number_wrote_it() {
+        let job = JobId { namespace: "n".into(), name: "j".into(), uid: "u".into() };
+        let uploader = Uploader {
+            storage: storage::open("memory://").unwrap(),
+            env: Env::system(),
+            folder: JobFolder::of(&job),
+            attempt: Attempt(2),
+        };
+        let encode = || Ok(Bytes::from_static(b"newer"));
+        let part = OperatorPart {
+            uid: "counts".into(),
+            kind: "counter".to_owned(),
+            schema: Default::default(),
+            parallelism: 4,
+            splits: Vec::new(),
+            reused: vec![Shard { subtask: 2, ..Shard::new("blobs/1/1-a.state", ShardKind::Keyed) }],
+            shards: vec![PendingShard { layer: 1, ..PendingShard::new(ShardKind::Keyed, None, 1, Box::new(encode)) }],
+        };
+        let parts = uploader.upload(Epoch(7), 3, vec![part], &HashMap::new()).await.unwrap();
+        let shards: Vec<_> = parts[0].1.shards.iter().map(|s| (s.subtask, s.layer, s.status)).collect();
+        assert_eq!(shards, [(3, 0, ShardStatus::Reused), (3, 1, ShardStatus::Uploaded)]);
     }
 }
