@@ -106,10 +106,21 @@ impl Page {
     #[must_use]
     pub fn by_namespace(&self, removed: bool) -> BTreeMap<i64, Vec<u32>> {
         let mut all: BTreeMap<i64, Vec<u32>> = BTreeMap::new();
-        for (row, namespace) in self.keys.namespaces.iter().enumerate() {
-            if self.removed.as_ref().is_some_and(|r| r.value(row)) == removed {
-                all.entry(*namespace).or_default().push(row as u32);
-            }
+        let mut rows = (0_u32..).zip(&self.keys.namespaces).filter(|(row, _)| {
+            // Without the column none is removed.
+            self.removed.as_ref().is_some_and(|r| r.value(*row as usize)) == removed
+        });
+        // Neighbours mostly have the same namespace.
+        let mut next = rows.next();
+        while let Some((row, namespace)) = next {
+            let of = all.entry(*namespace).or_default();
+            of.push(row);
+            next = loop {
+                match rows.next() {
+                    Some((row, same)) if same == namespace => of.push(row),
+                    other => break other,
+                }
+            };
         }
         all
     }
@@ -126,13 +137,13 @@ impl Page {
     }
 }
 
-/// The rows of a neutral shard that belong to a subtask.
+/// The rows of a neutral shard that belong to a subtask; of a slice, if the shard comes in slices.
 pub struct Pages<'a> {
     spec: &'a StateSpec,
     bytes: &'a Bytes,
     reader: Reader,
-    /// Whether rows of others may be among them.
-    foreign: bool,
+    /// The key groups wanted: the subtask's, or those of a slice.
+    groups: KeyGroupRange,
 }
 
 impl<'a> Pages<'a> {
@@ -148,10 +159,8 @@ impl<'a> Pages<'a> {
                 shard.shard.path
             )));
         }
-        let reader = Reader::whole(&shard.bytes)?;
-        let within = |g: KeyGroupRange| spec.key_groups.first <= g.first && g.last <= spec.key_groups.last;
-        let foreign = !shard.shard.key_groups.is_some_and(within);
-        Ok(Self { spec, bytes: &shard.bytes, reader, foreign })
+        let groups = shard.slice.unwrap_or(spec.key_groups);
+        Ok(Self { spec, bytes: &shard.bytes, reader: Reader::whole(&shard.bytes)?, groups })
     }
 
     /// What the file says of itself.
@@ -163,7 +172,7 @@ impl<'a> Pages<'a> {
     /// Number of rows, about: others' may be counted too.
     #[must_use]
     pub fn rows(&self) -> u64 {
-        self.reader.rows_of(self.spec.key_groups)
+        self.reader.rows_of(self.groups)
     }
 
     /// Whether the rows have the columns that the layout has now.
@@ -178,21 +187,25 @@ impl<'a> Pages<'a> {
     /// # Errors
     /// `Corrupt` if they are damaged, `Abort` if the layout can't take them; and those of `page`.
     pub fn each(&self, mut page: impl FnMut(Page) -> Result<()>) -> Result<()> {
-        for batches in self.reader.blocks(self.bytes, self.spec.key_groups) {
-            for batch in batches? {
-                page(self.page(batch)?)?;
+        for (block, place) in self.reader.ranges(self.groups) {
+            let of = self.reader.key_groups(block);
+            let foreign = of.first < self.groups.first || self.groups.last < of.last;
+            for batch in self.reader.block(self.bytes, block, place)? {
+                page(self.page(batch, foreign)?)?;
             }
         }
         Ok(())
     }
 
-    fn page(&self, mut batch: RecordBatch) -> Result<Page> {
+    /// The rows of a block. If it is not `foreign`, all of them are wanted.
+    fn page(&self, mut batch: RecordBatch, foreign: bool) -> Result<Page> {
         let mut keys = self.spec.layout.decode(&batch)?;
         if keys.len() != batch.num_rows() {
             return Err(Error::abort("internal error: a layout found another number of keys than rows"));
         }
-        if self.foreign && keys.hashes.iter().any(|h| !self.spec.owns(*h)) {
-            let mine: BooleanArray = keys.hashes.iter().map(|h| Some(self.spec.owns(*h))).collect();
+        let wanted = |hash: &u64| self.groups.contains(KeyGroup::of(*hash, self.spec.max_parallelism));
+        if foreign && !keys.hashes.iter().all(wanted) {
+            let mine: BooleanArray = keys.hashes.iter().map(|hash| Some(wanted(hash))).collect();
             batch = filter_record_batch(&batch, &mine).map_err(undecodable)?;
             let mut kept = RowKeys::default();
             for row in (0..keys.len()).filter(|row| mine.value(*row)) {

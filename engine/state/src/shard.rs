@@ -373,13 +373,26 @@ impl Reader {
         file: &'a Bytes,
         key_groups: KeyGroupRange,
     ) -> impl Iterator<Item = Result<Vec<RecordBatch>>> + 'a {
-        self.ranges(key_groups).into_iter().map(move |(block, range)| {
-            let (start, end) = (range.start as usize, range.end as usize);
-            if start > end || end > file.len() {
-                return Err(Error::corrupt(format!("block {block} is outside of its state file")));
-            }
-            self.decode(block, &file.slice(start..end))
-        })
+        self.ranges(key_groups).into_iter().map(move |(block, place)| self.block(file, block, place))
+    }
+
+    /// The rows of a block of a file in memory. `place` is the one that [`Reader::ranges`] says.
+    ///
+    /// # Errors
+    /// `Corrupt` if the file is damaged there.
+    pub fn block(&self, file: &Bytes, block: usize, place: Range<u64>) -> Result<Vec<RecordBatch>> {
+        let (start, end) = (place.start as usize, place.end as usize);
+        if start > end || end > file.len() {
+            return Err(Error::corrupt(format!("block {block} is outside of its state file")));
+        }
+        self.decode(block, &file.slice(start..end))
+    }
+
+    /// The key groups between which the rows of a block are; none after the last block.
+    #[must_use]
+    pub fn key_groups(&self, block: usize) -> KeyGroupRange {
+        let none = KeyGroupRange { first: KeyGroup(u16::MAX), last: KeyGroup(0) };
+        self.blocks.get(block).map_or(none, Place::key_groups)
     }
 
     /// A file with just some of the blocks, from their bytes, in order: for who wants a part of a state as if it were all.

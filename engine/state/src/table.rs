@@ -7,10 +7,13 @@
 //!
 //! Every row says in which interval it was last written (its *stamp*, a number that the owner sets), and every chunk the
 //! greatest stamp of its rows: what has changed since some barrier is found without looking at all rows.
+//!
+//! An index finds the slot of a key. What costs time there is memory that is far away, so a restore has many keys looked up at
+//! once ([`Table::load`]).
 
 use std::{collections::VecDeque, sync::Arc};
 
-use hashbrown::HashTable;
+use hashbrown::{HashTable, hash_table::Entry};
 
 /// Slots of a chunk.
 pub const CHUNK_ROWS: usize = 1024;
@@ -74,6 +77,16 @@ impl Column {
             (Self::Wide(to), Self::Wide(from)) => to[row] = from[from_row],
             (Self::Bytes(to), Self::Bytes(from)) => to[row].clone_from(&from[from_row]),
             (Self::Long(_) | Self::Double(_) | Self::Wide(_) | Self::Bytes(_), _) => {}
+        }
+    }
+
+    /// Adds rows of null.
+    fn extend(&mut self, rows: usize) {
+        match self {
+            Self::Long(values) => values.resize(values.len() + rows, None),
+            Self::Double(values) => values.resize(values.len() + rows, None),
+            Self::Wide(values) => values.resize(values.len() + rows, None),
+            Self::Bytes(values) => values.resize_with(values.len() + rows, || None),
         }
     }
 
@@ -170,9 +183,34 @@ impl Chunk {
         }
     }
 
+    /// Adds rows of nulls behind the last.
+    fn extend(&mut self, hashes: &[u64], keys: &[&[u8]], stamp: u32) {
+        let rows = self.hashes.len() + hashes.len();
+        self.hashes.extend_from_slice(hashes);
+        self.stamps.resize(rows, stamp);
+        self.newest = self.newest.max(stamp);
+        self.keys.reserve(keys.len());
+        self.key_bytes.reserve(keys.iter().map(|key| key.len()).sum());
+        for key in keys {
+            self.keys.push((self.key_bytes.len() as u32, key.len() as u32));
+            self.key_bytes.extend_from_slice(key);
+        }
+        if rows == CHUNK_ROWS {
+            self.key_bytes.shrink_to_fit();
+        }
+        self.columns.iter_mut().for_each(|c| c.extend(hashes.len()));
+    }
+
     fn bytes(&self) -> usize {
         self.hashes.len() * 20 + self.key_bytes.capacity() + self.columns.iter().map(Column::bytes).sum::<usize>()
     }
+}
+
+/// Where the index looks for a key. The lowest bits of the hashes are much alike: they say the key group, of which a subtask
+/// has some only, and rows are restored group by group.
+#[inline]
+fn spread(hash: u64) -> u64 {
+    hash.rotate_right(20)
 }
 
 /// Which slots of a chunk are in use.
@@ -237,6 +275,13 @@ impl Rows {
     #[must_use]
     pub fn read(&self, slot: usize) -> (&Chunk, usize) {
         (&self.chunks[slot / CHUNK_ROWS], slot % CHUNK_ROWS)
+    }
+
+    /// Whether the row in a slot is that of a key.
+    #[inline]
+    fn is(&self, slot: u32, hash: u64, key: &[u8]) -> bool {
+        let (chunk, row) = self.read(slot as usize);
+        chunk.hashes[row] == hash && chunk.key(row) == key
     }
 
     /// The hash of the key of a row.
@@ -341,7 +386,7 @@ impl Table {
     /// Makes room for this many more keys in the index.
     pub fn reserve(&mut self, keys: usize) {
         let rows = &self.rows;
-        self.index.reserve(keys, |slot| rows.hash(*slot));
+        self.index.reserve(keys, |slot| spread(rows.hash(*slot)));
     }
 
     /// Begins an interval: rows written from now on bear this stamp, which must be greater than those before. Answers how
@@ -360,7 +405,7 @@ impl Table {
             self.place(slot, hash, key, self.stamp);
             self.written += 1;
             let rows = &self.rows;
-            self.index.insert_unique(hash, slot, |slot| rows.hash(*slot));
+            self.index.insert_unique(spread(hash), slot, |slot| spread(rows.hash(*slot)));
             return (slot, true);
         };
         let chunk = slot as usize / CHUNK_ROWS;
@@ -375,17 +420,74 @@ impl Table {
     #[inline]
     #[must_use]
     pub fn find(&self, hash: u64, key: &[u8]) -> Option<u32> {
-        let rows = &self.rows;
-        let equal = |slot: &u32| {
-            let (chunk, row) = rows.read(*slot as usize);
-            chunk.hashes[row] == hash && chunk.key(row) == key
+        self.index.find(spread(hash), |slot| self.rows.is(*slot, hash, key)).copied()
+    }
+
+    /// The slots of some keys that are about to get other rows: all columns are null.
+    pub fn load(&mut self, hashes: &[u64], keys: &[&[u8]]) -> Vec<u32> {
+        self.reserve(hashes.len());
+        // First all are looked up, so that the memory of one is fetched while that of others is waited for.
+        let mut slots: Vec<Option<u32>> = hashes.iter().zip(keys).map(|(hash, key)| self.find(*hash, key)).collect();
+        let known: Vec<u32> = slots.iter().copied().flatten().collect();
+        self.clear_all(&known);
+        let first = match known.is_empty() {
+            true => self.append(hashes, keys),
+            false => {
+                let new = |row: &usize| slots[*row].is_none();
+                let (hashes, keys): (Vec<u64>, Vec<&[u8]>) =
+                    (0..keys.len()).filter(new).map(|row| (hashes[row], keys[row])).unzip();
+                self.append(&hashes, &keys)
+            }
         };
-        self.index.find(hash, equal).copied()
+        let new = slots.iter_mut().enumerate().filter(|(_, slot)| slot.is_none());
+        for ((row, slot), place) in new.zip(first..) {
+            let (hash, key, rows) = (hashes[row], keys[row], &self.rows);
+            let entry = self.index.entry(spread(hash), |s| rows.is(*s, hash, key), |s| spread(rows.hash(*s)));
+            *slot = match entry {
+                Entry::Vacant(entry) => Some(*entry.insert(place).get()),
+                Entry::Occupied(entry) => {
+                    let twice = *entry.get();
+                    self.vacate(place);
+                    Some(twice)
+                }
+            };
+        }
+        slots.into_iter().flatten().collect()
+    }
+
+    /// Adds rows of nulls behind the last place, and answers with the first of theirs, of which they have consecutive ones.
+    /// The index does not know of them yet.
+    fn append(&mut self, hashes: &[u64], keys: &[&[u8]]) -> u32 {
+        let first = self.next_place();
+        let mut at = 0;
+        while at < hashes.len() {
+            let slot = self.next_place() as usize;
+            let (chunk, row) = (slot / CHUNK_ROWS, slot % CHUNK_ROWS);
+            let rows = (CHUNK_ROWS - row).min(hashes.len() - at);
+            Arc::make_mut(&mut self.rows.chunks[chunk]).extend(
+                &hashes[at..at + rows],
+                &keys[at..at + rows],
+                self.stamp,
+            );
+            (row..row + rows).for_each(|row| self.rows.live[chunk][row / 64] |= 1 << (row % 64));
+            at += rows;
+        }
+        self.rows.rows += hashes.len();
+        self.written += hashes.len() as u64;
+        first
+    }
+
+    /// What `write` writes was written in an earlier interval: it bears that stamp, and does not count for this one.
+    pub fn in_interval<T>(&mut self, stamp: u32, write: impl FnOnce(&mut Self) -> T) -> T {
+        let (present, written) = (std::mem::replace(&mut self.stamp, stamp), self.written);
+        let done = write(self);
+        (self.stamp, self.written) = (present, written);
+        done
     }
 
     /// Removes the row in a slot. Its place may be used again.
     pub fn remove(&mut self, slot: u32) {
-        if let Ok(entry) = self.index.find_entry(self.rows.hash(slot), |other| *other == slot) {
+        if let Ok(entry) = self.index.find_entry(spread(self.rows.hash(slot)), |other| *other == slot) {
             entry.remove();
             self.vacate(slot);
         }
@@ -393,8 +495,13 @@ impl Table {
 
     /// Makes all columns of a row null. The key stays, and the row counts as written.
     pub fn clear(&mut self, slot: u32) {
+        self.clear_all(&[slot]);
+    }
+
+    /// As [`Table::clear`].
+    fn clear_all(&mut self, slots: &[u32]) {
         for column in 0..self.types.len() {
-            self.write_runs(&[slot], column, |column, rows, _| rows.iter().for_each(|row| column.clear(*row as usize)));
+            self.write_runs(slots, column, |column, rows, _| rows.iter().for_each(|row| column.clear(*row as usize)));
         }
     }
 
@@ -414,7 +521,7 @@ impl Table {
         for (column, from) in chunk.columns.iter_mut().zip(&from.columns) {
             column.copy(to as usize % CHUNK_ROWS, from, row);
         }
-        if let Some(entry) = self.index.find_mut(from.hashes[row], |other| *other == slot) {
+        if let Some(entry) = self.index.find_mut(spread(from.hashes[row]), |other| *other == slot) {
             *entry = to;
         }
         drop(from);
@@ -528,7 +635,7 @@ impl Table {
             rows.clear();
             rows.extend(run.map(|s| s & MASK));
             let chunk = Arc::make_mut(&mut self.rows.chunks[chunk]);
-            chunk.newest = self.stamp;
+            chunk.newest = chunk.newest.max(self.stamp);
             for row in &rows {
                 let stamp = &mut chunk.stamps[*row as usize];
                 self.written += u64::from(*stamp != self.stamp);

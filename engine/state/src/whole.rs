@@ -68,6 +68,14 @@ impl KeyedState for WholeState {
         self.0.restore(shard)
     }
 
+    fn restores_by_key_group(&self) -> bool {
+        self.0.restores_by_key_group()
+    }
+
+    fn arrived(&mut self) -> Result<KeyGroupWatermarks> {
+        self.0.arrived()
+    }
+
     fn restored(&mut self) -> Result<KeyGroupWatermarks> {
         self.0.restored()
     }

@@ -420,6 +420,10 @@ impl Operator for DedupOperator {
         shards.iter().try_for_each(|shard| self.state.restore(shard))
     }
 
+    fn restores_by_key_group(&self) -> bool {
+        self.state.restores_by_key_group()
+    }
+
     fn restored(&mut self) -> Result<()> {
         self.state.restored().map(drop)
     }

@@ -300,6 +300,15 @@ impl JoinOperator {
         Ok(())
     }
 
+    /// Takes over how far event time had come, as the states of both sides say.
+    fn reach(&mut self, said: impl Fn(&mut dyn KeyedState) -> Result<KeyGroupWatermarks>) -> Result<()> {
+        let [left, right] = &mut self.sides;
+        self.reached = said(&mut *left.state)?;
+        self.reached.merge(&said(&mut *right.state)?, self.context.key_groups);
+        self.reached.raise(WATERMARK_MIN);
+        Ok(())
+    }
+
     fn first_window(&self) -> Option<TimestampMs> {
         self.sides.iter().filter_map(|side| side.state.first_namespace()).min()
     }
@@ -342,12 +351,16 @@ impl Operator for JoinOperator {
         Ok(())
     }
 
+    fn restores_by_key_group(&self) -> bool {
+        self.sides.iter().all(|side| side.state.restores_by_key_group())
+    }
+
+    fn arrived(&mut self) -> Result<()> {
+        self.reach(|state| state.arrived())
+    }
+
     fn restored(&mut self) -> Result<()> {
-        let [left, right] = &mut self.sides;
-        self.reached = left.state.restored()?;
-        self.reached.merge(&right.state.restored()?, self.context.key_groups);
-        self.reached.raise(WATERMARK_MIN);
-        Ok(())
+        self.reach(|state| state.restored())
     }
 
     fn on_completed(&mut self, epoch: Epoch) -> Result<()> {

@@ -340,6 +340,16 @@ impl Operator for WindowOperator {
         shards.iter().try_for_each(|shard| self.state.restore(shard))
     }
 
+    fn restores_by_key_group(&self) -> bool {
+        self.state.restores_by_key_group()
+    }
+
+    fn arrived(&mut self) -> Result<()> {
+        self.reached = self.state.arrived()?;
+        self.reached.raise(WATERMARK_MIN);
+        Ok(())
+    }
+
     fn restored(&mut self) -> Result<()> {
         self.reached = self.state.restored()?;
         self.reached.raise(WATERMARK_MIN);

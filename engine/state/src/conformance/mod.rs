@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use floodmark_snapshot::{
     Clock, Disposition, Env, Epoch, KeyGroup, KeyGroupRange, Shard, ShardKind, TimestampMs,
     coordination::{Barrier, BarrierKind},
@@ -24,6 +25,7 @@ pub use self::layout::SuiteLayout;
 use self::layout::{Value, hash, key, read, write};
 use crate::{
     KeyGroupWatermarks, KeyedState, NO_SLOT, PendingShard, RestoredShard, StateBackend, StateSnapshot, StateSpec,
+    shard::Reader,
 };
 
 mod layout;
@@ -55,6 +57,7 @@ macro_rules! keyed_state_suite {
             keys_move_when_the_parallelism_changes
             a_restored_job_goes_on_from_its_own_shards
             watermarks_come_back_by_key_group
+            rows_are_used_while_others_still_arrive
             rows_go_out_of_sight_when_they_are_old
             old_rows_stay_old_through_a_restore
             columns_come_and_go
@@ -310,6 +313,58 @@ impl Job {
         watermarks
     }
 
+    /// Starts anew from a checkpoint, a few key groups at a time; works on those that are there, and on `model`, in between.
+    fn restore_in_slices(&mut self, stored: &Stored, parallelism: u32, random: &mut Random, model: &mut Model) {
+        self.begin(parallelism);
+        for index in 0..parallelism {
+            let spec = self.spec(index, parallelism, true);
+            let mut shards: Vec<&Shard> = stored.shards.iter().filter(|s| spec.holds(s)).collect();
+            shards.retain(|s| s.key_groups.is_none_or(|g| g.overlaps(&spec.key_groups)));
+            shards.sort_by_key(|s| (s.subtask, s.layer));
+            let (mut first, last) = (spec.key_groups.first.0, spec.key_groups.last.0);
+            while first <= last {
+                let slice = KeyGroupRange {
+                    first: KeyGroup(first),
+                    last: KeyGroup((first + random.below(4) as u16).min(last)),
+                };
+                first = slice.last.0 + 1;
+                for shard in &shards {
+                    let whole = &self.files[&shard.path].bytes;
+                    let bytes = if random.below(3) == 0 { whole.clone() } else { cut(whole, slice) };
+                    let part = RestoredShard { slice: Some(slice), ..RestoredShard::new((*shard).clone(), bytes) };
+                    self.states[index as usize].restore(&part).unwrap();
+                }
+                if first <= last {
+                    let watermarks = self.states[index as usize].arrived().unwrap();
+                    let known = watermarks.of(slice.last);
+                    assert!(shards.iter().all(|s| !s.key_groups.unwrap().contains(slice.last) || known.is_some()));
+                    self.work_on(spec.key_groups.first.0..first, random, model);
+                }
+            }
+            self.states[index as usize].restored().unwrap();
+        }
+    }
+
+    /// Reads, writes and removes some rows of these key groups.
+    fn work_on(&mut self, groups: std::ops::Range<u16>, random: &mut Random, model: &mut Model) {
+        let there = |k: &i64| groups.contains(&KeyGroup::of(hash(*k), MAX_PARALLELISM).0);
+        for namespace in 0..2 {
+            let some = |random: &mut Random| -> BTreeSet<i64> {
+                (0..40).map(|_| random.below(1700) as i64).filter(there).collect()
+            };
+            let written: Vec<(i64, Value)> =
+                some(random).into_iter().map(|k| (k, value(random.below(1000) as i64))).collect();
+            let new: BTreeSet<i64> =
+                written.iter().map(|(k, _)| *k).filter(|k| !model.contains_key(&(namespace, *k))).collect();
+            assert_eq!(self.write(namespace, &written), new);
+            model.extend(written.into_iter().map(|(k, v)| ((namespace, k), v)));
+            let removed: Vec<i64> = some(random).into_iter().collect();
+            let had = removed.iter().copied().filter(|k| model.contains_key(&(namespace, *k))).collect();
+            assert_eq!(self.remove(namespace, &removed), had);
+            removed.iter().for_each(|k| drop(model.remove(&(namespace, *k))));
+        }
+    }
+
     /// What a fresh job would start from the checkpoint with.
     fn restored(&mut self, stored: &Stored, parallelism: u32) -> Model {
         let mut other = Self {
@@ -325,6 +380,14 @@ impl Job {
         other.restore(stored, parallelism, false);
         other.contents()
     }
+}
+
+/// A part of a neutral file with at least the rows of these key groups.
+fn cut(file: &Bytes, key_groups: KeyGroupRange) -> Bytes {
+    let reader = Reader::whole(file).unwrap();
+    let bytes = |(block, at): (usize, std::ops::Range<u64>)| (block, file.slice(at.start as usize..at.end as usize));
+    let blocks: Vec<(usize, Bytes)> = reader.ranges(key_groups).into_iter().map(bytes).collect();
+    reader.cut(&blocks).unwrap()
 }
 
 fn value(n: i64) -> Value {
@@ -587,6 +650,51 @@ fn check_watermarks(of_subtasks: &[KeyGroupWatermarks], said: [Option<TimestampM
         }
         let all: BTreeSet<_> = (owned.first.0..=owned.last.0).map(expected).collect();
         assert_eq!((watermarks.is_even(), watermarks.min()), (all.len() == 1, *all.first().unwrap()), "{said:?}");
+    }
+}
+
+/// A back end that restores key group by key group: rows of the key groups that are there are read, written and removed, and
+/// the next checkpoints know it.
+pub fn rows_are_used_while_others_still_arrive(make: Make<'_>) {
+    let mut random = Random(11);
+    for round in 0..24 {
+        let mut job = Job::new(make);
+        job.begin(1 + round % 2);
+        if !job.states[0].restores_by_key_group() {
+            return;
+        }
+        let of_subtask = |at: i64| KeyGroupWatermarks::from(100 + at);
+        job.watermarks = (0..2).map(of_subtask).collect();
+        job.write(0, &values(0..1500));
+        job.write(1, &values(0..300));
+        job.checkpoint();
+        job.write(0, &(0..1500).step_by(7).map(|k| (k, value(k + 10_000))).collect::<Vec<_>>());
+        job.remove(0, &(0..1500).step_by(11).collect::<Vec<_>>());
+        job.drop_namespace(1);
+        job.checkpoint();
+        job.write(1, &values(100..200));
+        job.write(0, &values(1400..1600));
+        job.remove(1, &[150]);
+        let stored = if round % 5 == 4 { job.savepoint() } else { job.checkpoint() };
+        let parallelism = 1 + (round / 2) % 3;
+        let mut model = stored.model.clone();
+        job.restore_in_slices(&stored, parallelism, &mut random, &mut model);
+        assert_eq!(job.contents(), model, "round {round}");
+        for change in 0..3 {
+            job.write(0, &[(change, value(5)), (7000 + change, value(6))]);
+            job.remove(0, &[1000 + change]);
+            let next = job.checkpoint();
+            let paths: BTreeSet<&str> = next.shards.iter().map(|s| &*s.path).collect();
+            assert_eq!(paths.len(), next.shards.len(), "no shard is named twice: {:?}", next.shards);
+            let unchanged = parallelism == 1 + round % 2;
+            assert_eq!(
+                next.uploaded.len() < next.shards.len(),
+                unchanged || change > 0,
+                "round {round}: {:?}",
+                next.shards
+            );
+            assert_eq!(job.restored(&next, 1 + round % 3), next.model, "round {round}");
+        }
     }
 }
 

@@ -8,12 +8,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use floodmark_snapshot::{Epoch, Error, Result, Shard, manifest::ShardStatus};
+use floodmark_snapshot::{Epoch, Error, KeyGroupRange, Result, Shard, manifest::ShardStatus};
 
 use super::removals::Removals;
 use crate::{
     keyed::StateSpec,
     shard::Header,
+    snapshot::RestoredShard,
     watermarks::{KeyGroupWatermarks, RestoredWatermarks},
 };
 
@@ -139,7 +140,10 @@ pub(super) struct Restoring {
     /// The earlier subtasks.
     subtasks: BTreeSet<u32>,
     watermarks: RestoredWatermarks,
+    /// Each shard once, however many slices it comes in.
     layers: Vec<Layer>,
+    /// The slice that came first; all of the state, if it comes in one.
+    first_slice: Option<Option<KeyGroupRange>>,
     /// Why checkpoints can't go on from these shards.
     foreign: bool,
     removals: Removals,
@@ -152,21 +156,42 @@ pub(super) struct Restored {
     pub(super) watermarks: KeyGroupWatermarks,
     pub(super) lineage: Lineage,
     pub(super) removals: Removals,
-    pub(super) interval: u32,
 }
 
 impl Restoring {
-    /// A shard is taken in. Its layer is the interval in which its rows were written.
-    pub(super) fn shard(&mut self, spec: &StateSpec, shard: &Shard, header: &Header, same_columns: bool) -> Result<()> {
+    /// A shard, or a slice of one, is taken in. Its layer is the interval in which its rows were written. True if nothing of it
+    /// has been taken in before.
+    pub(super) fn shard(
+        &mut self,
+        spec: &StateSpec,
+        restored: &RestoredShard,
+        header: &Header,
+        same_columns: bool,
+    ) -> Result<bool> {
+        let shard = &restored.shard;
         if shard.layer > 0 && !self.subtasks.contains(&shard.subtask) {
             return Err(Error::corrupt(format!(
                 "shard {} is layer {} of subtask {}, whose layer 0 is missing",
                 shard.path, shard.layer, shard.subtask
             )));
         }
+        if self.removals_of != shard.layer {
+            self.removals.end(self.removals_of);
+            self.removals_of = shard.layer;
+        }
+        let known = |l: &Layer| {
+            let of = |s: &Shard| (s.subtask, s.layer, s.key_groups);
+            of(&l.shard) == of(shard) && l.shard.path == shard.path
+        };
+        if self.layers.iter().any(known) {
+            return Ok(false);
+        }
         self.subtasks.insert(shard.subtask);
         self.watermarks.shard(shard.subtask, shard.layer, shard.key_groups, header.watermarks()?);
-        self.foreign |= !spec.reuse_restored
+        // Of a shard that is not in every slice, nobody knows whether rows written meanwhile are newer.
+        let late = restored.slice != *self.first_slice.get_or_insert(restored.slice);
+        self.foreign |= late
+            || !spec.reuse_restored
             || !same_columns
             || shard.key_groups != Some(spec.key_groups)
             || self.subtasks.len() > 1
@@ -174,14 +199,10 @@ impl Restoring {
         self.interval = self.interval.max(shard.layer);
         let reused = Shard { status: ShardStatus::Reused, ..shard.clone() };
         self.layers.push(Layer { shard: reused, interval: shard.layer });
-        if self.removals_of != shard.layer {
-            self.removals.end(self.removals_of);
-            self.removals_of = shard.layer;
-        }
         if !self.foreign && shard.layer > 0 {
             header.dropped.iter().for_each(|namespace| self.removals.namespace(*namespace));
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Keys that a layer removes.
@@ -191,10 +212,30 @@ impl Restoring {
         }
     }
 
+    /// Whether the next checkpoint may build on these shards, as far as is known.
+    pub(super) fn builds(&self) -> bool {
+        !self.foreign && !self.layers.is_empty()
+    }
+
+    /// The next checkpoint can't build on these shards.
+    pub(super) fn part(&mut self) {
+        self.foreign = true;
+    }
+
+    /// The interval that begins behind the layers that are known.
+    pub(super) fn interval(&self) -> u32 {
+        self.interval + 1
+    }
+
+    /// What is known of event time.
+    pub(super) fn watermarks(&self, spec: &StateSpec) -> KeyGroupWatermarks {
+        self.watermarks.within(spec.key_groups)
+    }
+
     /// All shards have been taken in.
     pub(super) fn finish(mut self, spec: &StateSpec) -> Restored {
         self.removals.end(self.removals_of);
-        let watermarks = self.watermarks.within(spec.key_groups);
+        let watermarks = self.watermarks(spec);
         let (lineage, removals) = if self.foreign {
             (Lineage::default(), Removals::default())
         } else {
@@ -203,6 +244,6 @@ impl Restoring {
                 Lineage { base: self.layers, watermarks: watermarks.clone(), under_way: BTreeMap::new(), changes };
             (lineage, self.removals)
         };
-        Restored { watermarks, lineage, removals, interval: self.interval }
+        Restored { watermarks, lineage, removals }
     }
 }

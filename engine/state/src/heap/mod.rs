@@ -12,10 +12,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use floodmark_snapshot::{Epoch, Error, KeyGroup, Result, ShardKind, coordination::Barrier};
+use floodmark_snapshot::{Epoch, Error, KeyGroup, KeyGroupRange, Result, Shard, ShardKind, coordination::Barrier};
 
 use self::{
-    lineage::{Lineage, Part, Restoring},
+    lineage::{Lineage, Part, Restored, Restoring},
     removals::Removals,
 };
 use crate::{
@@ -113,6 +113,16 @@ impl HeapState {
         })
     }
 
+    /// Begins an interval, unless it has begun.
+    fn begin(&mut self, interval: u32) {
+        if interval > self.interval {
+            self.interval = interval;
+            for table in self.tables.values_mut() {
+                table.begin(interval);
+            }
+        }
+    }
+
     fn rows(&self) -> usize {
         self.tables.values().map(Table::len).sum()
     }
@@ -134,14 +144,16 @@ impl HeapState {
         if old.is_empty() { Ok(()) } else { self.remove(at, &old) }
     }
 
-    /// Remembers removals only as long as a checkpoint may want to know of them.
-    fn remember(&mut self, remember: impl FnOnce(&mut Removals)) {
-        if self.lineage.is_empty() {
-            return;
-        }
-        remember(&mut self.removals);
-        if self.removals.len() > REMOVALS_MAX.max(self.rows()) {
+    /// Whether a checkpoint may want to know of removals.
+    fn remembers(&self) -> bool {
+        !self.lineage.is_empty() || self.restoring.builds()
+    }
+
+    /// Forgets removals if there are too many.
+    fn bound_removals(&mut self) {
+        if self.removals.len() > REMOVALS_MAX && self.removals.len() > self.rows() {
             self.lineage = Lineage::default();
+            self.restoring.part();
             self.removals = Removals::default();
         }
     }
@@ -164,26 +176,19 @@ impl HeapState {
             let (hashes, keys) = places(page, &rows);
             let layout = self.spec.layout.clone();
             let expiry = self.expiry;
-            let table = self.table_of(namespace);
-            table.begin(layer);
-            table.reserve(rows.len());
-            let mut slots = Vec::with_capacity(rows.len());
-            for (hash, key) in hashes.iter().zip(&keys) {
-                let (slot, new) = table.slot(*hash, key);
-                if !new {
-                    table.clear(slot);
+            let taken = page.taken(&rows)?;
+            self.table_of(namespace).in_interval(layer, |table| {
+                let slots = table.load(&hashes, &keys);
+                if let Some(expiry) = expiry {
+                    table.write_runs(&slots, expiry.column, |column, places, at| {
+                        if let Column::Long(values) = column {
+                            let of_run = places.iter().zip(&rows[at..]);
+                            of_run.for_each(|(place, row)| values[*place as usize] = Some(written(*row)));
+                        }
+                    });
                 }
-                slots.push(slot);
-            }
-            layout.fill(&page.taken(&rows)?, table, &slots)?;
-            if let Some(expiry) = expiry {
-                table.write_runs(&slots, expiry.column, |column, places, at| {
-                    if let Column::Long(values) = column {
-                        let of_run = places.iter().zip(&rows[at..]);
-                        of_run.for_each(|(place, row)| values[*place as usize] = Some(written(*row)));
-                    }
-                });
-            }
+                layout.fill(&taken, table, &slots)
+            })?;
         }
         Ok(())
     }
@@ -204,6 +209,18 @@ impl HeapState {
 
     fn now(&self) -> i64 {
         if self.expiry.is_some() { self.spec.env.clock.wall_ms() } else { 0 }
+    }
+}
+
+/// How many rows of a shard are in key groups, about.
+fn rows_of(shard: &Shard, owned: KeyGroupRange) -> u64 {
+    let width = |g: KeyGroupRange| u64::from(g.last.0.saturating_sub(g.first.0)) + 1;
+    match shard.key_groups.filter(|g| g.overlaps(&owned)) {
+        Some(all) => {
+            let both = KeyGroupRange { first: all.first.max(owned.first), last: all.last.min(owned.last) };
+            shard.rows / width(all) * width(both)
+        }
+        None => 0,
     }
 }
 
@@ -267,7 +284,7 @@ impl KeyedState for HeapState {
     }
 
     fn remove(&mut self, namespace: i64, slots: &[u32]) -> Result<()> {
-        if !self.lineage.is_empty()
+        if self.remembers()
             && let Some(table) = self.tables.get(&namespace)
         {
             for slot in slots {
@@ -276,7 +293,7 @@ impl KeyedState for HeapState {
             }
         }
         self.vacate(namespace, slots);
-        self.remember(|_| {});
+        self.bound_removals();
         Ok(())
     }
 
@@ -289,8 +306,9 @@ impl KeyedState for HeapState {
     }
 
     fn drop_namespace(&mut self, namespace: i64) -> Result<()> {
-        if self.tables.remove(&namespace).is_some() {
-            self.remember(|removals| removals.namespace(namespace));
+        if self.tables.remove(&namespace).is_some() && self.remembers() {
+            self.removals.namespace(namespace);
+            self.bound_removals();
         }
         Ok(())
     }
@@ -363,20 +381,29 @@ impl KeyedState for HeapState {
                 shard.shard.path, header.layer
             )));
         }
-        self.restoring.shard(&spec, &shard.shard, &header, pages.same_columns())?;
+        let new = self.restoring.shard(&spec, shard, &header, pages.same_columns())?;
+        self.begin(self.restoring.interval());
         if layer > 0 {
             let of_shard = shard.shard.key_groups.unwrap_or(spec.key_groups);
+            let of_slice = shard.slice.unwrap_or(spec.key_groups);
             for namespace in header.dropped.iter().copied().collect::<BTreeSet<i64>>() {
                 let Some(table) = self.tables.get(&namespace) else { continue };
                 let rows = table.rows();
-                let of = |slot: &u32| of_shard.contains(KeyGroup::of(rows.hash(*slot), spec.max_parallelism));
+                let of = |slot: &u32| {
+                    let group = KeyGroup::of(rows.hash(*slot), spec.max_parallelism);
+                    of_shard.contains(group) && of_slice.contains(group)
+                };
                 let slots: Vec<u32> = rows.slots().filter(of).collect();
                 self.vacate(namespace, &slots);
             }
         }
         let now = self.now();
-        // An index that grows is made anew from time to time.
-        let mut expected = if layer == 0 { pages.rows().min(RESERVED_MAX) } else { 0 };
+        // An index that grows is made anew from time to time: the first slice makes room for all.
+        let mut expected = match (layer, new) {
+            (0, true) => pages.rows().max(rows_of(&shard.shard, spec.key_groups)).min(RESERVED_MAX),
+            (0, false) => pages.rows().min(RESERVED_MAX),
+            _ => 0,
+        };
         pages.each(|page| {
             let first = page.keys.namespaces.first().copied();
             if expected > 0 && page.keys.namespaces.last().copied() == first {
@@ -387,17 +414,23 @@ impl KeyedState for HeapState {
         })
     }
 
+    fn restores_by_key_group(&self) -> bool {
+        true
+    }
+
+    fn arrived(&mut self) -> Result<KeyGroupWatermarks> {
+        Ok(self.restoring.watermarks(&self.spec))
+    }
+
     fn restored(&mut self) -> Result<KeyGroupWatermarks> {
-        let restored = std::mem::take(&mut self.restoring).finish(&self.spec);
+        let Restored { watermarks, lineage, removals } = std::mem::take(&mut self.restoring).finish(&self.spec);
         self.tables.retain(|_, table| !table.is_empty());
-        self.interval = restored.interval + 1;
-        self.lineage = restored.lineage;
-        self.removals = restored.removals;
-        let interval = self.interval;
-        for table in self.tables.values_mut() {
-            table.begin(interval);
+        self.lineage = lineage;
+        match self.lineage.is_empty() {
+            true => self.removals = Removals::default(),
+            false => self.removals.follow(removals),
         }
-        Ok(restored.watermarks)
+        Ok(watermarks)
     }
 
     fn completed(&mut self, epoch: Epoch) -> Result<()> {

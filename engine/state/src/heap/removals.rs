@@ -35,6 +35,12 @@ impl Removals {
         self.present.namespaces.push(namespace);
     }
 
+    /// Puts those of earlier intervals before these.
+    pub(super) fn follow(&mut self, mut earlier: Self) {
+        earlier.ended.append(&mut self.ended);
+        self.ended = earlier.ended;
+    }
+
     /// Those remembered.
     pub(super) fn len(&self) -> usize {
         self.present.len() + self.ended.iter().map(|r| r.len()).sum::<usize>()
