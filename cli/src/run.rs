@@ -8,7 +8,7 @@ use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
 use floodmark_state::{Heap, StateBackend, StateSettings, Whole};
 use floodmark_worker::{
-    CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RunError, RunSpec, SLICE_BYTES, Summary,
+    CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RunError, RestartStrategy, RunSpec, SLICE_BYTES, Summary,
     api::{self, JobApi},
 };
 use nix::sys::resource::{UsageWho, getrusage};
@@ -92,6 +92,7 @@ fn run_spec(args: &RunArgs, job: Job, env: &Env) -> Result<(RunSpec, Place), Fai
         restore,
         initial,
         slice_bytes: SLICE_BYTES,
+        restarts: RestartStrategy::None,
         allow_dropped_state: spec.restore.allow_dropped_state,
         holder: holder(),
     };

@@ -22,7 +22,7 @@ use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, restore::Referen
 use floodmark_state::StateSettings;
 
 pub use control::{Controls, SavepointMade, SavepointRequest};
-pub use coordinator::takers;
+pub use coordinator::{RestartStrategy, takers};
 pub use progress::{CheckpointCounts, CheckpointStatus, JobPhase, OperatorStatus, Progress, ProgressView};
 
 /// How a job takes its snapshots.
@@ -99,6 +99,8 @@ pub struct RunSpec {
     pub initial: Option<Reference>,
     /// Bytes of state files that a subtask takes over at a time, about: [`SLICE_BYTES`].
     pub slice_bytes: u64,
+    /// What to do when the job fails for a reason that it may not meet again.
+    pub restarts: RestartStrategy,
     /// Whether state may be dropped that no operator of the graph takes.
     pub allow_dropped_state: bool,
     /// Who runs it, for the log's readers: `host:pid`.
@@ -145,6 +147,14 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// What has failed.
+    #[must_use]
+    pub fn cause(&self) -> &Error {
+        match self {
+            Self::Connector(error) | Self::Storage(error) | Self::Failed(error) | Self::Fenced(error) => error,
+        }
+    }
+
     fn failed(error: Error) -> Self {
         match error.disposition() {
             Disposition::Fenced => Self::Fenced(error),
@@ -165,7 +175,6 @@ pub async fn run(
     progress: Arc<Progress>,
 ) -> Result<Summary, RunError> {
     let spec = Arc::new(spec);
-    let metrics = worker::register(&spec.graph, spec.parallelism, &progress);
-    let crew = coordinator::Crew::local(&spec, &env, metrics);
+    let crew = coordinator::Crew::local(&spec, &env, progress.counters.clone());
     coordinator::run(spec, env, controls.into(), progress, crew).await
 }

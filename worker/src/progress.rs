@@ -3,8 +3,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering};
 
-use floodmark_dataflow::{OperatorMetrics, metrics::read};
+use floodmark_dataflow::{JobGraph, Node, OperatorMetrics, TaskId, Vertex, metrics::read};
 use floodmark_snapshot::{Epoch, OperatorUid, TimestampMs};
+
+use crate::words::SubtaskId;
 
 /// Where a job's life stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,30 +83,103 @@ pub struct ProgressView {
     pub operators: Vec<OperatorStatus>,
 }
 
+/// The counters of the subtasks that run in one process.
+#[derive(Default)]
+pub(crate) struct Counters(Mutex<Vec<OperatorEntry>>);
+
+/// Counters by task, then by its node, then by subtask.
+pub(crate) type Metrics = Vec<Vec<Vec<Arc<OperatorMetrics>>>>;
+
 struct OperatorEntry {
-    uid: OperatorUid,
-    kind: String,
+    /// What earlier attempts have counted.
+    before: OperatorStatus,
+    /// Those of the present attempt that run here.
     subtasks: Vec<Arc<OperatorMetrics>>,
+}
+
+impl Counters {
+    /// Makes the counters of an attempt, which go on from those of the attempts before. `here` tells the subtasks that run in
+    /// this process.
+    pub(crate) fn begin(&self, graph: &JobGraph, parallelism: u32, here: impl Fn(SubtaskId) -> bool) -> Metrics {
+        let mut before = self.view();
+        let mut entries = self.lock();
+        entries.clear();
+        let mut of_node = |task: TaskId, node: &Node| {
+            let all: Vec<_> =
+                (0..graph.width(task, parallelism)).map(|_| Arc::new(OperatorMetrics::default())).collect();
+            let mine = all.iter().zip(0..).filter(|(_, index)| here(SubtaskId { task, index: *index }));
+            let subtasks = mine.map(|(metrics, _)| metrics.clone()).collect();
+            let known = before.iter().position(|b| b.uid == node.uid).map(|at| before.swap_remove(at));
+            let before = known.unwrap_or_else(|| OperatorStatus::new(&node.uid, &node.kind));
+            let before = OperatorStatus { state_rows: 0, watermark: None, ..before };
+            entries.push(OperatorEntry { before, subtasks });
+            all
+        };
+        let of_task = |(t, vertex): (usize, &Vertex)| vertex.chain.iter().map(|n| of_node(TaskId(t), n)).collect();
+        graph.vertices.iter().enumerate().map(of_task).collect()
+    }
+
+    /// What has been counted, by operator in the order of the graph.
+    pub(crate) fn view(&self) -> Vec<OperatorStatus> {
+        self.lock().iter().map(OperatorEntry::status).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<OperatorEntry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl OperatorEntry {
+    fn status(&self) -> OperatorStatus {
+        let mut status = self.before.clone();
+        for metrics in &self.subtasks {
+            status.rows_in += read(&metrics.rows_in);
+            status.rows_out += read(&metrics.rows_out);
+            status.bytes += read(&metrics.bytes);
+            status.late += read(&metrics.late);
+            status.bad += read(&metrics.bad);
+            status.state_rows += read(&metrics.state_rows);
+        }
+        let watermark = self.subtasks.iter().map(|m| m.watermark.load(Ordering::Relaxed)).min();
+        OperatorStatus { watermark: watermark.filter(|w| *w != i64::MIN), ..status }
+    }
+}
+
+impl OperatorStatus {
+    /// Of an operator that has done nothing.
+    fn new(uid: &OperatorUid, kind: &str) -> Self {
+        Self {
+            uid: uid.clone(),
+            kind: kind.to_owned(),
+            rows_in: 0,
+            rows_out: 0,
+            bytes: 0,
+            late: 0,
+            bad: 0,
+            state_rows: 0,
+            watermark: None,
+        }
+    }
 }
 
 struct State {
     phase: JobPhase,
     restored_from: Option<Epoch>,
     checkpoints: CheckpointCounts,
-    operators: Vec<OperatorEntry>,
 }
 
-/// The job's progress, shared between the worker and a display.
-pub struct Progress(Mutex<State>);
+/// The job's progress, shared between who runs it and a display.
+pub struct Progress {
+    state: Mutex<State>,
+    /// Of the subtasks in this process.
+    pub(crate) counters: Arc<Counters>,
+}
 
 impl Default for Progress {
     fn default() -> Self {
-        Self(Mutex::new(State {
-            phase: JobPhase::Restoring,
-            restored_from: None,
-            checkpoints: CheckpointCounts::default(),
-            operators: Vec::new(),
-        }))
+        let (phase, checkpoints) = (JobPhase::Restoring, CheckpointCounts::default());
+        let state = State { phase, restored_from: None, checkpoints };
+        Self { state: Mutex::new(state), counters: Arc::default() }
     }
 }
 
@@ -117,16 +192,8 @@ impl Progress {
             phase: state.phase,
             restored_from: state.restored_from,
             checkpoints: state.checkpoints,
-            operators: state.operators.iter().map(OperatorEntry::status).collect(),
+            operators: self.counters.view(),
         }
-    }
-
-    /// Registers an operator and makes the counters of its subtasks.
-    pub(crate) fn register(&self, uid: &OperatorUid, kind: &str, subtasks: u32) -> Vec<Arc<OperatorMetrics>> {
-        let subtasks: Vec<_> = (0..subtasks).map(|_| Arc::new(OperatorMetrics::default())).collect();
-        let entry = OperatorEntry { uid: uid.clone(), kind: kind.to_owned(), subtasks: subtasks.clone() };
-        self.lock().operators.push(entry);
-        subtasks
     }
 
     pub(crate) fn phase(&self, phase: JobPhase) {
@@ -152,24 +219,6 @@ impl Progress {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl OperatorEntry {
-    fn status(&self) -> OperatorStatus {
-        let sum = |f: fn(&OperatorMetrics) -> u64| self.subtasks.iter().map(|m| f(m)).sum();
-        let watermark = self.subtasks.iter().map(|m| m.watermark.load(Ordering::Relaxed)).min();
-        OperatorStatus {
-            uid: self.uid.clone(),
-            kind: self.kind.clone(),
-            rows_in: sum(|m| read(&m.rows_in)),
-            rows_out: sum(|m| read(&m.rows_out)),
-            bytes: sum(|m| read(&m.bytes)),
-            late: sum(|m| read(&m.late)),
-            bad: sum(|m| read(&m.bad)),
-            state_rows: sum(|m| read(&m.state_rows)),
-            watermark: watermark.filter(|w| *w != i64::MIN),
-        }
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

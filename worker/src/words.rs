@@ -6,13 +6,25 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fmt,
+    sync::Arc,
 };
 
 use floodmark_dataflow::{TaskId, task::Command};
-use floodmark_snapshot::{Attempt, Epoch, Error, OperatorSnapshot, OperatorUid, SplitState, restore::Snapshot};
+use floodmark_snapshot::{Attempt, Disposition, Epoch, Error, Manifest, OperatorSnapshot, OperatorUid, SplitState};
+use serde::{Deserialize, Serialize};
+
+/// Which worker of a job; a process that comes back is another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub(crate) struct WorkerId(pub(crate) u32);
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "worker {}", self.0)
+    }
+}
 
 /// Which subtask of the job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct SubtaskId {
     /// Its task.
     pub(crate) task: TaskId,
@@ -27,7 +39,7 @@ impl fmt::Display for SubtaskId {
 }
 
 /// Which committer: a sink, and the subtask whose identity it writes under.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct CommitterId {
     /// The sink.
     pub(crate) uid: OperatorUid,
@@ -42,7 +54,7 @@ impl fmt::Display for CommitterId {
 }
 
 /// What the coordinator tells a worker.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum ToWorker {
     /// Build these subtasks, with their state, and don't run them yet.
     Deploy(Box<Deployment>),
@@ -60,7 +72,7 @@ pub(crate) enum ToWorker {
 }
 
 /// A worker's share of an attempt.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Deployment {
     /// Names the folder of what it uploads.
     pub(crate) attempt: Attempt,
@@ -72,14 +84,30 @@ pub(crate) struct Deployment {
     pub(crate) restored: Option<Restored>,
     /// The splits of each source.
     pub(crate) splits: HashMap<OperatorUid, Vec<SplitState>>,
-    /// The subtasks of the worker.
-    pub(crate) subtasks: BTreeSet<SubtaskId>,
+    /// Where the subtasks of each index run: the job's parallelism is its length.
+    pub(crate) placement: Vec<WorkerId>,
+    /// Whom this is for.
+    pub(crate) worker: WorkerId,
+}
+
+impl Deployment {
+    /// Number of subtasks per task.
+    pub(crate) fn parallelism(&self) -> u32 {
+        self.placement.len() as u32
+    }
+
+    /// Whether a subtask is to run on the worker that this is for.
+    pub(crate) fn is_here(&self, subtask: SubtaskId) -> bool {
+        self.placement.get(subtask.index as usize) == Some(&self.worker)
+    }
 }
 
 /// The snapshot that an attempt starts from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Restored {
-    pub(crate) snapshot: Snapshot,
+    pub(crate) manifest: Arc<Manifest>,
+    /// The folder that its shards' paths are relative to.
+    pub(crate) location: String,
     /// Whether its files are the job's own.
     pub(crate) owned: bool,
     /// Whether tasks may begin before all of it is read: if it turns out to be damaged then, another can stand in for it.
@@ -89,7 +117,7 @@ pub(crate) struct Restored {
 }
 
 /// What a worker tells the coordinator.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum FromWorker {
     /// Everything is built.
     Built(Built),
@@ -133,7 +161,7 @@ pub(crate) enum FromWorker {
 }
 
 /// What a worker has built.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Built {
     /// The committers that it runs.
     pub(crate) committers: BTreeSet<CommitterId>,
@@ -142,7 +170,7 @@ pub(crate) struct Built {
 }
 
 /// Why something can't be built.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum NotBuilt {
     /// The snapshot does not fit, can't be read, or is damaged.
     Snapshot(Error),
@@ -156,8 +184,8 @@ impl NotBuilt {
     /// Damage is the snapshot's, wherever it is met.
     pub(crate) fn of_snapshot_or(otherwise: fn(Error) -> Self) -> impl Fn(Error) -> Self {
         move |error| match error.disposition() {
-            floodmark_snapshot::Disposition::Corrupt => Self::Snapshot(error),
-            _ => otherwise(error),
+            Disposition::Corrupt => Self::Snapshot(error),
+            Disposition::Retry | Disposition::Abort | Disposition::Fenced => otherwise(error),
         }
     }
 }

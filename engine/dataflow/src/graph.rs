@@ -3,11 +3,12 @@
 use std::{fmt, sync::Arc};
 
 use floodmark_snapshot::{OperatorUid, StateSchema};
+use serde::{Deserialize, Serialize};
 
 use crate::{OperatorFactory, operator::Port, sink::SinkNode, source::SourceNode};
 
 /// Index of a task in its graph. Tasks are in topological order: every edge goes from a lower to a higher id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct TaskId(pub usize);
 
 impl fmt::Display for TaskId {

@@ -2,8 +2,11 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// What an error means for whoever meets it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub enum Disposition {
     /// The same call may succeed later (a timeout, a server that restarts).
     Retry,
@@ -18,7 +21,7 @@ pub enum Disposition {
 /// An error of the engine.
 ///
 /// `Display` prints the whole chain, outermost context first: `restore checkpoint 7: read shard x: checksum mismatch`.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Error {
     disposition: Disposition,
     message: String,

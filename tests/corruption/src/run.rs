@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use floodmark_dataflow::JobGraph;
 use floodmark_snapshot::{JobId, coordination::BarrierKind, restore::Reference};
 use floodmark_state::{StateBackend, StateSettings};
 use floodmark_worker::{
@@ -37,8 +38,10 @@ pub struct Start {
     pub parallelism: u32,
     /// From one checkpoint to the next.
     pub interval: Duration,
-    /// How often the source says that there is nothing before each batch. The tasks behind it keep up with it just not quite.
+    /// How often the source says that there is nothing before each batch.
     pub pauses: u32,
+    /// How many turns the tasks behind the source wait after each step.
+    pub lag: u32,
     /// What to start from.
     pub restore: Reference,
     /// Keeps keyed state.
@@ -56,6 +59,7 @@ impl Start {
             parallelism: 2,
             interval: Duration::from_secs(3600),
             pauses: 0,
+            lag: 0,
             restore: Reference::Latest,
             backend: backend.clone(),
             process: 2,
@@ -122,19 +126,25 @@ pub fn run(start: &Start, objects: Objects, topic: Topic, watch: impl FnMut(&mut
 }
 
 /// The same from a storage that is already there.
-pub fn run_on(
+pub fn run_on(start: &Start, storage: Arc<MapStorage>, topic: Topic, watch: impl FnMut(&mut Reins) -> bool) -> Left {
+    let topic = SharedTopic::of(topic);
+    run_graph(start, job::graph(&topic, start.pauses), storage, topic, watch)
+}
+
+/// The same of another job than that of this crate; what it writes to `topic` is its own affair.
+pub fn run_graph(
     start: &Start,
+    graph: JobGraph,
     storage: Arc<MapStorage>,
-    topic: Topic,
+    topic: SharedTopic,
     mut watch: impl FnMut(&mut Reins) -> bool,
 ) -> Left {
-    let topic = SharedTopic::of(topic);
     let (_stop, stop) = watch::channel(false);
     let (controls, savepoints) = Controls::new(stop);
     let mut reins = Reins { storage: storage.clone(), topic: topic.clone(), savepoints, answers: Vec::new() };
     let spec = RunSpec {
         job: start.job.clone(),
-        graph: job::graph(&topic, start.pauses),
+        graph,
         parallelism: start.parallelism,
         max_parallelism: MAX_PARALLELISM,
         checkpoints: CheckpointSettings {
@@ -151,6 +161,7 @@ pub fn run_on(
         restore: start.restore.clone(),
         initial: None,
         slice_bytes: 512,
+        restarts: floodmark_worker::RestartStrategy::None,
         allow_dropped_state: false,
         state: StateSettings { backend: start.backend.clone(), ..StateSettings::default() },
         holder: format!("process:{}", start.process),
@@ -158,7 +169,7 @@ pub fn run_on(
     let heard = Heard::default();
     let run = || {
         let body = |env| Box::pin(floodmark_worker::run(spec, env, controls, Arc::new(Progress::default()))) as _;
-        runtime::run(start.process, start.pauses * 5 / 16, body, || watch(&mut reins))
+        runtime::run(start.process, start.lag, body, || watch(&mut reins))
     };
     let stopped = tracing::subscriber::with_default(heard.clone(), || catch_unwind(AssertUnwindSafe(run)));
     let end = match stopped {

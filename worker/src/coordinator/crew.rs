@@ -1,56 +1,173 @@
-//! The workers of a job, as its coordinator sees them.
+//! The workers of a job, as its coordinator sees them: who is there, who runs what, and what they say.
+//!
+//! Invariant: what an attempt is told reaches all its workers or the attempt fails; a worker that is lost is never told
+//! anything again.
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use floodmark_snapshot::{Env, Error, Result};
 use tokio::sync::mpsc;
 
+use super::assignment::{Placement, place};
 use crate::{
     RunSpec,
-    words::{Built, Deployment, FromWorker, NotBuilt, ToWorker},
-    worker::{self, Metrics},
+    progress::Counters,
+    words::{Built, Deployment, FromWorker, NotBuilt, ToWorker, WorkerId},
+    worker,
 };
+
+/// How long a lost worker's replacement is waited for before those that are left take over its part.
+const REPLACEMENT_PATIENCE: Duration = Duration::from_millis(500);
+
+/// A worker that can be told something.
+pub(crate) struct Member {
+    /// Slices that it runs side by side, if not crowded.
+    pub(crate) slots: u32,
+    /// Passes an order on. Says nothing if it can't: then the worker is lost, and that is told as [`News::Lost`].
+    pub(crate) orders: Box<dyn Fn(ToWorker) + Send + Sync>,
+}
+
+/// What comes from workers, and of them.
+pub(crate) enum News {
+    /// There is another worker.
+    Joined(WorkerId, Member),
+    /// A worker says something.
+    Report(WorkerId, FromWorker),
+    /// A worker is gone, and why that is thought.
+    Lost(WorkerId, String),
+}
 
 /// See the header of this file. Dropped, it leaves the workers without a coordinator, and what they run ends.
 pub(crate) struct Crew {
-    orders: mpsc::UnboundedSender<ToWorker>,
-    reports: mpsc::UnboundedReceiver<FromWorker>,
+    env: Env,
+    members: BTreeMap<WorkerId, Member>,
+    news: mpsc::UnboundedReceiver<News>,
+    placement: Placement,
 }
 
 impl Crew {
-    /// A worker in this process.
-    pub(crate) fn local(spec: &Arc<RunSpec>, env: &Env, metrics: Metrics) -> Self {
-        let (orders, theirs) = mpsc::unbounded_channel();
-        let (to_us, reports) = mpsc::unbounded_channel();
-        env.runtime.spawn(Box::pin(worker::run(spec.clone(), env.clone(), Arc::new(metrics), theirs, to_us)));
-        Self { orders, reports }
+    /// Workers that come and go, as the news say.
+    pub(crate) fn new(env: &Env, news: mpsc::UnboundedReceiver<News>) -> Self {
+        Self { env: env.clone(), members: BTreeMap::new(), news, placement: Placement::default() }
     }
 
-    /// Says something. A worker that is gone is met at the next report.
-    pub(crate) fn tell(&self, order: ToWorker) {
-        let _ = self.orders.send(order);
+    /// One worker, in this process, with room for everything.
+    pub(crate) fn local(spec: &Arc<RunSpec>, env: &Env, counters: Arc<Counters>) -> Self {
+        const HERE: WorkerId = WorkerId(0);
+        let (to_worker, orders) = mpsc::unbounded_channel();
+        let (news, ours) = mpsc::unbounded_channel();
+        let to_us = news.clone();
+        let report = Box::new(move |report| drop(to_us.send(News::Report(HERE, report))));
+        let run = worker::run(spec.clone(), env.clone(), counters, orders, report);
+        let gone = news.clone();
+        env.runtime.spawn(Box::pin(async move {
+            run.await;
+            let _ = gone.send(News::Lost(HERE, "it has ended".to_owned()));
+        }));
+        let orders = Box::new(move |order| drop(to_worker.send(order)));
+        // The receiver is still here.
+        let _ = news.send(News::Joined(HERE, Member { slots: u32::MAX, orders }));
+        Self::new(env, ours)
     }
 
-    /// The next report.
+    /// Decides where subtasks run, once there are workers enough.
     ///
     /// # Errors
-    /// When there is no worker any more.
-    pub(crate) async fn next(&mut self) -> Result<FromWorker> {
-        let report = self.reports.recv().await;
-        report.ok_or_else(|| Error::abort("internal error: the job's worker is gone"))
-    }
-
-    /// Has an attempt built.
-    pub(crate) async fn deploy(&mut self, deployment: Deployment) -> Result<Built, NotBuilt> {
-        self.tell(ToWorker::Deploy(Box::new(deployment)));
+    /// When there never will be.
+    pub(crate) async fn assemble(&mut self, parallelism: u32) -> Result<()> {
+        let recovering = !self.placement.0.is_empty();
+        let patience = self.env.runtime.sleep(REPLACEMENT_PATIENCE);
+        let mut patience =
+            std::pin::pin!(async move { if recovering { patience.await } else { std::future::pending().await } });
+        let mut crowd = false;
+        while let Ok(news) = self.news.try_recv() {
+            self.take(news);
+        }
         loop {
-            match self.next().await.map_err(NotBuilt::Task)? {
-                FromWorker::Built(built) => return Ok(built),
-                FromWorker::NotBuilt(why) => return Err(why),
-                // Left over from what was before.
-                _ => {}
+            let slots = self.members.iter().map(|(id, m)| (*id, m.slots)).collect();
+            if let Some(placement) = place(parallelism, &slots, &self.placement, crowd) {
+                self.placement = placement;
+                return Ok(());
+            }
+            let free: u64 = slots.values().map(|s| u64::from(*s)).sum();
+            tracing::info!("waiting for workers: {free} of {parallelism} slots are there");
+            tokio::select! {
+                biased;
+                news = self.news.recv() => {
+                    // What comes from attempts that are over is of no interest.
+                    self.take(news.ok_or_else(no_more)?);
+                }
+                () = &mut patience, if !crowd => crowd = true,
             }
         }
+    }
+
+    /// Tells all workers.
+    pub(crate) fn tell(&self, order: ToWorker) {
+        self.members.values().for_each(|m| (m.orders)(order.clone()));
+    }
+
+    /// The next report of the present attempt. That one of its workers is lost is a failure.
+    ///
+    /// # Errors
+    /// When there will be no workers any more.
+    pub(crate) async fn next(&mut self) -> Result<FromWorker> {
+        loop {
+            let news = self.news.recv().await.ok_or_else(no_more)?;
+            if let Some((_, report)) = self.take(news) {
+                return Ok(report);
+            }
+        }
+    }
+
+    /// Takes note of who is there. Answers with what the present attempt is to know.
+    fn take(&mut self, news: News) -> Option<(WorkerId, FromWorker)> {
+        match news {
+            News::Joined(id, member) => {
+                self.members.insert(id, member);
+                None
+            }
+            News::Report(id, report) => self.members.contains_key(&id).then_some((id, report)),
+            News::Lost(id, reason) => {
+                self.members.remove(&id)?;
+                let error = Error::retry(format!("{id} is lost: {reason}"));
+                tracing::warn!("{error}");
+                self.placement.0.contains(&id).then_some((id, FromWorker::Failed { error, damaged: false }))
+            }
+        }
+    }
+
+    /// Has an attempt built where [`Crew::assemble`] has placed it.
+    pub(crate) async fn deploy(&mut self, deployment: Deployment) -> Result<Built, NotBuilt> {
+        let mut building: BTreeSet<WorkerId> = self.placement.0.iter().copied().collect();
+        for id in &building {
+            let placement = self.placement.0.clone();
+            let theirs = Deployment { placement, worker: *id, ..deployment.clone() };
+            match self.members.get(id) {
+                Some(member) => (member.orders)(ToWorker::Deploy(Box::new(theirs))),
+                None => return Err(NotBuilt::Task(Error::retry(format!("{id} is lost")))),
+            }
+        }
+        let mut all = Built::default();
+        while !building.is_empty() {
+            let news = self.news.recv().await.ok_or_else(|| NotBuilt::Task(no_more()))?;
+            match self.take(news) {
+                Some((id, FromWorker::Built(built))) => {
+                    building.remove(&id);
+                    all.committers.extend(built.committers);
+                    all.arriving.extend(built.arriving);
+                }
+                Some((_, FromWorker::NotBuilt(why))) => return Err(why),
+                Some((_, FromWorker::Failed { error, .. })) => return Err(NotBuilt::Task(error)),
+                // Left over from what was before.
+                Some(_) | None => {}
+            }
+        }
+        Ok(all)
     }
 
     /// Ends the attempt, and waits until nothing of it is left.
@@ -59,10 +176,22 @@ impl Crew {
     /// When something may be left.
     pub(crate) async fn end(&mut self, cancel: bool) -> Result<()> {
         self.tell(ToWorker::End { cancel });
-        loop {
-            if let FromWorker::Gone(error) = self.next().await? {
-                return error.map_or(Ok(()), Err);
+        let mut there: BTreeSet<WorkerId> = self.members.keys().copied().collect();
+        let mut left = Ok(());
+        while !there.is_empty() {
+            let news = self.news.recv().await.ok_or_else(no_more)?;
+            if let News::Lost(id, _) = &news {
+                there.remove(id);
+            }
+            if let Some((id, FromWorker::Gone(error))) = self.take(news) {
+                there.remove(&id);
+                left = left.and(error.map_or(Ok(()), Err));
             }
         }
+        left
     }
+}
+
+fn no_more() -> Error {
+    Error::abort("internal error: the job's workers are gone")
 }

@@ -1,6 +1,8 @@
 //! The coordinator's side of a job: attempts, one after the other, each with one loop that takes every event, in order.
 
+mod assignment;
 mod crew;
+mod restarts;
 mod shell;
 mod starting;
 
@@ -11,8 +13,9 @@ use floodmark_snapshot::{Env, Epoch, Error, Result, restore::Rejected};
 use tokio::sync::watch;
 
 pub(crate) use self::crew::Crew;
-pub use self::starting::takers;
+pub use self::{restarts::RestartStrategy, starting::takers};
 use self::{
+    restarts::{Restarts, Verdict},
     shell::Shell,
     starting::{Ready, Start},
 };
@@ -29,25 +32,42 @@ pub(crate) async fn run(
     progress: Arc<Progress>,
     mut crew: Crew,
 ) -> Result<Summary, RunError> {
-    let mut damaged = Vec::new();
+    let (mut damaged, mut restarts) = (Vec::new(), Restarts::new(spec.restarts.clone()));
+    let mut first = true;
     loop {
-        let ready = match starting::start(&spec, &env, &mut crew, &damaged).await? {
-            Start::Ready(ready) => *ready,
-            Start::AlreadyFinished(epoch) => {
-                progress.phase(JobPhase::Done);
-                let (outcome, progress) = (Outcome::AlreadyFinished, progress.view());
-                return Ok(Summary { outcome, progress, last_epoch: Some(epoch) });
-            }
-        };
-        if let Some(epoch) = ready.restored {
-            progress.restored_from(epoch);
-        }
-        match attempt(&spec, &env, &mut controls, &progress, &mut crew, ready).await? {
-            Attempted::Ended(summary) => return Ok(summary),
+        let completed = progress.view().checkpoints.completed;
+        let attempted = attempt(&spec, &env, &mut controls, &progress, &mut crew, &damaged).await;
+        let error = match attempted {
+            Ok(Attempted::Ended(summary)) => return Ok(summary),
             // Nothing has been snapshotted or committed: the next older checkpoint is as good as if it had been chosen first.
-            Attempted::Damaged(rejected) => {
+            Ok(Attempted::Damaged(rejected)) => {
                 progress.phase(JobPhase::Restoring);
                 damaged.push(rejected);
+                continue;
+            }
+            // What is wrong before anything has run is for whoever has started the job.
+            Err(error @ (RunError::Connector(_) | RunError::Storage(_))) if first => return Err(error),
+            Err(error) => error,
+        };
+        first = false;
+        if progress.view().checkpoints.completed > completed {
+            restarts.progressed();
+        }
+        let disposition = error.cause().disposition();
+        match restarts.failed(disposition, env.clock.monotonic()) {
+            Verdict::GiveUp(reason) => {
+                tracing::debug!(%error, "no other attempt: {reason}");
+                return Err(error);
+            }
+            Verdict::Again(delay) => {
+                progress.phase(JobPhase::Restoring);
+                tracing::warn!(%error, "the attempt has failed; the next begins in {delay:?}");
+                tokio::select! {
+                    biased;
+                    // Whoever stops a job that does not run is told why it does not.
+                    () = stopped(&mut controls.stop) => return Err(error),
+                    () = env.runtime.sleep(delay) => {}
+                }
             }
         }
     }
@@ -66,9 +86,26 @@ async fn attempt(
     controls: &mut Controls,
     progress: &Arc<Progress>,
     crew: &mut Crew,
-    ready: Ready,
+    damaged: &[Rejected],
 ) -> Result<Attempted, RunError> {
-    let Ready { built, log, state, restored } = ready;
+    crew.assemble(spec.parallelism).await.map_err(RunError::Failed)?;
+    let started = starting::start(spec, env, crew, damaged).await;
+    let Ready { built, log, state, restored } = match started {
+        Ok(Start::Ready(ready)) => *ready,
+        Ok(Start::AlreadyFinished(epoch)) => {
+            progress.phase(JobPhase::Done);
+            let (outcome, progress) = (Outcome::AlreadyFinished, progress.view());
+            return Ok(Attempted::Ended(Summary { outcome, progress, last_epoch: Some(epoch) }));
+        }
+        Err(error) => {
+            // Some may have built their part.
+            let _ = crew.end(true).await;
+            return Err(error);
+        }
+    };
+    if let Some(epoch) = restored {
+        progress.restored_from(epoch);
+    }
     let mut running = Running {
         spec: spec.clone(),
         env: env.clone(),

@@ -13,10 +13,10 @@ use floodmark_snapshot::{
     storage,
 };
 
-use super::{Crew, subtasks};
+use super::Crew;
 use crate::{
     CheckpointMode, RunError, RunSpec,
-    words::{Built, Deployment, NotBuilt, Restored},
+    words::{Built, Deployment, NotBuilt, Restored, WorkerId},
 };
 
 /// A job that is ready to run.
@@ -53,7 +53,8 @@ pub(super) async fn start(
             last_epoch: state.last_epoch,
             restored: None,
             splits,
-            subtasks: subtasks(spec).collect(),
+            placement: Vec::new(),
+            worker: WorkerId(0),
         };
         let built = crew.deploy(deployment).await.map_err(not_built)?;
         return Ok(Start::Ready(Box::new(Ready { built, log: None, state, restored: None })));
@@ -216,7 +217,8 @@ impl Starter<'_> {
             plan.admit(spec.allow_dropped_state).map_err(NotBuilt::Snapshot)?;
         }
         let restored = candidate.map(|c| Restored {
-            snapshot: c.snapshot.clone(),
+            manifest: c.snapshot.manifest.clone(),
+            location: c.snapshot.location(),
             owned: c.owned,
             streams,
             committed: state.committed,
@@ -228,7 +230,8 @@ impl Starter<'_> {
             last_epoch: state.last_epoch,
             restored,
             splits,
-            subtasks: subtasks(spec).collect(),
+            placement: Vec::new(),
+            worker: WorkerId(0),
         };
         crew.deploy(deployment).await
     }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use floodmark_dataflow::{
-    Exchange, JobGraph, Node, Operator, OperatorMetrics, RestoredShard, SubtaskContext, TaskId, Vertex, arrival,
+    Exchange, JobGraph, Node, Operator, OperatorMetrics, RestoredShard, SubtaskContext, TaskId, arrival,
     channel::{Inbox, Sender, Signal},
     exchange::Router,
     graph::NodeKind,
@@ -17,13 +17,15 @@ use floodmark_dataflow::{
 use floodmark_snapshot::{
     Attempt, Env, Epoch, Error, KeyGroupRange, OperatorUid, Result, Shard, ShardKind, SplitState,
     alignment::AlignmentMode,
+    restore::{self, Snapshot},
 };
 use floodmark_state::StateSettings;
 use futures::{Stream, StreamExt, TryStreamExt, future::try_join_all, stream};
 
 use super::{committers::StagedShard, reading, slices::Slices};
 use crate::{
-    CheckpointMode, Progress, RunSpec,
+    CheckpointMode, RunSpec,
+    progress::{Counters, Metrics},
     words::{CommitterId, Deployment, NotBuilt, Restored, SubtaskId},
 };
 
@@ -58,18 +60,6 @@ pub(super) struct Committing {
     pub(super) restored: Option<(Epoch, Vec<(Epoch, StagedShard)>)>,
 }
 
-/// Counters of all operators: by task, then by its node, then by subtask.
-pub(crate) type Metrics = Vec<Vec<Vec<Arc<OperatorMetrics>>>>;
-
-/// Registers the counters of all operators.
-pub(crate) fn register(graph: &JobGraph, parallelism: u32, progress: &Progress) -> Metrics {
-    let of_task = |(t, vertex): (usize, &Vertex)| {
-        let width = graph.width(TaskId(t), parallelism);
-        vertex.chain.iter().map(|node| progress.register(&node.uid, &node.kind, width)).collect()
-    };
-    graph.vertices.iter().enumerate().map(of_task).collect()
-}
-
 /// What has been built, and waits for its start.
 pub(super) struct Work {
     pub(super) attempt: Attempt,
@@ -83,17 +73,34 @@ pub(super) struct Work {
 pub(super) async fn build(
     spec: Arc<RunSpec>,
     env: Env,
-    metrics: Arc<Metrics>,
+    counters: Arc<Counters>,
     deployment: Deployment,
 ) -> Result<Work, NotBuilt> {
-    let committers = committers(&spec, &deployment).await;
+    let restoring = match &deployment.restored {
+        Some(restored) => Some(Restoring::of(restored, &spec).map_err(NotBuilt::Snapshot)?),
+        None => None,
+    };
+    let building = Building { spec: &spec, env: &env, deployment: &deployment, restoring: restoring.as_ref() };
+    let committers = building.committers().await;
     let committers = committers.map_err(NotBuilt::of_snapshot_or(NotBuilt::Connector))?;
-    let tasks = tasks(&spec, &env, &deployment, &metrics).await;
+    let metrics = counters.begin(&spec.graph, deployment.parallelism(), |subtask| deployment.is_here(subtask));
+    let tasks = building.tasks(&metrics).await;
     let tasks = tasks.map_err(NotBuilt::of_snapshot_or(NotBuilt::Task))?;
     Ok(Work { attempt: deployment.attempt, last_epoch: deployment.last_epoch, tasks, committers })
 }
 
-impl Restored {
+/// The snapshot that an attempt starts from, at hand.
+struct Restoring<'a> {
+    said: &'a Restored,
+    snapshot: Snapshot,
+}
+
+impl<'a> Restoring<'a> {
+    fn of(said: &'a Restored, spec: &RunSpec) -> Result<Self> {
+        let snapshot = restore::located(said.manifest.clone(), &said.location, &spec.storage)?;
+        Ok(Self { said, snapshot })
+    }
+
     fn shards_of(&self, uid: &OperatorUid) -> impl Iterator<Item = &Shard> {
         self.snapshot.manifest.operators.get(uid).into_iter().flat_map(|o| &o.shards)
     }
@@ -110,74 +117,88 @@ impl Restored {
     }
 }
 
-/// The committers of the sinks here: of the present subtasks, and of earlier ones whose records are still to be committed.
-///
-/// # Errors
-/// When the checkpoint holds records of a sink that no longer commits any: they would be lost. `Corrupt` if some are damaged.
-async fn committers(spec: &RunSpec, deployment: &Deployment) -> Result<Vec<Committing>> {
-    let (graph, restored) = (&spec.graph, deployment.restored.as_ref());
-    let mut all = Vec::new();
-    for (task, node) in graph.nodes() {
-        let NodeKind::Sink(sink) = &node.node else { continue };
-        let held = |index: u32| {
-            let shards = restored.into_iter().flat_map(|r| r.shards_of(&node.uid));
-            shards.filter(|s| s.kind == ShardKind::Staged && s.subtask == index).collect::<Vec<_>>()
-        };
-        let width = graph.width(task, spec.parallelism);
-        let earlier = restored.into_iter().flat_map(|r| r.shards_of(&node.uid)).map(|s| s.subtask);
-        for index in (0..width).chain(earlier).collect::<BTreeSet<u32>>() {
-            // Those of subtasks that are no more go to one that is.
-            if !deployment.subtasks.contains(&SubtaskId { task, index: index % width.max(1) }) {
-                continue;
-            }
-            let Some(committer) = sink.committer(index, &deployment.history).map_err(|e| e.context(&node.uid))? else {
-                let visible = |s: &&&Shard| restored.is_some_and(|r| s.epoch.is_some_and(|e| e <= r.committed));
-                let left: u64 = held(index).iter().filter(|s| !visible(s)).map(|s| s.rows).sum();
-                if left == 0 {
-                    continue;
-                }
-                return Err(Error::abort(format!(
-                    "{}: the checkpoint holds {left} records that are not written yet, and the sink no longer writes \
-                     exactly once; run the job as it was once more, and stop it with Ctrl-C, before changing that",
-                    node.uid
-                )));
-            };
-            let id = CommitterId { uid: node.uid.clone(), index };
-            let mut pending = None;
-            if let Some(restored) = restored {
-                let (snapshot, of) = (&restored.snapshot, restored.snapshot.manifest.epoch);
-                let staged = stream::iter(held(index).into_iter().cloned()).map(|shard: Shard| async move {
-                    let bytes = snapshot.read(&shard).await?;
-                    Ok::<_, Error>((shard.epoch.unwrap_or(of), (shard.rows, bytes)))
-                });
-                pending = Some((of, staged.buffered(READS_AHEAD_MAX).try_collect().await?));
-            }
-            all.push(Committing { id, committer, restored: pending });
-        }
-    }
-    Ok(all)
+/// What is built, and of what.
+#[derive(Clone, Copy)]
+struct Building<'a> {
+    spec: &'a RunSpec,
+    env: &'a Env,
+    deployment: &'a Deployment,
+    restoring: Option<&'a Restoring<'a>>,
 }
 
-/// Builds the tasks, with their state. Subtasks take theirs over side by side.
-///
-/// # Errors
-/// `Corrupt` if state is damaged.
-async fn tasks(spec: &RunSpec, env: &Env, deployment: &Deployment, metrics: &Metrics) -> Result<Vec<Deployed>> {
-    let graph = &spec.graph;
-    let mut wiring = wire(graph, spec.parallelism, spec.max_parallelism);
-    let mut builds = Vec::new();
-    for (t, vertex) in graph.vertices.iter().enumerate() {
-        let parallelism = graph.width(TaskId(t), spec.parallelism);
-        for index in
-            (0..parallelism).filter(|i| deployment.subtasks.contains(&SubtaskId { task: TaskId(t), index: *i }))
-        {
-            let builder = Builder { spec, env, deployment, metrics: &metrics[t], index, parallelism };
-            let ends =
-                wiring.remove(&(t, index)).ok_or_else(|| Error::abort("internal error: a subtask without wiring"))?;
-            builds.push(builder.build(TaskId(t), &vertex.chain, ends));
+impl Building<'_> {
+    /// The committers of the sinks here: of the present subtasks, and of earlier ones whose records are still to be committed.
+    ///
+    /// # Errors
+    /// When the checkpoint holds records of a sink that no longer commits any: they would be lost. `Corrupt` if some are damaged.
+    async fn committers(self) -> Result<Vec<Committing>> {
+        let Self { spec, deployment, restoring: restored, .. } = self;
+        let graph = &spec.graph;
+        let mut all = Vec::new();
+        for (task, node) in graph.nodes() {
+            let NodeKind::Sink(sink) = &node.node else { continue };
+            let held = |index: u32| {
+                let shards = restored.into_iter().flat_map(|r| r.shards_of(&node.uid));
+                shards.filter(|s| s.kind == ShardKind::Staged && s.subtask == index).collect::<Vec<_>>()
+            };
+            let width = graph.width(task, deployment.parallelism());
+            let earlier = restored.into_iter().flat_map(|r| r.shards_of(&node.uid)).map(|s| s.subtask);
+            for index in (0..width).chain(earlier).collect::<BTreeSet<u32>>() {
+                // Those of subtasks that are no more go to one that is.
+                if !deployment.is_here(SubtaskId { task, index: index % width.max(1) }) {
+                    continue;
+                }
+                let Some(committer) = sink.committer(index, &deployment.history).map_err(|e| e.context(&node.uid))?
+                else {
+                    let visible =
+                        |s: &&&Shard| restored.is_some_and(|r| s.epoch.is_some_and(|e| e <= r.said.committed));
+                    let left: u64 = held(index).iter().filter(|s| !visible(s)).map(|s| s.rows).sum();
+                    if left == 0 {
+                        continue;
+                    }
+                    return Err(Error::abort(format!(
+                        "{}: the checkpoint holds {left} records that are not written yet, and the sink no longer writes \
+                     exactly once; run the job as it was once more, and stop it with Ctrl-C, before changing that",
+                        node.uid
+                    )));
+                };
+                let id = CommitterId { uid: node.uid.clone(), index };
+                let mut pending = None;
+                if let Some(restored) = restored {
+                    let (snapshot, of) = (&restored.snapshot, restored.snapshot.manifest.epoch);
+                    let staged = stream::iter(held(index).into_iter().cloned()).map(|shard: Shard| async move {
+                        let bytes = snapshot.read(&shard).await?;
+                        Ok::<_, Error>((shard.epoch.unwrap_or(of), (shard.rows, bytes)))
+                    });
+                    pending = Some((of, staged.buffered(READS_AHEAD_MAX).try_collect().await?));
+                }
+                all.push(Committing { id, committer, restored: pending });
+            }
         }
+        Ok(all)
     }
-    try_join_all(builds).await
+
+    /// Builds the tasks, with their state. Subtasks take theirs over side by side.
+    ///
+    /// # Errors
+    /// `Corrupt` if state is damaged.
+    async fn tasks(self, metrics: &Metrics) -> Result<Vec<Deployed>> {
+        let Self { spec, deployment, .. } = self;
+        let graph = &spec.graph;
+        let mut wiring = wire(graph, deployment.parallelism(), spec.max_parallelism);
+        let mut builds = Vec::new();
+        for (t, vertex) in graph.vertices.iter().enumerate() {
+            let parallelism = graph.width(TaskId(t), deployment.parallelism());
+            for index in (0..parallelism).filter(|i| deployment.is_here(SubtaskId { task: TaskId(t), index: *i })) {
+                let builder = Builder { of: self, metrics: &metrics[t], index, parallelism };
+                let ends = wiring
+                    .remove(&(t, index))
+                    .ok_or_else(|| Error::abort("internal error: a subtask without wiring"))?;
+                builds.push(builder.build(TaskId(t), &vertex.chain, ends));
+            }
+        }
+        try_join_all(builds).await
+    }
 }
 
 /// The channels of one subtask.
@@ -221,7 +242,7 @@ fn wire(graph: &JobGraph, parallelism: u32, max_parallelism: u16) -> HashMap<(us
 }
 
 /// The shards that a subtask with these key groups takes over for an operator, by earlier subtask and layer.
-fn concerning<'a>(restored: &'a Restored, node: &Node, owned: KeyGroupRange) -> Vec<&'a Shard> {
+fn concerning<'a>(restored: &'a Restoring<'_>, node: &Node, owned: KeyGroupRange) -> Vec<&'a Shard> {
     if node.state_schema.is_none() {
         return Vec::new(); // what it no longer keeps has been given up
     }
@@ -236,9 +257,7 @@ fn concerning<'a>(restored: &'a Restored, node: &Node, owned: KeyGroupRange) -> 
 }
 
 struct Builder<'a> {
-    spec: &'a RunSpec,
-    env: &'a Env,
-    deployment: &'a Deployment,
+    of: Building<'a>,
     /// Of this task's nodes, by subtask.
     metrics: &'a [Vec<Arc<OperatorMetrics>>],
     index: u32,
@@ -266,11 +285,11 @@ impl Builder<'_> {
                 }
             };
             let mut operator = operator.map_err(|e| e.context(&node.uid))?;
-            if let Some(restored) = &self.deployment.restored {
+            if let Some(restored) = self.of.restoring {
                 let shards = concerning(restored, node, context.key_groups);
                 let by_slices = chain.is_empty()
                     && source.is_none()
-                    && restored.streams
+                    && restored.said.streams
                     && !shards.is_empty()
                     && operator.restores_by_key_group()
                     && shards.iter().all(|s| s.kind == ShardKind::Keyed);
@@ -282,7 +301,7 @@ impl Builder<'_> {
                         snapshot: restored.snapshot.clone(),
                         shards: shards.into_iter().cloned().collect(),
                         owned: context.key_groups,
-                        slice_bytes: self.spec.slice_bytes,
+                        slice_bytes: self.of.spec.slice_bytes,
                         feed,
                     });
                 } else if !shards.is_empty() {
@@ -297,7 +316,7 @@ impl Builder<'_> {
                 metrics: context.metrics,
             });
         }
-        let replay = match (&self.deployment.restored, nodes.first()) {
+        let replay = match (self.of.restoring, nodes.first()) {
             (Some(restored), Some(first)) => self.in_flight(restored, first, &ends.channels).await?,
             _ => Vec::new(),
         };
@@ -306,7 +325,7 @@ impl Builder<'_> {
             Some(source) => TaskInput::Source(source),
             None => TaskInput::Channels(ends.inbox, ends.channels),
         };
-        let snapshots = match self.spec.checkpoints.mode {
+        let snapshots = match self.of.spec.checkpoints.mode {
             CheckpointMode::ExactlyOnce => Some(AlignmentMode::ExactlyOnce),
             CheckpointMode::AtLeastOnce => Some(AlignmentMode::AtLeastOnce),
             CheckpointMode::Disabled => None,
@@ -324,7 +343,7 @@ impl Builder<'_> {
         };
         Ok(Deployed {
             id: SubtaskId { task: id, index: self.index },
-            task: Task::new(spec, self.env.clone()),
+            task: Task::new(spec, self.of.env.clone()),
             signal: ends.signal,
             source: heads_source,
             sinks,
@@ -335,7 +354,7 @@ impl Builder<'_> {
     /// Hands an operator its state, a shard at a time, off this thread.
     async fn restore(
         &self,
-        restored: &Restored,
+        restored: &Restoring<'_>,
         node: &Node,
         mut operator: Box<dyn Operator>,
         shards: Vec<&Shard>,
@@ -346,15 +365,20 @@ impl Builder<'_> {
         while let Some(shard) = read.next().await {
             let shard = shard.map_err(failed)?;
             let take = move || operator.restore(vec![shard]).map(|()| operator);
-            operator = self.env.blocking("restoring state", take).await.and_then(|o| o).map_err(failed)?;
+            operator = self.of.env.blocking("restoring state", take).await.and_then(|o| o).map_err(failed)?;
         }
         let all = move || operator.restored().map(|()| operator);
-        self.env.blocking("restoring state", all).await.and_then(|o| o).map_err(failed)
+        self.of.env.blocking("restoring state", all).await.and_then(|o| o).map_err(failed)
     }
 
     /// This subtask's share of the rows that were on their way to the task.
-    async fn in_flight(&self, restored: &Restored, first: &Node, channels: &[InputChannel]) -> Result<Vec<InFlight>> {
-        let (index, parallelism, max) = (self.index, self.parallelism, self.spec.max_parallelism);
+    async fn in_flight(
+        &self,
+        restored: &Restoring<'_>,
+        first: &Node,
+        channels: &[InputChannel],
+    ) -> Result<Vec<InFlight>> {
+        let (index, parallelism, max) = (self.index, self.parallelism, self.of.spec.max_parallelism);
         let owned = KeyGroupRange::of_subtask(index, parallelism, max);
         let concerns = |s: &&Shard| inflight::concerns(s, index, parallelism, max);
         let shards = restored.shards_of(&first.uid).filter(concerns).collect();
@@ -366,20 +390,20 @@ impl Builder<'_> {
         SubtaskContext {
             index: self.index,
             parallelism: self.parallelism,
-            max_parallelism: self.spec.max_parallelism,
-            key_groups: KeyGroupRange::of_subtask(self.index, self.parallelism, self.spec.max_parallelism),
+            max_parallelism: self.of.spec.max_parallelism,
+            key_groups: KeyGroupRange::of_subtask(self.index, self.parallelism, self.of.spec.max_parallelism),
             metrics,
             state: StateSettings {
-                reuse_restored: self.deployment.restored.as_ref().is_some_and(|r| r.owned),
-                ..self.spec.state.clone()
+                reuse_restored: self.of.restoring.is_some_and(|r| r.said.owned),
+                ..self.of.spec.state.clone()
             },
-            env: self.env.clone(),
+            env: self.of.env.clone(),
         }
     }
 
     fn source(&self, node: &Node, head: &SourceNode, context: &SubtaskContext) -> Result<SourceInput> {
         // Splits are dealt out in turn: each subtask's share differs by one at most.
-        let all = self.deployment.splits.get(&node.uid).map_or(&[][..], Vec::as_slice);
+        let all = self.of.deployment.splits.get(&node.uid).map_or(&[][..], Vec::as_slice);
         let mine = all.iter().skip(self.index as usize).step_by(self.parallelism as usize);
         let splits: Vec<SplitState> = mine.cloned().collect();
         let source = head.factory.open(splits.clone(), context).map_err(|e| e.context(&node.uid))?;

@@ -21,7 +21,6 @@ use floodmark_snapshot::{Disposition, Env, Epoch, Error, OperatorSnapshot, Opera
 use futures::future::{BoxFuture, join_all};
 use tokio::sync::{mpsc, oneshot};
 
-pub(crate) use self::deploy::{Metrics, register};
 use self::{
     committers::{CommitterHandle, CommitterReport, Staged},
     deploy::{SinkPart, Work},
@@ -30,6 +29,7 @@ use self::{
 };
 use crate::{
     RunSpec,
+    progress::Counters,
     words::{Built, CommitterId, FromWorker, NotBuilt, SubtaskId, ToWorker},
 };
 
@@ -39,19 +39,20 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
 const ABORTS_REMEMBERED_MAX: usize = 64;
 
 /// Where reports go. A coordinator that is gone has no need of them.
-pub(crate) type Reports = mpsc::UnboundedSender<FromWorker>;
+pub(crate) type Reports = Box<dyn Fn(FromWorker) + Send + Sync>;
 /// Where orders come from.
 pub(crate) type Orders = mpsc::UnboundedReceiver<ToWorker>;
 
 /// Runs what the coordinator says, until it says nothing any more.
-pub(crate) async fn run(spec: Arc<RunSpec>, env: Env, metrics: Arc<Metrics>, mut orders: Orders, reports: Reports) {
+pub(crate) async fn run(spec: Arc<RunSpec>, env: Env, counters: Arc<Counters>, mut orders: Orders, reports: Reports) {
+    let reports = Arc::new(reports);
     let mut stage = Stage::Idle;
     loop {
         // Orders first: an end is not to wait behind what ends.
         tokio::select! {
             biased;
             order = orders.recv() => match order {
-                Some(order) => stage = stage.order(order, &spec, &env, &metrics, &reports).await,
+                Some(order) => stage = stage.order(order, &spec, &env, &counters, &reports).await,
                 // Without a coordinator nothing that runs is of any use: dropping it ends it.
                 None => return,
             },
@@ -88,7 +89,7 @@ impl Stage {
         }
     }
 
-    fn event(mut self, next: Next, reports: &Reports) -> Self {
+    fn event(mut self, next: Next, reports: &Arc<Reports>) -> Self {
         let report = match next {
             Next::Event(event) => {
                 if let Self::Running(attempt) = &mut self {
@@ -109,7 +110,7 @@ impl Stage {
                 FromWorker::NotBuilt(why)
             }
         };
-        let _ = reports.send(report);
+        reports(report);
         self
     }
 
@@ -118,19 +119,19 @@ impl Stage {
         order: ToWorker,
         spec: &Arc<RunSpec>,
         env: &Env,
-        metrics: &Arc<Metrics>,
-        reports: &Reports,
+        counters: &Arc<Counters>,
+        reports: &Arc<Reports>,
     ) -> Self {
         match (order, self) {
             (ToWorker::Deploy(deployment), before) => {
                 drop(before);
-                let build = deploy::build(spec.clone(), env.clone(), metrics.clone(), *deployment);
+                let build = deploy::build(spec.clone(), env.clone(), counters.clone(), *deployment);
                 Self::Building(Box::pin(build))
             }
             (ToWorker::Run, Self::Built(work)) => match Attempt::start(spec, env, *work, reports.clone()) {
                 Ok(attempt) => Self::Running(Box::new(attempt)),
                 Err(error) => {
-                    let _ = reports.send(FromWorker::Failed { error, damaged: false });
+                    reports(FromWorker::Failed { error, damaged: false });
                     Self::Idle
                 }
             },
@@ -147,7 +148,7 @@ impl Stage {
                     Self::Running(attempt) => attempt.end(cancel).await,
                     Self::Idle | Self::Building(_) | Self::Built(_) => None,
                 };
-                let _ = reports.send(FromWorker::Gone(error));
+                reports(FromWorker::Gone(error));
                 Self::Idle
             }
             // For what could not be started, and is reported.
@@ -186,7 +187,7 @@ struct RunningTask {
 /// A worker's share of an attempt that runs.
 struct Attempt {
     env: Env,
-    reports: Reports,
+    reports: Arc<Reports>,
     sender: mpsc::UnboundedSender<Event>,
     events: mpsc::UnboundedReceiver<Event>,
     tasks: BTreeMap<SubtaskId, RunningTask>,
@@ -197,7 +198,7 @@ struct Attempt {
 }
 
 impl Attempt {
-    fn start(spec: &Arc<RunSpec>, env: &Env, work: Work, reports: Reports) -> Result<Self> {
+    fn start(spec: &Arc<RunSpec>, env: &Env, work: Work, reports: Arc<Reports>) -> Result<Self> {
         let Work { attempt, last_epoch, tasks, committers } = work;
         let (sender, events) = mpsc::unbounded_channel();
         let folder = JobFolder::of(&spec.job);
@@ -241,7 +242,7 @@ impl Attempt {
     }
 
     fn report(&self, report: FromWorker) {
-        let _ = self.reports.send(report);
+        (self.reports)(report);
     }
 
     fn fail(&self, error: Error) {

@@ -27,6 +27,7 @@ use floodmark_snapshot::{
     Env, Epoch, Error, OperatorUid, Result, Shard, SplitState, StateSchema, TimestampMs,
     alignment::{Alignment, AlignmentMode, GiveUp},
 };
+use serde::{Deserialize, Serialize};
 
 use self::{
     arriving::Arriving,
@@ -101,7 +102,8 @@ pub struct SourceInput {
 }
 
 /// What a task is told from outside.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub enum Command {
     /// Send this barrier (sources only).
     Trigger(Barrier),

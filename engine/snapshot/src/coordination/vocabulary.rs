@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, fmt, time::Duration};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{Attempt, Epoch, Generation, JobId, OperatorSnapshot, OperatorUid, log::Event as LogEvent};
 
 /// A subtask, by the index of its task in the graph and its own index in the task.
@@ -69,7 +71,7 @@ pub struct StartingPoint {
 }
 
 /// What follows behind a barrier.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BarrierKind {
     /// The job goes on.
     Checkpoint,
@@ -81,7 +83,7 @@ pub enum BarrierKind {
 }
 
 /// Separates the records of one snapshot from those of the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Barrier {
     /// The snapshot's number.
     pub epoch: Epoch,

@@ -220,6 +220,21 @@ fn inside<'a>(storage: &Arc<dyn Storage>, location: &'a str) -> Option<&'a str> 
     location.strip_prefix(&storage.describe())?.strip_prefix('/')
 }
 
+/// A snapshot whose manifest is at hand, and whose shards' paths are relative to the folder `location`. What lies in `storage`
+/// is read by that client.
+///
+/// # Errors
+/// When the place can't be opened.
+pub fn located(manifest: Arc<Manifest>, location: &str, storage: &Arc<dyn Storage>) -> Result<Snapshot> {
+    if location == storage.describe() {
+        return Ok(Snapshot::new(manifest, storage.clone(), ""));
+    }
+    match inside(storage, location) {
+        Some(root) => Ok(Snapshot::new(manifest, storage.clone(), root)),
+        None => Ok(Snapshot::new(manifest, storage::open_existing(location)?, "")),
+    }
+}
+
 /// A checkpoint that a job's log holds: the job's own, or one that it has adopted.
 pub(super) fn own_checkpoint(
     storage: &Arc<dyn Storage>,
@@ -229,10 +244,7 @@ pub(super) fn own_checkpoint(
 ) -> Result<Found> {
     let manifest = Arc::new(retained.manifest.clone());
     let snapshot = match &retained.from {
-        Some(from) => match inside(storage, from) {
-            Some(root) => Snapshot::new(manifest, storage.clone(), root),
-            None => Snapshot::new(manifest, storage::open_existing(from)?, ""),
-        },
+        Some(from) => located(manifest, from, storage)?,
         None => Snapshot::new(manifest, storage.clone(), folder.root()),
     };
     Ok(Found { snapshot, own: true, committed })

@@ -1,0 +1,189 @@
+//! Whether and when a job that has failed runs again. Pure: failures and the time come in, a verdict goes out.
+
+use std::{collections::VecDeque, time::Duration};
+
+use floodmark_snapshot::Disposition;
+
+/// What to do when an attempt fails for a reason that another attempt may not meet.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RestartStrategy {
+    /// The job fails.
+    None,
+    /// Another attempt after the same delay each time.
+    FixedDelay {
+        /// Failures in a row that are answered so; one after the last fails the job.
+        attempts: u32,
+        /// From the failure to the next attempt.
+        delay: Duration,
+    },
+    /// Another attempt after a delay that grows from failure to failure.
+    ExponentialDelay {
+        /// The first delay.
+        initial: Duration,
+        /// No delay is longer.
+        max: Duration,
+        /// Each delay is so many times the one before.
+        multiplier: f64,
+        /// After so long without a failure, the delays begin anew.
+        reset_after: Duration,
+    },
+    /// Another attempt, unless failures come too close.
+    FailureRate {
+        /// Failures within `interval` that are answered so; one more fails the job.
+        max: u32,
+        /// See above.
+        interval: Duration,
+        /// From the failure to the next attempt.
+        delay: Duration,
+    },
+}
+
+/// At once the first time, then slower and slower, for ever: what a job is given that says nothing.
+impl Default for RestartStrategy {
+    fn default() -> Self {
+        Self::ExponentialDelay {
+            initial: Duration::from_millis(100),
+            max: Duration::from_secs(60),
+            multiplier: 2.0,
+            reset_after: Duration::from_secs(600),
+        }
+    }
+}
+
+/// What follows from a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Another attempt after this long.
+    Again(Duration),
+    /// The job fails: why there is no other attempt.
+    GiveUp(&'static str),
+}
+
+/// Counts a job's failures.
+#[derive(Debug)]
+pub(super) struct Restarts {
+    strategy: RestartStrategy,
+    /// When the last failures came, as many as the strategy asks for.
+    failures: VecDeque<Duration>,
+    in_a_row: u32,
+}
+
+impl Restarts {
+    pub(super) fn new(strategy: RestartStrategy) -> Self {
+        Self { strategy, failures: VecDeque::new(), in_a_row: 0 }
+    }
+
+    /// A checkpoint is complete: what fails now is a new failure.
+    pub(super) fn progressed(&mut self) {
+        if matches!(self.strategy, RestartStrategy::FixedDelay { .. }) {
+            self.in_a_row = 0;
+        }
+    }
+
+    /// An attempt has failed at `now`, by the monotonic clock.
+    pub(super) fn failed(&mut self, disposition: Disposition, now: Duration) -> Verdict {
+        match disposition {
+            Disposition::Retry | Disposition::Corrupt => {}
+            Disposition::Abort => return Verdict::GiveUp("the same would happen again"),
+            Disposition::Fenced => return Verdict::GiveUp("somebody newer runs the job"),
+        }
+        let last = self.failures.back().copied();
+        self.in_a_row = self.in_a_row.saturating_add(1);
+        match self.strategy {
+            RestartStrategy::None => Verdict::GiveUp("the job asks for no restart"),
+            RestartStrategy::FixedDelay { attempts, delay } => {
+                if self.in_a_row > attempts {
+                    return Verdict::GiveUp("it has failed as often in a row as its restart strategy allows");
+                }
+                Verdict::Again(delay)
+            }
+            RestartStrategy::ExponentialDelay { initial, max, multiplier, reset_after } => {
+                if last.is_some_and(|last| now.saturating_sub(last) >= reset_after) {
+                    self.in_a_row = 1;
+                }
+                self.note(now, 1);
+                let factor = multiplier.max(1.0).powi(i32::try_from(self.in_a_row - 1).unwrap_or(i32::MAX));
+                let delay = initial.as_secs_f64() * factor;
+                Verdict::Again(if delay < max.as_secs_f64() { Duration::from_secs_f64(delay) } else { max })
+            }
+            RestartStrategy::FailureRate { max, interval, delay } => {
+                self.note(now, max as usize + 1);
+                let close = self.failures.iter().filter(|at| now.saturating_sub(**at) < interval).count();
+                if close > max as usize {
+                    return Verdict::GiveUp(
+                        "it has failed more often in a short time than its restart strategy allows",
+                    );
+                }
+                Verdict::Again(delay)
+            }
+        }
+    }
+
+    fn note(&mut self, now: Duration, keep: usize) {
+        self.failures.push_back(now);
+        while self.failures.len() > keep {
+            self.failures.pop_front();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn failed(restarts: &mut Restarts, at: u32) -> Verdict {
+        restarts.failed(Disposition::Retry, SECOND * at)
+    }
+
+    #[test]
+    fn what_would_happen_again_is_not_tried_again() {
+        let mut restarts = Restarts::new(RestartStrategy::default());
+        for disposition in [Disposition::Abort, Disposition::Fenced] {
+            assert!(matches!(restarts.failed(disposition, SECOND), Verdict::GiveUp(_)));
+        }
+        let mut none = Restarts::new(RestartStrategy::None);
+        assert!(matches!(failed(&mut none, 1), Verdict::GiveUp(_)));
+    }
+
+    #[test]
+    fn a_fixed_number_of_failures_in_a_row_is_allowed() {
+        let mut restarts = Restarts::new(RestartStrategy::FixedDelay { attempts: 2, delay: SECOND });
+        for _ in 0..3 {
+            assert_eq!(failed(&mut restarts, 1), Verdict::Again(SECOND));
+            assert_eq!(failed(&mut restarts, 2), Verdict::Again(SECOND));
+            restarts.progressed();
+        }
+        failed(&mut restarts, 9);
+        failed(&mut restarts, 9);
+        assert!(matches!(failed(&mut restarts, 9), Verdict::GiveUp(_)));
+    }
+
+    #[test]
+    fn delays_grow_to_their_bound_and_begin_anew_after_a_calm_time() {
+        let (initial, max) = (SECOND, SECOND * 5);
+        let strategy = RestartStrategy::ExponentialDelay { initial, max, multiplier: 2.0, reset_after: SECOND * 100 };
+        let mut restarts = Restarts::new(strategy);
+        let delays =
+            |restarts: &mut Restarts, from: u32| (0..5).map(|n| failed(restarts, from + n)).collect::<Vec<_>>();
+        let expected: Vec<_> = [1, 2, 4, 5, 5].into_iter().map(|n| Verdict::Again(SECOND * n)).collect();
+        assert_eq!(delays(&mut restarts, 10), expected);
+        assert_eq!(failed(&mut restarts, 113), Verdict::Again(max), "not calm for long enough");
+        assert_eq!(delays(&mut restarts, 213), expected);
+        for _ in 0..3000 {
+            assert_eq!(failed(&mut restarts, 300), Verdict::Again(max), "without an overflow");
+        }
+    }
+
+    #[test]
+    fn failures_may_come_at_a_rate() {
+        let strategy = RestartStrategy::FailureRate { max: 3, interval: SECOND * 10, delay: SECOND };
+        let mut restarts = Restarts::new(strategy);
+        for at in (0..100).step_by(4) {
+            assert_eq!(failed(&mut restarts, at), Verdict::Again(SECOND), "at {at}");
+        }
+        assert_eq!(failed(&mut restarts, 99), Verdict::Again(SECOND));
+        assert!(matches!(failed(&mut restarts, 100), Verdict::GiveUp(_)));
+    }
+}
