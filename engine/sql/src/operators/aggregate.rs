@@ -19,9 +19,12 @@ use arrow::{
 use datafusion_common::ScalarValue;
 use datafusion_physical_expr::{PhysicalExpr, aggregate::AggregateFunctionExpr};
 use floodmark_snapshot::{Error, Result};
-use floodmark_state::{Column, ColumnType, Table, table::Rows};
+use floodmark_state::{Column, ColumnType, Table, ValueShape, table::Rows};
 
-use super::{arrow_failed, failed, key::KeyCodec};
+use super::{
+    arrow_failed, failed,
+    key::{KeyCodec, Keys},
+};
 
 /// One aggregate of a `SELECT` list.
 #[derive(Clone)]
@@ -148,6 +151,33 @@ impl Call {
             Method::AvgLong => &[ColumnType::Long, ColumnType::Long],
             Method::AvgDouble => &[ColumnType::Double, ColumnType::Long],
         }
+    }
+
+    /// What [`Call::states`] makes of the table columns.
+    pub(crate) fn shape(&self) -> Result<Vec<ValueShape>> {
+        Ok(match self.method {
+            Method::Count => vec![ValueShape::Count],
+            Method::AvgLong | Method::AvgDouble => vec![ValueShape::Value, ValueShape::Count],
+            Method::Revived => {
+                let fresh = self.fresh()?;
+                let absent = match self.codec()?.encode(&fresh)? {
+                    Keys::None => None,
+                    Keys::Rows(rows) => Some(rows.row(0).data().to_vec()),
+                };
+                vec![ValueShape::Row { columns: self.state.len(), absent }]
+            }
+            _ => vec![ValueShape::Value],
+        })
+    }
+
+    /// The state of an accumulator that no value has reached: a row of [`Call::state_fields`].
+    fn fresh(&self) -> Result<Vec<ArrayRef>> {
+        let fresh = self.expr.create_accumulator().and_then(|mut a| a.state()).map_err(|e| failed(&e))?;
+        let of_field = |(value, field): (ScalarValue, &FieldRef)| {
+            let column = value.to_array().map_err(|e| failed(&e))?;
+            cast(&column, field.data_type()).map_err(arrow_failed)
+        };
+        fresh.into_iter().zip(&self.state).map(of_field).collect()
     }
 
     /// Takes rows in: row `i` of `args` (evaluated) counts towards `slots[i]` if `mask` (evaluated filter) says so.
@@ -294,7 +324,7 @@ impl Call {
                     return Ok(states);
                 }
                 // Rows that no value has reached have the state of a fresh accumulator.
-                let fresh = self.expr.create_accumulator().and_then(|mut a| a.state()).map_err(|e| failed(&e))?;
+                let fresh = self.fresh()?;
                 let mut next = 0;
                 let rows: Vec<u32> = known
                     .iter()
@@ -314,8 +344,6 @@ impl Call {
                     .iter()
                     .zip(fresh)
                     .map(|(column, fresh)| {
-                        let fresh = fresh.to_array().map_err(|e| failed(&e))?;
-                        let fresh = cast(&fresh, column.data_type()).map_err(arrow_failed)?;
                         let all = arrow::compute::concat(&[column, &fresh]).map_err(arrow_failed)?;
                         take(&all, &indices, None).map_err(arrow_failed)
                     })

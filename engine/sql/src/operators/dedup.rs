@@ -19,7 +19,9 @@ use floodmark_dataflow::{
     SubtaskContext, hash::hash_keys, metrics::add,
 };
 use floodmark_snapshot::{Epoch, Error, Result, StateColumn, StateSchema};
-use floodmark_state::{Column, ColumnType, KeyGroupWatermarks, KeyedState, Layout, RowKeys, Rows, Table};
+use floodmark_state::{
+    Column, ColumnType, KeyGroupWatermarks, KeyedState, Layout, RowKeys, RowShape, Rows, Table, ValueShape,
+};
 use hashbrown::{HashTable, hash_table::Entry};
 
 use super::{
@@ -290,6 +292,12 @@ impl Layout for KeptRows {
             })
             .collect::<Result<Vec<_>>>()?;
         self.write(table, slots, times.as_primitive::<Int64Type>().values(), &values)
+    }
+
+    fn shape(&self) -> Option<RowShape> {
+        let columns = self.schema.fields().len() - self.key_count - 1;
+        let values = vec![ValueShape::Value, ValueShape::Row { columns, absent: None }];
+        Some(RowShape { namespace: false, keys: self.key_count, values })
     }
 }
 

@@ -21,7 +21,9 @@ use floodmark_dataflow::{
     WATERMARK_MIN, hash::hash_keys, metrics::add,
 };
 use floodmark_snapshot::{Epoch, Error, KeyGroup, Result, TimestampMs};
-use floodmark_state::{Column, ColumnType, KeyGroupWatermarks, KeyedState, Layout, RowKeys, Rows, Table, holds};
+use floodmark_state::{
+    Column, ColumnType, KeyGroupWatermarks, KeyedState, Layout, RowKeys, RowShape, Rows, Table, ValueShape, holds,
+};
 use hashbrown::HashMap;
 
 use super::{
@@ -213,6 +215,10 @@ impl Layout for SideLayout {
             }
         });
         Ok(())
+    }
+
+    fn shape(&self) -> Option<RowShape> {
+        Some(RowShape { namespace: true, keys: self.side.schema.fields().len(), values: vec![ValueShape::Count] })
     }
 }
 

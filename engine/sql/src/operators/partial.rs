@@ -12,7 +12,7 @@ use arrow::{
 };
 use floodmark_dataflow::{Batch, hash::hash_keys};
 use floodmark_snapshot::{Error, Result, StateColumn, StateSchema, TimestampMs};
-use floodmark_state::{ColumnType, Layout, RowKeys, Rows, Table};
+use floodmark_state::{ColumnType, Layout, RowKeys, RowShape, Rows, Table};
 
 use super::{
     aggregate::Call,
@@ -200,6 +200,12 @@ impl Layout for GroupingLayout {
             }
         }
         Ok(())
+    }
+
+    fn shape(&self) -> Option<RowShape> {
+        let values: Vec<_> = self.grouping.calls.iter().map(Call::shape).collect::<Result<_>>().ok()?;
+        let Grouping { keys, windowed, .. } = &self.grouping;
+        Some(RowShape { namespace: *windowed, keys: keys.len(), values: values.concat() })
     }
 }
 

@@ -17,8 +17,9 @@ use floodmark_dataflow::{
     source::{Polled, Source, SourceFactory},
 };
 use floodmark_snapshot::{Env, Epoch, Error, JobId, KeyGroupRange, Result, Shard, SplitState, TimestampMs};
-use floodmark_state::shard::Reader;
+use floodmark_state::{StateSettings, shard::Reader};
 
+use super::shaped::ShapedHeap;
 use crate::{PlanOptions, SqlError, plan};
 
 /// `'connector' = 'rows', 'rows' = '…'`: JSON rows, a line each. As a sink: takes anything.
@@ -131,7 +132,7 @@ pub(super) fn context_of(index: u32, parallelism: u32) -> SubtaskContext {
         max_parallelism: 128,
         key_groups: KeyGroupRange::of_subtask(index, parallelism, 128),
         metrics: Arc::default(),
-        state: floodmark_dataflow::StateSettings::default(),
+        state: StateSettings { backend: Arc::new(ShapedHeap), ..StateSettings::default() },
         env: Env::system(),
     }
 }

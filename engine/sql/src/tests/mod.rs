@@ -7,3 +7,4 @@ mod nexmark;
 mod plans;
 mod refusals;
 mod results;
+mod shaped;
