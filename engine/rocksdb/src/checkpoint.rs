@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use floodmark_snapshot::{Epoch, Error, KeyGroup, Result, ShardKind, coordination::Barrier};
+use floodmark_snapshot::{Epoch, Error, KeyGroup, KeyGroupRange, Result, ShardKind, coordination::Barrier};
 use floodmark_state::{KeyGroupWatermarks, PendingShard, StateSnapshot, StateSpec};
 use rocksdb::{DB, WriteBatch};
 
@@ -24,7 +24,7 @@ use crate::{
     folder::{Folder, failed},
     key,
     lineage::Lineage,
-    meta::{self, DataFile, Meta},
+    meta::{self, DataFile, Meta, Span},
     neutral,
     row::Form,
     space::Frozen,
@@ -69,9 +69,11 @@ pub(crate) fn take(state: &mut State, barrier: &Barrier, watermarks: &KeyGroupWa
     let place = state.database.checkpoint_place();
     let (say, taken) = mpsc::sync_channel(1);
     let (form, max_parallelism) = (state.form.clone(), state.spec.max_parallelism);
+    let shared = state.process.clone();
+    let process = shared.clone();
     let write_out = move |db: &DB| {
         write_rows(db, &form, max_parallelism, frozen)?;
-        let (folder, files) = database::checkpoint(db, place)?;
+        let (folder, files) = database::checkpoint(db, place, &process.shared)?;
         // Nobody listens if the checkpoint was given up meanwhile; the folder goes then.
         let _ = say.send(Taken { folder, files });
         Ok(())
@@ -85,7 +87,6 @@ pub(crate) fn take(state: &mut State, barrier: &Barrier, watermarks: &KeyGroupWa
         watermarks: watermarks.clone(),
         namespaces: state.spaces.iter().map(|(namespace, space)| (*namespace, space.rows())).collect(),
     };
-    let shared = state.process.clone();
     // The database's folder, in which that of the checkpoint is, must not go before it.
     let database_folder = state.database.folder().clone();
     let taken = move || {
@@ -146,27 +147,30 @@ fn name_files(
         let path = folder.0.path().join(&name);
         let file = match lock(lineage).checked(&name) {
             Some(file) => file,
-            None => {
-                let bytes = fs::read(&path).map_err(|e| failed("read", &path, &e))?;
-                DataFile { name: name.clone(), size: bytes.len() as u64, crc: crc32c::crc32c(&bytes) }
-            }
+            None => DataFile::of(&name, &fs::read(&path).map_err(|e| failed("read", &path, &e))?),
         };
-        files.push(file.clone());
+        let live = known.get(name.as_str());
+        let span = live.map(|live| span(live, about.spec.key_groups));
+        files.push(DataFile { span, ..file.clone() });
         let mut under_way = lock(lineage);
         under_way.check(&file);
         if let Some(shard) = under_way.reuse(about.epoch, &shard_name) {
             snapshot.reused.push(shard);
             continue;
         }
-        let live = known.get(name.as_str());
         let (rows, folder, lineage, epoch) =
             (live.map_or(0, |f| f.entries), folder.clone(), lineage.clone(), about.epoch);
         let encode = move || read_again(&folder.0.path().join(&file.name), &file);
         snapshot.pending.push(PendingShard {
             name: Some(shard_name),
             uploaded: Some(Box::new(move |shard| lock(&lineage).uploaded(epoch, shard))),
-            // Whoever needs one of the files needs all: RocksDB opens no database of which any is missing.
-            ..PendingShard::new(ShardKind::RocksDb, Some(about.spec.key_groups), rows, Box::new(encode))
+            // Who needs none of its key groups does without the file.
+            ..PendingShard::new(
+                ShardKind::RocksDb,
+                Some(span.map_or(about.spec.key_groups, |s| s.key_groups)),
+                rows,
+                Box::new(encode),
+            )
         });
     }
     lock(lineage).keep_checked(&files);
@@ -180,6 +184,7 @@ fn name_files(
         columns: columns(&about.spec, &about.form),
         timed: about.form.timed,
         namespaces: about.namespaces.clone(),
+        shape: about.spec.layout.shape().map(|shape| (shape, about.spec.layout.schema())),
     };
     let bytes = meta.encode()?;
     snapshot.pending.push(PendingShard {
@@ -187,6 +192,13 @@ fn name_files(
         ..PendingShard::new(ShardKind::RocksDb, Some(about.spec.key_groups), 0, Box::new(move || Ok(bytes)))
     });
     Ok(snapshot)
+}
+
+/// Where a file stands, and which of a subtask's key groups it may have rows of: one at least, so that it goes to somebody.
+fn span(file: &LiveFile, all: KeyGroupRange) -> Span {
+    let within = |group: KeyGroup| group.clamp(all.first, all.last);
+    let of = file.key_groups.unwrap_or(all);
+    Span { level: file.level, key_groups: KeyGroupRange { first: within(of.first), last: within(of.last) } }
 }
 
 /// What rows consist of, in words: rows of anything else can't be read as these.

@@ -2,11 +2,12 @@
 
 use std::{
     cell::OnceCell,
+    collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use floodmark_snapshot::Result;
+use floodmark_snapshot::{KeyGroupRange, Result};
 use rocksdb::{
     ColumnFamilyDescriptor, DB, DBPinnableSlice, DEFAULT_COLUMN_FAMILY_NAME, ReadOptions, WriteBatch,
     checkpoint::Checkpoint,
@@ -16,6 +17,7 @@ use crate::{
     Process,
     failure::failed,
     folder::Folder,
+    key,
     options::{self, Shared},
     writer::{Job, Writer},
 };
@@ -30,6 +32,10 @@ pub(crate) struct LiveFile {
     pub(crate) name: String,
     /// Rows, removed and outdated ones too.
     pub(crate) entries: u64,
+    /// Its level.
+    pub(crate) level: u32,
+    /// From its first key's key group to its last one's, if it has any.
+    pub(crate) key_groups: Option<KeyGroupRange>,
 }
 
 /// Keys of a batch, one behind the other.
@@ -183,22 +189,42 @@ pub(crate) fn write(db: &DB, batch: WriteBatch) -> Result<()> {
 }
 
 /// Makes a checkpoint: all data files, hard-linked, and a manifest of its own. Rows in memory are written out first.
-pub(crate) fn checkpoint(db: &DB, place: PathBuf) -> Result<(Folder, Vec<LiveFile>)> {
-    // What a compaction takes away meanwhile is in the first list, what it brings in the second.
-    let mut files = live_files(db)?;
+/// Answers with its files, and maybe others.
+pub(crate) fn checkpoint(db: &DB, place: PathBuf, shared: &Shared) -> Result<(Folder, Vec<LiveFile>)> {
+    let before = live_files(db)?;
     Checkpoint::new(db)
         .and_then(|c| c.create_checkpoint(&place))
         .map_err(|e| failed("take a checkpoint of the database", &e))?;
-    files.extend(live_files(db)?);
-    Ok((Folder::adopt(place), files))
+    let folder = Folder::adopt(place);
+    let after = live_files(db)?;
+    if settled(&before, &after) {
+        return Ok((folder, after));
+    }
+    // A compaction has come in between: what the checkpoint has, it alone knows.
+    let files = live_files(&open_to_read(shared, folder.path())?)?;
+    Ok((folder, files))
+}
+
+/// Whether the files of a version between the two stand where the second says: none has gone, and what has come is where all
+/// new rows come.
+fn settled(before: &[LiveFile], after: &[LiveFile]) -> bool {
+    let places = |files: &[LiveFile]| files.iter().map(|f| (f.name.clone(), f.level)).collect::<HashMap<_, _>>();
+    let (before, after) = (places(before), places(after));
+    before.iter().all(|(name, level)| after.get(name) == Some(level))
+        && after.iter().all(|(name, level)| *level == 0 || before.contains_key(name))
 }
 
 fn live_files(db: &DB) -> Result<Vec<LiveFile>> {
     let files = db.live_files().map_err(|e| failed("list data files", &e))?;
-    Ok(files
-        .into_iter()
-        .map(|f| LiveFile { name: f.name.trim_start_matches('/').to_owned(), entries: f.num_entries })
-        .collect())
+    let live = |f: rocksdb::LiveFile| LiveFile {
+        name: f.name.trim_start_matches('/').to_owned(),
+        entries: f.num_entries,
+        level: u32::try_from(f.level).unwrap_or(0),
+        key_groups: f.start_key.zip(f.end_key).and_then(|(first, last)| {
+            Some(KeyGroupRange { first: key::group_of(&first)?, last: key::group_up_to(&last)? })
+        }),
+    };
+    Ok(files.into_iter().map(live).collect())
 }
 
 /// See [`Database::scan`].

@@ -216,7 +216,8 @@ impl State {
         }
         let (now, mut left, mut over) = (self.now(), SWEPT_STORED_ROWS, Vec::new());
         let mut last = Vec::new();
-        let start = std::mem::take(&mut self.clock.stored);
+        // Files of an earlier subtask may have rows of others' key groups.
+        let start = std::mem::take(&mut self.clock.stored).max(key::group_start(self.spec.key_groups.first));
         let end = key::group_end(self.spec.key_groups.last);
         self.database.scan(&start, end, |key, value| {
             if left == 0 {

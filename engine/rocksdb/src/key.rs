@@ -43,6 +43,17 @@ pub(crate) fn group_end(group: KeyGroup) -> Vec<u8> {
     group.0.saturating_add(1).to_be_bytes().to_vec()
 }
 
+/// The key group of a key of the database, or of a bound below keys; `None` if it is none of ours.
+pub(crate) fn group_of(bytes: &[u8]) -> Option<KeyGroup> {
+    bytes.first_chunk().map(|group| KeyGroup(u16::from_be_bytes(*group)))
+}
+
+/// The last key group below or at a key of the database, or below the bound behind a key group; `None` if it is none of ours.
+pub(crate) fn group_up_to(bytes: &[u8]) -> Option<KeyGroup> {
+    let group = group_of(bytes)?;
+    Some(if bytes.len() == 2 { KeyGroup(group.0.saturating_sub(1)) } else { group })
+}
+
 /// Takes a database's key apart; `None` if it is none of ours.
 pub(crate) fn parse(bytes: &[u8]) -> Option<(KeyGroup, i64, &[u8])> {
     let (group, rest) = bytes.split_first_chunk::<2>()?;
@@ -78,5 +89,9 @@ mod tests {
         let read: Vec<_> = written.iter().filter_map(|k| parse(k)).collect();
         assert_eq!(read, all);
         assert_eq!(parse(b"short"), None);
+        assert!(written.iter().zip(&all).all(|(key, (group, ..))| group_of(key) == Some(*group)));
+        assert_eq!(group_up_to(&first(KeyGroup(7), 0)), Some(KeyGroup(7)));
+        assert_eq!(group_up_to(&group_end(KeyGroup(7))), Some(KeyGroup(7)));
+        assert_eq!(group_of(b""), None);
     }
 }

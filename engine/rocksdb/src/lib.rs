@@ -10,7 +10,8 @@
 //! | `space`, `eviction` | rows in memory, and which of them leave it |
 //! | `outgoing`, `writer`, `database` | what is on its way to the database; the thread that writes; the database |
 //! | `checkpoint`, `lineage`, `meta` | snapshots: files, which of them are named again, what is said beside them |
-//! | `restoring`, `neutral` | starting from files, at any parallelism; rows in the format of all back ends |
+//! | `restoring`, `piece`, `manifest` | starting from files, at any parallelism: no more of them than have rows that are wanted |
+//! | `neutral`, `reading` | rows in the format of all back ends; reading files without the job that wrote them |
 //! | `key`, `row` | the encodings |
 //! | `options`, `folder`, `failure` | RocksDB's settings; the local folder; errors |
 //!
@@ -25,10 +26,13 @@ mod failure;
 mod folder;
 mod key;
 mod lineage;
+mod manifest;
 mod meta;
 mod neutral;
 mod options;
 mod outgoing;
+mod piece;
+mod reading;
 mod restoring;
 mod row;
 mod space;
@@ -43,6 +47,7 @@ use std::{
     },
 };
 
+pub use self::reading::StateFiles;
 use floodmark_snapshot::{Env, Result};
 use floodmark_state::{KeyedState, StateBackend, StateSpec};
 
@@ -63,6 +68,8 @@ pub struct Settings {
     pub block_cache_bytes: usize,
     /// Rows that are written but not yet in files, of all databases together, bytes.
     pub memtable_bytes: usize,
+    /// Data files are cut at this size, bytes, about. A few of them are in memory at a time while they are uploaded.
+    pub file_bytes: u64,
     /// A whole snapshot is cut into shards of this many bytes, about. A few of them are in memory at a time.
     pub shard_bytes: u64,
 }
@@ -76,6 +83,7 @@ impl Settings {
             cache_bytes: 256 << 20,
             block_cache_bytes: 128 << 20,
             memtable_bytes: 64 << 20,
+            file_bytes: options::FILE_BYTES,
             shard_bytes: neutral::SHARD_BYTES,
         }
     }
@@ -92,7 +100,7 @@ impl RocksDb {
     pub fn open(settings: &Settings, env: &Env) -> Result<Self> {
         let folder = WorkFolder::open(&settings.folder, env)?;
         Ok(Self(Arc::new(Process {
-            shared: Shared::new(settings.block_cache_bytes, settings.memtable_bytes),
+            shared: Shared::new(settings.block_cache_bytes, settings.memtable_bytes, settings.file_bytes),
             folder,
             cache_bytes: settings.cache_bytes,
             shard_bytes: settings.shard_bytes,

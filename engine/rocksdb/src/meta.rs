@@ -4,17 +4,19 @@
 //! block 0   Head as JSON
 //! block 1   RocksDB's MANIFEST
 //! block 2   live namespaces: (namespace: i64, rows: u64)*, little-endian, sorted
+//! block 3   the columns that rows become outside of the process, as an Arrow IPC stream without rows; if a shape is told
 //! ```
 //! Invariant: every byte of every file of a checkpoint is covered by a checksum that is compared before RocksDB sees it.
 
 use std::collections::BTreeMap;
 
+use arrow::{datatypes::SchemaRef, ipc::writer::StreamWriter, record_batch::RecordBatch};
 use bytes::Bytes;
 use floodmark_snapshot::{
-    Error, Result, TimestampMs,
+    Error, KeyGroupRange, Result, TimestampMs,
     block::{BlockWriter, read_blocks},
 };
-use floodmark_state::{KeyGroupWatermarks, watermarks::Ahead};
+use floodmark_state::{KeyGroupWatermarks, RowShape, ipc, watermarks::Ahead};
 use serde::{Deserialize, Serialize};
 
 const KIND: &str = "rocksdb";
@@ -32,9 +34,36 @@ pub(crate) struct DataFile {
     pub(crate) size: u64,
     /// CRC32C of all its bytes.
     pub(crate) crc: u32,
+    /// What the database says of it; missing in files of earlier programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) span: Option<Span>,
+}
+
+/// Where a data file stands in its database, and what it may have rows of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Span {
+    /// Its level.
+    pub(crate) level: u32,
+    /// From its first row's to its last one's, among those of its subtask.
+    pub(crate) key_groups: KeyGroupRange,
 }
 
 impl DataFile {
+    /// A file with these bytes.
+    pub(crate) fn of(name: &str, bytes: &[u8]) -> Self {
+        Self { name: name.to_owned(), size: bytes.len() as u64, crc: crc32c::crc32c(bytes), span: None }
+    }
+
+    /// The number by which the database knows it.
+    ///
+    /// # Errors
+    /// `Corrupt` if its name has none.
+    pub(crate) fn number(&self) -> Result<u64> {
+        let number = self.name.strip_suffix(".sst").and_then(|n| n.parse().ok());
+        number.ok_or_else(|| Error::corrupt(format!("'{}' is no data file of RocksDB", self.name)))
+    }
+
     /// Checks that these are the file's bytes.
     ///
     /// # Errors
@@ -74,6 +103,8 @@ struct Head {
     ahead: Vec<Ahead>,
     columns: Vec<String>,
     timed: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    shape: Option<RowShape>,
 }
 
 /// See the header of this file.
@@ -93,6 +124,8 @@ pub(crate) struct Meta {
     pub(crate) timed: bool,
     /// Rows by namespace.
     pub(crate) namespaces: BTreeMap<i64, u64>,
+    /// How rows become columns, and which, if the operator tells.
+    pub(crate) shape: Option<(RowShape, SchemaRef)>,
 }
 
 impl Meta {
@@ -107,6 +140,7 @@ impl Meta {
             ahead: self.watermarks.ahead().to_vec(),
             columns: self.columns.clone(),
             timed: self.timed,
+            shape: self.shape.as_ref().map(|(shape, _)| shape.clone()),
         };
         let head = serde_json::to_vec(&head).map_err(|e| Error::abort(format!("encode a checkpoint's files: {e}")))?;
         let mut blocks = BlockWriter::new(KIND);
@@ -115,6 +149,9 @@ impl Meta {
         let namespaces: Vec<u8> =
             self.namespaces.iter().flat_map(|(n, rows)| [n.to_le_bytes(), rows.to_le_bytes()].concat()).collect();
         blocks.push(&namespaces)?;
+        if let Some((_, schema)) = &self.shape {
+            blocks.push(&schema_bytes(schema)?)?;
+        }
         Ok(blocks.finish())
     }
 
@@ -124,8 +161,10 @@ impl Meta {
     /// `Corrupt` if it is not what [`Meta::encode`] wrote.
     pub(crate) fn decode(file: &Bytes) -> Result<Self> {
         let blocks = read_blocks(KIND, file)?;
-        let [head, manifest_bytes, namespaces] = blocks.as_slice() else {
-            return Err(Error::corrupt(format!("{} blocks instead of 3", blocks.len())));
+        let (head, manifest_bytes, namespaces, schema) = match blocks.as_slice() {
+            [head, manifest, namespaces] => (head, manifest, namespaces, None),
+            [head, manifest, namespaces, schema] => (head, manifest, namespaces, Some(schema)),
+            _ => return Err(Error::corrupt(format!("{} blocks instead of 3 or 4", blocks.len()))),
         };
         let head: Head = serde_json::from_slice(head).map_err(|e| Error::corrupt(format!("header: {e}")))?;
         if head.format != FORMAT {
@@ -157,6 +196,13 @@ impl Meta {
             let number = |b: &[u8]| b.iter().rev().fold(0_u64, |n, b| n << 8 | u64::from(*b));
             (number(n) as i64, number(rows))
         };
+        let shape = match (head.shape, schema) {
+            (Some(shape), Some(schema)) => Some((shape, schema_of(schema)?)),
+            (None, None) => None,
+            (Some(_), None) | (None, Some(_)) => {
+                return Err(Error::corrupt("the shape of its rows and their columns are told apart from each other"));
+            }
+        };
         Ok(Self {
             manifest: head.manifest,
             manifest_bytes: manifest_bytes.clone(),
@@ -165,12 +211,32 @@ impl Meta {
             columns: head.columns,
             timed: head.timed,
             namespaces: pairs.iter().map(pair).collect(),
+            shape,
         })
+    }
+}
+
+fn schema_bytes(schema: &SchemaRef) -> Result<Vec<u8>> {
+    let write = || {
+        let mut stream = StreamWriter::try_new(Vec::new(), schema)?;
+        stream.write(&RecordBatch::new_empty(schema.clone()))?;
+        stream.into_inner()
+    };
+    write().map_err(|e| Error::abort(format!("encode a state's columns: {e}")))
+}
+
+fn schema_of(bytes: &Bytes) -> Result<SchemaRef> {
+    match ipc::read("a state's columns", bytes)?.as_slice() {
+        [one] => Ok(one.schema()),
+        _ => Err(Error::corrupt("a state's columns are no single batch")),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use arrow::datatypes::{DataType, Field, Schema};
     use floodmark_snapshot::{Disposition, KeyGroup, KeyGroupRange};
 
     use super::*;
@@ -178,16 +244,25 @@ mod tests {
     #[test]
     fn it_comes_back_and_every_flipped_byte_and_cut_is_found() {
         let mut watermarks = KeyGroupWatermarks::from(5);
-        watermarks.merge(&9.into(), KeyGroupRange { first: KeyGroup(3), last: KeyGroup(7) });
+        let key_groups = KeyGroupRange { first: KeyGroup(3), last: KeyGroup(7) };
+        watermarks.merge(&9.into(), key_groups);
+        let schema = Arc::new(Schema::new(vec![Field::new("key", DataType::Utf8, false)]));
+        let shape = RowShape { namespace: false, keys: 1, values: Vec::new() };
         let meta = Meta {
             manifest: "MANIFEST-000005".to_owned(),
             manifest_bytes: Bytes::from_static(b"edits"),
-            files: vec![DataFile { name: "000042.sst".to_owned(), size: 7, crc: 3 }],
+            files: vec![
+                DataFile { name: "000042.sst".to_owned(), size: 7, crc: 3, span: None },
+                DataFile { name: "000043.sst".to_owned(), size: 7, crc: 3, span: Some(Span { level: 6, key_groups }) },
+            ],
             watermarks,
             columns: vec!["n: Int64".to_owned()],
             timed: true,
             namespaces: [(i64::MIN, 1), (-1, 2), (7, u64::MAX)].into(),
+            shape: None,
         };
+        assert_eq!(Meta::decode(&meta.encode().unwrap()).unwrap(), meta);
+        let meta = Meta { shape: Some((shape, schema)), ..meta };
         let file = meta.encode().unwrap();
         assert_eq!(Meta::decode(&file).unwrap(), meta);
         for at in 0..file.len() {

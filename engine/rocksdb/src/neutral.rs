@@ -127,7 +127,8 @@ impl Source {
     }
 }
 
-fn not_ours() -> Error {
+/// A key that is none of ours.
+pub(crate) fn not_ours() -> Error {
     Error::corrupt("a key of the database is not in the form in which keys are written")
 }
 

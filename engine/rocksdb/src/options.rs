@@ -13,7 +13,7 @@ use rocksdb::{
 const FILTER_BITS_PER_KEY: f64 = 10.0;
 /// What a read from disk brings in, bytes.
 const BLOCK_BYTES: usize = 4 << 10;
-/// Files are cut at this size, bytes: what a restore and an upload handle at a time.
+/// Files are cut at this size, bytes, if nobody says otherwise: what a restore and an upload handle at a time.
 pub(crate) const FILE_BYTES: u64 = 32 << 20;
 /// Sorted runs at which compaction begins.
 const RUNS: i32 = 6;
@@ -27,14 +27,16 @@ pub(crate) struct Shared {
     blocks: Cache,
     memtables: WriteBufferManager,
     memtable_bytes: usize,
+    file_bytes: u64,
 }
 
 impl Shared {
-    pub(crate) fn new(block_cache_bytes: usize, memtable_bytes: usize) -> Self {
+    pub(crate) fn new(block_cache_bytes: usize, memtable_bytes: usize, file_bytes: u64) -> Self {
         Self {
             blocks: Cache::new_lru_cache(block_cache_bytes),
             memtables: WriteBufferManager::new_write_buffer_manager(memtable_bytes, false),
             memtable_bytes,
+            file_bytes,
         }
     }
 
@@ -78,7 +80,7 @@ impl Shared {
         options.set_compression_type(DBCompressionType::Lz4);
         options.set_compaction_style(DBCompactionStyle::Universal);
         options.set_universal_compaction_options(&UniversalCompactOptions::default());
-        options.set_target_file_size_base(FILE_BYTES);
+        options.set_target_file_size_base(self.file_bytes);
         options.set_max_subcompactions(1);
         options
     }

@@ -1,29 +1,30 @@
 //! Starts a state from the shards of a checkpoint.
 //!
-//! The files of one earlier subtask are a *piece*: a database as it was at the barrier. If it has exactly our key groups, it
-//! becomes ours as it is; otherwise our rows are read out of the pieces in order, written to files and taken in as those.
-//! Neutral rows go through the cache like any others.
-//! Invariant: RocksDB sees a file only once all its bytes have been found to be those that were uploaded.
+//! The files of one earlier subtask are a *piece* ([`crate::piece`]): a database as it was at the barrier. If there is one piece
+//! and it has exactly our key groups, it becomes ours as it is. Otherwise the piece that has most of our key groups becomes ours
+//! without the rows of others (what is theirs is told to be removed, and goes with the next compactions), and our rows in the
+//! other pieces are read out in order, written to files and taken in as those. Neutral rows go through the cache like any others.
+//! Invariant: a row of others' key groups is never read, nor counted.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, btree_map::Entry},
     fs,
     path::PathBuf,
 };
 
-use floodmark_snapshot::{Context, Error, KeyGroupRange, Result, Shard, ShardKind};
+use floodmark_snapshot::{Context, Error, KeyGroup, KeyGroupRange, Result, ShardKind};
 use floodmark_state::{KeyGroupWatermarks, RestoredShard, watermarks::RestoredWatermarks};
-use rocksdb::SstFileWriter;
+use rocksdb::{SstFileWriter, WriteBatch};
 
 use crate::{
     checkpoint,
     database::{self, Database, PLACE},
     failure,
-    folder::{Folder, failed},
+    folder::failed,
     key,
     lineage::Lineage,
-    meta::{self, DataFile, Meta},
     neutral, options,
+    piece::{Checked, Piece},
     row::Form,
     space::Space,
     state::State,
@@ -37,14 +38,6 @@ const IMPORT_FILE_BYTES: u64 = options::FILE_BYTES;
 pub(crate) struct Restoring {
     pieces: BTreeMap<u32, Piece>,
     pub(crate) watermarks: RestoredWatermarks,
-}
-
-struct Piece {
-    folder: Folder,
-    key_groups: Option<KeyGroupRange>,
-    meta: Option<Meta>,
-    files: HashMap<String, DataFile>,
-    shards: Vec<Shard>,
 }
 
 impl State {
@@ -61,28 +54,13 @@ impl State {
     }
 
     fn take_file(&mut self, shard: &RestoredShard) -> Result<()> {
-        let name = shard.shard.name.as_deref().unwrap_or_default();
-        let name = name.rsplit_once('/').map_or(name, |(_, file)| file);
         let subtask = shard.shard.subtask;
         let at = self.database.folder().path().join(format!("piece-{subtask}"));
         let piece = match self.restoring.pieces.entry(subtask) {
-            std::collections::btree_map::Entry::Occupied(piece) => piece.into_mut(),
-            std::collections::btree_map::Entry::Vacant(place) => place.insert(Piece::new(at)?),
+            Entry::Occupied(piece) => piece.into_mut(),
+            Entry::Vacant(place) => place.insert(Piece::new(at)?),
         };
-        if name == meta::NAME {
-            piece.key_groups = shard.shard.key_groups;
-            piece.meta = Some(Meta::decode(&shard.bytes)?);
-            return Ok(());
-        }
-        if !DataFile::is_name(name) {
-            return Err(Error::corrupt(format!("'{name}' is no data file of RocksDB")));
-        }
-        let path = piece.folder.path().join(name);
-        fs::write(&path, &shard.bytes).map_err(|e| failed("write", &path, &e))?;
-        let (size, crc) = (shard.bytes.len() as u64, crc32c::crc32c(&shard.bytes));
-        piece.files.insert(name.to_owned(), DataFile { name: name.to_owned(), size, crc });
-        piece.shards.push(shard.shard.clone());
-        Ok(())
+        piece.take(&shard.shard, &shard.bytes)
     }
 
     /// Makes a state of what has been taken in.
@@ -90,38 +68,79 @@ impl State {
         let Restoring { mut pieces, mut watermarks } = std::mem::take(&mut self.restoring);
         let mut complete = Vec::with_capacity(pieces.len());
         while let Some((subtask, piece)) = pieces.pop_first() {
-            let checked = piece.complete(self).context_with(|| format!("restore the files of subtask {subtask}"))?;
+            let checked = piece.complete(self.spec.key_groups).and_then(|piece| self.check_columns(piece));
+            let checked = checked.context_with(|| format!("restore the files of subtask {subtask}"))?;
             watermarks.shard(subtask, 0, Some(checked.key_groups), checked.meta.watermarks.clone());
             complete.push(checked);
         }
-        match <[Checked; 1]>::try_from(complete) {
-            Ok([one]) if one.fits(self) => self.adopt(one)?,
-            Ok(one) => one.into_iter().try_for_each(|piece| self.import(piece))?,
-            Err(several) => several.into_iter().try_for_each(|piece| self.import(piece))?,
+        // The one that has most of what is ours becomes ours; what is ours of the others is copied.
+        let ours = |piece: &Checked| common(piece.key_groups, self.spec.key_groups);
+        let most = complete.iter().enumerate().filter_map(|(at, piece)| Some((at, ours(piece)?)));
+        // In its folder are the pieces: it goes last.
+        let mut _before = None;
+        if self.spaces.is_empty()
+            && let Some((at, ours)) = most.max_by_key(|(_, ours)| ours.last.0 - ours.first.0)
+            && complete[at].meta.timed == self.form.timed
+        {
+            _before = Some(self.adopt(complete.swap_remove(at), ours)?);
         }
+        complete.into_iter().try_for_each(|piece| self.import(piece))?;
         Ok(watermarks.within(self.spec.key_groups))
     }
 
-    /// Goes on with a piece as it is.
-    fn adopt(&mut self, piece: Checked) -> Result<()> {
-        let Checked { folder: from, meta, shards, .. } = piece;
+    fn check_columns(&self, piece: Checked) -> Result<Checked> {
+        let ours = checkpoint::columns(&self.spec, &self.form);
+        if piece.meta.columns == ours {
+            return Ok(piece);
+        }
+        Err(Error::abort(format!(
+            "its rows consist of ({}), and now of ({}): RocksDB's files can't follow such a change; start from a savepoint, \
+             which can",
+            piece.meta.columns.join(", "),
+            ours.join(", ")
+        )))
+    }
+
+    /// Goes on with a piece: as it is if it has just our key groups, else with the rows of those that are ours. Answers with the
+    /// database that there was before.
+    fn adopt(&mut self, piece: Checked, ours: KeyGroupRange) -> Result<Database> {
+        let Checked { folder: from, key_groups, meta, shards, whole } = piece;
         let folder = self.process.database_folder(&self.spec)?;
         let place = folder.path().join(PLACE);
         fs::rename(from.path(), &place).map_err(|e| failed("rename to", &place, &e))?;
-        self.database = Database::new(self.process.clone(), self.spec.subtask.to_string(), folder);
-        self.database.open()?;
+        let database = Database::new(self.process.clone(), self.spec.subtask.to_string(), folder);
+        database.open()?;
+        let before = std::mem::replace(&mut self.database, database);
         self.outgoing = Default::default();
         self.frozen = 0;
-        if self.spec.reuse_restored {
+        let as_it_is = whole && key_groups == self.spec.key_groups;
+        if as_it_is && self.spec.reuse_restored {
             let mut lineage = Lineage::restored(shards);
             meta.files.iter().for_each(|file| lineage.check(file));
             *checkpoint::lock(&self.lineage) = lineage;
         }
-        for (namespace, rows) in meta.namespaces.into_iter().filter(|(_, rows)| *rows > 0) {
+        let namespaces = if as_it_is { meta.namespaces } else { self.clip(ours)? };
+        for (namespace, rows) in namespaces.into_iter().filter(|(_, rows)| *rows > 0) {
             self.spaces.insert(namespace, Space { stored: rows, ..Space::default() });
             self.account(namespace);
         }
-        Ok(())
+        Ok(before)
+    }
+
+    /// Removes all rows but those of some key groups, by and by, and counts these by namespace.
+    fn clip(&mut self, ours: KeyGroupRange) -> Result<BTreeMap<i64, u64>> {
+        let (start, end) = (key::group_start(ours.first), key::group_end(ours.last));
+        let mut others = WriteBatch::default();
+        others.delete_range(&key::group_start(KeyGroup(0)), &start);
+        others.delete_range(&end, &key::group_end(KeyGroup(u16::MAX)));
+        self.outgoing.send_job(&self.database, database::write_job(others))?;
+        let mut counts: BTreeMap<i64, u64> = BTreeMap::new();
+        self.database.scan(&start, end, |row_key, _| {
+            let (_, namespace, _) = key::parse(row_key).ok_or_else(neutral::not_ours)?;
+            *counts.entry(namespace).or_default() += 1;
+            Ok(true)
+        })?;
+        Ok(counts)
     }
 
     /// Takes our rows out of a piece.
@@ -134,8 +153,7 @@ impl State {
         let mut value = Vec::new();
         let (start, end) = (key::group_start(common.first), key::group_end(common.last));
         database::scan(&old, &start, end, |row_key, old_value| {
-            let (_, namespace, _) = key::parse(row_key)
-                .ok_or_else(|| Error::corrupt("a key of the database is not in the form in which keys are written"))?;
+            let (_, namespace, _) = key::parse(row_key).ok_or_else(neutral::not_ours)?;
             *counts.entry(namespace).or_default() += 1;
             if old_form.timed == self.form.timed {
                 files.put(row_key, old_value)?;
@@ -164,65 +182,6 @@ impl State {
 
 fn common(a: KeyGroupRange, b: KeyGroupRange) -> Option<KeyGroupRange> {
     a.overlaps(&b).then(|| KeyGroupRange { first: a.first.max(b.first), last: a.last.min(b.last) })
-}
-
-impl Piece {
-    fn new(place: PathBuf) -> Result<Self> {
-        let folder = Folder::create(place)?;
-        Ok(Self { folder, key_groups: None, meta: None, files: HashMap::new(), shards: Vec::new() })
-    }
-
-    /// Checks that everything is there and of our shape, and makes it a database.
-    fn complete(self, state: &State) -> Result<Checked> {
-        let Self { folder, key_groups, meta, files, shards } = self;
-        let meta = meta.ok_or_else(|| Error::corrupt(format!("there is no {} among its files", meta::NAME)))?;
-        for file in &meta.files {
-            match files.get(&file.name) {
-                Some(found) if found == file => {}
-                Some(found) => {
-                    let (found, size) = (found.size, file.size);
-                    return Err(Error::corrupt(format!(
-                        "data file {}: its {found} bytes are not the {size} that were written",
-                        file.name
-                    )));
-                }
-                None => return Err(Error::corrupt(format!("data file {} is missing", file.name))),
-            }
-        }
-        let ours = checkpoint::columns(&state.spec, &state.form);
-        if meta.columns != ours {
-            return Err(Error::abort(format!(
-                "its rows consist of ({}), and now of ({}): RocksDB's files can't follow such a change; start from a savepoint, \
-                 which can",
-                meta.columns.join(", "),
-                ours.join(", ")
-            )));
-        }
-        for (name, bytes) in
-            [(meta.manifest.as_str(), &meta.manifest_bytes[..]), ("CURRENT", format!("{}\n", meta.manifest).as_bytes())]
-        {
-            let path = folder.path().join(name);
-            fs::write(&path, bytes).map_err(|e| failed("write", &path, &e))?;
-        }
-        // Without a range of its own it has been taken by whoever came first: all of it may be ours.
-        let key_groups = key_groups.unwrap_or(state.spec.key_groups);
-        Ok(Checked { folder, key_groups, meta, shards })
-    }
-}
-
-/// A piece that RocksDB may open.
-struct Checked {
-    folder: Folder,
-    key_groups: KeyGroupRange,
-    meta: Meta,
-    shards: Vec<Shard>,
-}
-
-impl Checked {
-    /// Whether it is, as it is, what the state shall be.
-    fn fits(&self, state: &State) -> bool {
-        self.key_groups == state.spec.key_groups && self.meta.timed == state.form.timed && state.spaces.is_empty()
-    }
 }
 
 /// Writes rows, in order, to files that a database can take in.

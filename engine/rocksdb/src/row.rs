@@ -162,7 +162,8 @@ fn unzigzag(v: u128) -> i128 {
     ((v >> 1) as i128) ^ -((v & 1) as i128)
 }
 
-fn varint(mut v: u128, out: &mut Vec<u8>) {
+/// Appends a number, seven bits a byte, the least first.
+pub(crate) fn varint(mut v: u128, out: &mut Vec<u8>) {
     while v >= 0x80 {
         out.push(v as u8 | 0x80);
         v >>= 7;

@@ -6,8 +6,9 @@ mod model;
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
-use floodmark_rocksdb::{RocksDb, Settings};
-use floodmark_snapshot::{Clock, Disposition, Env, Epoch, Shard, ShardKind, coordination::Barrier};
+use arrow::{array::AsArray, datatypes::Int64Type};
+use floodmark_rocksdb::{RocksDb, Settings, StateFiles};
+use floodmark_snapshot::{Clock, Disposition, Env, Epoch, KeyGroupRange, Shard, ShardKind, coordination::Barrier};
 use floodmark_state::{Heap, StateBackend};
 use model::{Model, Random, States, Store, of_kind, spec, whole};
 
@@ -279,6 +280,97 @@ fn a_savepoint_is_neutral_and_changes_nothing_for_later_checkpoints() {
         assert_eq!(restored.read(3, &[5])[&5], Some((1, b"x".to_vec())));
         restored.add(3, &[5], b"later");
         assert_eq!(restored.all(), states.all());
+    }
+}
+
+#[test]
+fn a_subtask_is_handed_only_the_files_that_have_its_key_groups() {
+    const KEYS: u64 = 60_000;
+    let folder = scratch();
+    // Small files: a compaction cuts its output where they are full.
+    let settings = Settings { memtable_bytes: 2 << 20, file_bytes: 128 << 10, ..Settings::new(folder.path()) };
+    let (env, backend) = (Env::system(), RocksDb::open(&settings, &Env::system()).unwrap());
+    let (mut states, mut store) = (States::open(&backend, 1, None, &env), Store::default());
+    let (mut random, mut epoch) = (Random(11), 0);
+    for round in 0..12 {
+        for start in (0..KEYS).step_by(5_000) {
+            let text = (0..4).flat_map(|_| random.below(u64::MAX).to_le_bytes()).collect::<Vec<_>>();
+            states.add(round % 3, &(start..start + 5_000).collect::<Vec<_>>(), &text);
+        }
+        epoch += 1;
+        states.checkpoint(&mut store, epoch);
+    }
+    states.remove(1, &(0..KEYS).step_by(2).collect::<Vec<_>>());
+    states.drop_namespace(2);
+    epoch += 1;
+    let mut shards = states.checkpoint(&mut store, epoch);
+    let model = states.all();
+    let bytes = |shards: &[Shard], groups: KeyGroupRange| -> u64 {
+        shards.iter().filter(|s| s.key_groups.is_none_or(|g| g.overlaps(&groups))).map(|s| s.size).sum()
+    };
+    let all: u64 = shards.iter().map(|s| s.size).sum();
+    let quarter = bytes(&shards, spec(1, 4, None, &env).key_groups);
+    assert!(quarter * 2 < all, "{quarter} of {all} bytes for 4 of 16 key groups, {} files", shards.len());
+    // There and back, over checkpoints of states that still have files with rows of others.
+    let mut parallelism = 1;
+    for next in [4, 3, 5, 2, 2, 1] {
+        let mut restored = States::open(&backend, next, None, &env);
+        restored.restore(&store, &shards, parallelism).unwrap();
+        assert_eq!(restored.rows(), model.len() as u64, "{parallelism} -> {next}");
+        assert_eq!(restored.all(), model, "{parallelism} -> {next}");
+        epoch += 1;
+        shards = restored.checkpoint(&mut store, epoch);
+        parallelism = next;
+    }
+}
+
+#[test]
+fn files_are_read_without_the_job_that_wrote_them() {
+    let folder = scratch();
+    let (env, backend) = (Env::system(), backend(folder.path(), 256 << 10));
+    let (mut states, mut store) = (States::open(&backend, 1, None, &env), Store::default());
+    states.add(-3, &(0..20_000).collect::<Vec<_>>(), b"x");
+    states.add(5, &(0..10).collect::<Vec<_>>(), b"y");
+    let before = states.checkpoint(&mut store, 1);
+    // Restored by two, files have rows that are not theirs.
+    let mut states = States::open(&backend, 2, None, &env);
+    states.restore(&store, &before, 1).unwrap();
+    states.remove(-3, &[7]);
+    states.drop_namespace(5);
+    states.add(-3, &[8], b"later");
+    let shards = states.checkpoint(&mut store, 2);
+    let mut found = Model::new();
+    for subtask in 0..2 {
+        let mut files = StateFiles::new(&folder.path().join("read"), &env).unwrap();
+        let mine: Vec<&Shard> = shards.iter().filter(|s| s.subtask == subtask).collect();
+        let told = mine.iter().find(|s| StateFiles::tells(s)).unwrap();
+        let columns = StateFiles::columns(&store.files[&told.path]).unwrap();
+        let names: Vec<&str> = columns.iter().map(|c| c.name.as_str()).collect();
+        assert_eq!(names, ["$namespace", "key", "count", "text"]);
+        mine.iter().for_each(|shard| files.take(shard, &store.files[&shard.path]).unwrap());
+        let mut show = |batch: arrow::record_batch::RecordBatch| {
+            let longs = |at: usize| batch.column(at).as_primitive::<Int64Type>().values();
+            for row in 0..batch.num_rows() {
+                let text = batch.column(3).as_binary::<i32>().value(row).to_vec();
+                let at = (longs(0)[row], longs(1)[row] as u64);
+                assert!(found.insert(at, (longs(2)[row], text)).is_none(), "{at:?} is shown twice");
+            }
+            Ok(())
+        };
+        files.each(&mut show).unwrap();
+    }
+    assert_eq!(found, states.all());
+    assert_eq!(found[&(-3, 8)], (2, b"later".to_vec()));
+    let left: Vec<_> = walk(&folder.path().join("read")).into_iter().filter(|p| !p.ends_with(".gate")).collect();
+    assert_eq!(left, Vec::<String>::new());
+    // Without one of the files, or with a damaged one, nothing is shown.
+    let mine: Vec<&Shard> = shards.iter().filter(|s| s.subtask == 1).collect();
+    for missing in 0..mine.len() {
+        let mut files = StateFiles::new(&folder.path().join("read"), &env).unwrap();
+        let others = mine.iter().enumerate().filter(|(at, _)| *at != missing);
+        others.for_each(|(_, shard)| files.take(shard, &store.files[&shard.path]).unwrap());
+        let error = files.each(&mut |_| panic!("a row is shown")).unwrap_err();
+        assert_eq!(error.disposition(), Disposition::Corrupt, "{error}");
     }
 }
 

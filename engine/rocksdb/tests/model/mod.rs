@@ -14,8 +14,8 @@ use floodmark_snapshot::{
     Env, Epoch, KeyGroupRange, Result, Shard, ShardKind, TimestampMs, coordination::Barrier, manifest::hash_hex,
 };
 use floodmark_state::{
-    Column, ColumnType, KeyedState, Layout, NO_SLOT, RestoredShard, RowKeys, Rows, StateBackend, StateSnapshot,
-    StateSpec, Table,
+    Column, ColumnType, KeyedState, Layout, NO_SLOT, RestoredShard, RowKeys, RowShape, Rows, StateBackend,
+    StateSnapshot, StateSpec, Table, ValueShape,
 };
 
 /// Number of key groups.
@@ -27,6 +27,18 @@ pub(crate) struct Pairs;
 /// The hash of a key.
 pub(crate) fn hash(key: u64) -> u64 {
     key.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (key >> 7)
+}
+
+/// A key as an Arrow row of one number.
+fn encoded(key: u64) -> [u8; 9] {
+    let mut bytes = [1; 9];
+    bytes[1..].copy_from_slice(&(key ^ 1 << 63).to_be_bytes());
+    bytes
+}
+
+/// The key that was [`encoded`].
+fn decoded(bytes: &[u8]) -> u64 {
+    u64::from_be_bytes(bytes[1..].try_into().unwrap()) ^ 1 << 63
 }
 
 impl Layout for Pairs {
@@ -45,7 +57,7 @@ impl Layout for Pairs {
     }
 
     fn encode(&self, namespace: i64, rows: &Rows, slots: &[u32]) -> Result<RecordBatch> {
-        let key = |slot: &u32| i64::from_be_bytes(rows.key(*slot).try_into().unwrap());
+        let key = |slot: &u32| decoded(rows.key(*slot)) as i64;
         let columns: Vec<ArrayRef> = vec![
             Arc::new(Int64Array::from_value(namespace, slots.len())),
             Arc::new(slots.iter().map(key).collect::<Int64Array>()),
@@ -60,7 +72,7 @@ impl Layout for Pairs {
         let keys = batch.column_by_name("key").unwrap().as_primitive::<Int64Type>();
         let mut places = RowKeys::default();
         for (namespace, key) in namespaces.values().iter().zip(keys.values()) {
-            places.push(*namespace, hash(*key as u64), &key.to_be_bytes());
+            places.push(*namespace, hash(*key as u64), &encoded(*key as u64));
         }
         Ok(places)
     }
@@ -72,6 +84,10 @@ impl Layout for Pairs {
             put(table, *slot, counts.iter().nth(row).unwrap(), texts.iter().nth(row).unwrap());
         }
         Ok(())
+    }
+
+    fn shape(&self) -> Option<RowShape> {
+        Some(RowShape { namespace: true, keys: 1, values: vec![ValueShape::Value, ValueShape::Value] })
     }
 }
 
@@ -134,14 +150,14 @@ impl States {
         for (index, keys) in self.split(keys).into_iter().enumerate().filter(|(_, keys)| !keys.is_empty()) {
             let state = &mut self.states[index];
             let hashes: Vec<u64> = keys.iter().map(|k| hash(*k)).collect();
-            let encoded: Vec<[u8; 8]> = keys.iter().map(|k| k.to_be_bytes()).collect();
+            let encoded: Vec<[u8; 9]> = keys.iter().map(|k| encoded(*k)).collect();
             let slots = state.slots(namespace, &hashes, &encoded.iter().map(|k| &k[..]).collect::<Vec<_>>()).unwrap();
             let table = state.table(namespace);
             for slot in &slots.at {
                 let count = table.rows().long(*slot as usize, 0).unwrap_or(0);
                 put(table, *slot, Some(count + 1), Some(text));
             }
-            new.extend(slots.new.iter().map(|slot| u64::from_be_bytes(table.rows().key(*slot).try_into().unwrap())));
+            new.extend(slots.new.iter().map(|slot| decoded(table.rows().key(*slot))));
         }
         new
     }
@@ -182,7 +198,7 @@ impl States {
             for namespace in state.namespaces(i64::MIN..=i64::MAX) {
                 let mut show = |rows: &Rows, slots: &[u32]| {
                     for slot in slots {
-                        let key = u64::from_be_bytes(rows.key(*slot).try_into().unwrap());
+                        let key = decoded(rows.key(*slot));
                         assert!(all.insert((namespace, key), row(rows, *slot)).is_none(), "{key} is shown twice");
                     }
                     Ok(())
@@ -236,7 +252,7 @@ impl States {
 
 fn find(state: &mut dyn KeyedState, namespace: i64, keys: &[u64]) -> Vec<u32> {
     let hashes: Vec<u64> = keys.iter().map(|k| hash(*k)).collect();
-    let encoded: Vec<[u8; 8]> = keys.iter().map(|k| k.to_be_bytes()).collect();
+    let encoded: Vec<[u8; 9]> = keys.iter().map(|k| encoded(*k)).collect();
     state.find(namespace, &hashes, &encoded.iter().map(|k| &k[..]).collect::<Vec<_>>()).unwrap()
 }
 
