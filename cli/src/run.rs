@@ -2,13 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use floodmark_crds::{CheckpointMode as Mode, CheckpointSpec, HumanDuration, StateBackend as Backend, StreamJobSpec};
+use floodmark_crds::{
+    CheckpointMode as Mode, CheckpointSpec, HumanDuration, RestartSpec, RestartStrategy as Restarting,
+    StateBackend as Backend, StreamJobSpec,
+};
 use floodmark_dataflow::{JobGraph, graph::NodeKind};
 use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
 use floodmark_state::{Heap, StateBackend, StateSettings, Whole};
 use floodmark_worker::{
-    CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RunError, RestartStrategy, RunSpec, SLICE_BYTES, Summary,
+    CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RestartStrategy, RunError, RunSpec, SLICE_BYTES,
+    Summary,
     api::{self, JobApi},
 };
 use nix::sys::resource::{UsageWho, getrusage};
@@ -92,7 +96,7 @@ fn run_spec(args: &RunArgs, job: Job, env: &Env) -> Result<(RunSpec, Place), Fai
         restore,
         initial,
         slice_bytes: SLICE_BYTES,
-        restarts: RestartStrategy::None,
+        restarts: restarts(&spec.restarts),
         allow_dropped_state: spec.restore.allow_dropped_state,
         holder: holder(),
     };
@@ -109,6 +113,22 @@ fn state_settings(args: &RunArgs, spec: &StreamJobSpec, env: &Env) -> Result<Sta
     };
     let backend = if spec.checkpoints.incremental { backend } else { Arc::new(Whole(backend)) };
     Ok(StateSettings { backend, ttl: spec.state.ttl.map(HumanDuration::get), ..StateSettings::default() })
+}
+
+fn restarts(spec: &RestartSpec) -> RestartStrategy {
+    let delay = spec.delay.get();
+    match spec.strategy {
+        Restarting::ExponentialDelay => RestartStrategy::ExponentialDelay {
+            initial: delay,
+            max: spec.max_delay.get(),
+            reset_after: spec.reset_after.get(),
+        },
+        Restarting::FixedDelay => RestartStrategy::FixedDelay { attempts: spec.attempts, delay },
+        Restarting::FailureRate => {
+            RestartStrategy::FailureRate { max: spec.attempts, interval: spec.interval.get(), delay }
+        }
+        Restarting::None => RestartStrategy::None,
+    }
 }
 
 fn checkpoint_settings(spec: &CheckpointSpec) -> CheckpointSettings {

@@ -14,6 +14,6 @@ mod streamjob;
 pub use duration::HumanDuration;
 pub use manifest::{ManifestError, Problem};
 pub use streamjob::{
-    API_VERSION, CheckpointMode, CheckpointSpec, RestoreSpec, StateBackend, StateSpec, StreamJob, StreamJobSpec,
-    UnalignedSpec, crd,
+    API_VERSION, CheckpointMode, CheckpointSpec, RestartSpec, RestartStrategy, RestoreSpec, StateBackend, StateSpec,
+    StreamJob, StreamJobSpec, UnalignedSpec, crd,
 };

@@ -189,6 +189,7 @@ fn type_problem(path: &str, error: &serde_yaml::Error) -> Problem {
         ("expected struct ", "expected the fields of a "),
         ("CheckpointSpec", "checkpoints section"),
         ("RestoreSpec", "restore section"),
+        ("RestartSpec", "restarts section"),
         ("StreamJobSpec", "spec"),
         ("invalid type: unit value", "nothing is given"),
         ("missing field `sql`", "field 'sql' is missing; it holds the job's SQL"),
@@ -293,7 +294,7 @@ mod tests {
     use expect_test::{Expect, expect};
 
     use super::*;
-    use crate::{CheckpointMode, HumanDuration};
+    use crate::{CheckpointMode, HumanDuration, RestartStrategy};
 
     const HEAD: &str = "apiVersion: floodmark.io/v1alpha1\nkind: StreamJob\nmetadata: {name: hot}\n";
 
@@ -326,7 +327,7 @@ mod tests {
             "apiVersion: floodmark.io/v1alpha1\nkind: StreamJob\nmetadata:\n  name: hot-items\n  namespace: shop\nspec:\n  \
              parallelism: 4\n  maxParallelism: 256\n  sql: |\n    INSERT INTO a SELECT 1;\n  restore: {allowDroppedState: true}\n  \
              checkpoints:\n    storage: s3://streams/floodmark\n    interval: 500ms\n    mode: AtLeastOnce\n    timeout: 1m\n    \
-             minPause: 250ms\n    tolerableFailures: 0\n    retain: 5\n",
+             minPause: 250ms\n    tolerableFailures: 0\n    retain: 5\n  restarts: {strategy: FixedDelay, delay: 2s, attempts: 7}\n",
             "job.yaml",
         )
         .unwrap();
@@ -335,6 +336,18 @@ mod tests {
         assert_eq!(job.spec.checkpoints.interval.to_string(), "500ms");
         assert_eq!(job.spec.checkpoints.mode, CheckpointMode::AtLeastOnce);
         assert!(job.spec.restore.allow_dropped_state);
+        let restarts = &job.spec.restarts;
+        assert_eq!((restarts.strategy, restarts.attempts), (RestartStrategy::FixedDelay, 7));
+        assert_eq!((restarts.delay.to_string(), restarts.max_delay.to_string()), ("2s".to_owned(), "1m".to_owned()));
+    }
+
+    #[test]
+    fn a_first_delay_is_no_longer_than_the_longest() {
+        check(
+            &format!("{HEAD}spec:\n  sql: x\n  restarts: {{delay: 2m}}\n"),
+            expect!["job.yaml:6: spec.restarts.delay: 2m exceeds maxDelay, which is 1m"],
+        );
+        check(&format!("{HEAD}spec:\n  sql: x\n  restarts: {{delay: 2m, strategy: FixedDelay}}\n"), expect![""]);
     }
 
     #[test]

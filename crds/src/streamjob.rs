@@ -63,6 +63,10 @@ pub struct StreamJobSpec {
     /// What the job may start from.
     #[serde(default)]
     pub restore: RestoreSpec,
+
+    /// When the job runs again after a failure, from its newest checkpoint.
+    #[serde(default)]
+    pub restarts: RestartSpec,
 }
 
 /// When and where a job's state is snapshotted.
@@ -188,6 +192,68 @@ pub struct RestoreSpec {
     pub allow_dropped_state: bool,
 }
 
+/// When a job runs again after a failure. One that would come again (an overflow, a value that can't be cast) fails the job at
+/// once.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("duration(self.delay) <= duration(self.maxDelay) || self.strategy != 'ExponentialDelay'")
+    .message("delay must not exceed maxDelay"))]
+#[serde(rename_all = "camelCase")]
+pub struct RestartSpec {
+    /// `ExponentialDelay` (for ever, slower and slower), `FixedDelay` (so many failures in a row), `FailureRate` (so many
+    /// failures in a time) or `None`.
+    #[serde(default)]
+    pub strategy: RestartStrategy,
+
+    /// From a failure to the next attempt; with `ExponentialDelay` the first time, and twice as long with each failure.
+    #[serde(default = "default_restart_delay")]
+    pub delay: HumanDuration,
+
+    /// With `ExponentialDelay`: no delay is longer.
+    #[serde(default = "default_restart_max_delay")]
+    pub max_delay: HumanDuration,
+
+    /// With `ExponentialDelay`: after so long without a failure, delays begin anew.
+    #[serde(default = "default_restart_reset_after")]
+    pub reset_after: HumanDuration,
+
+    /// With `FixedDelay`: failures without a completed checkpoint in between that are answered by another attempt. With
+    /// `FailureRate`: failures within `interval` that are.
+    #[serde(default = "default_restart_attempts")]
+    #[schemars(range(max = 1_000_000))]
+    pub attempts: u32,
+
+    /// With `FailureRate`: see `attempts`.
+    #[serde(default = "default_restart_interval")]
+    pub interval: HumanDuration,
+}
+
+/// How a job answers failures.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RestartStrategy {
+    /// Another attempt, after a delay that grows.
+    #[default]
+    ExponentialDelay,
+    /// Another attempt after the same delay, a number of times.
+    FixedDelay,
+    /// Another attempt after the same delay, unless failures come too close.
+    FailureRate,
+    /// None: the first failure is the job's.
+    None,
+}
+
+impl Default for RestartSpec {
+    fn default() -> Self {
+        Self {
+            strategy: RestartStrategy::default(),
+            delay: default_restart_delay(),
+            max_delay: default_restart_max_delay(),
+            reset_after: default_restart_reset_after(),
+            attempts: default_restart_attempts(),
+            interval: default_restart_interval(),
+        }
+    }
+}
+
 impl Default for CheckpointSpec {
     fn default() -> Self {
         Self {
@@ -235,6 +301,26 @@ fn default_max_concurrent() -> u32 {
 
 fn default_incremental() -> bool {
     true
+}
+
+fn default_restart_delay() -> HumanDuration {
+    HumanDuration::from_millis(100)
+}
+
+fn default_restart_max_delay() -> HumanDuration {
+    HumanDuration::from_millis(60_000)
+}
+
+fn default_restart_reset_after() -> HumanDuration {
+    HumanDuration::from_millis(600_000)
+}
+
+fn default_restart_attempts() -> u32 {
+    3
+}
+
+fn default_restart_interval() -> HumanDuration {
+    HumanDuration::from_millis(300_000)
 }
 
 /// The custom resource definition of [`StreamJob`].
@@ -302,6 +388,13 @@ impl StreamJob {
             "spec.restore.from",
             "is empty; name a savepoint or a location, or leave it out".to_owned(),
         );
+        require(
+            spec.restarts.strategy != RestartStrategy::ExponentialDelay
+                || spec.restarts.delay.get() <= spec.restarts.max_delay.get(),
+            "spec.restarts.delay",
+            format!("{} exceeds maxDelay, which is {}", spec.restarts.delay, spec.restarts.max_delay),
+        );
+        require(spec.restarts.attempts <= 1_000_000, "spec.restarts.attempts", "must be at most 1000000".to_owned());
         problems.extend(spec.checkpoints.problems());
         problems
     }

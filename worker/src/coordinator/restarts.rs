@@ -22,8 +22,6 @@ pub enum RestartStrategy {
         initial: Duration,
         /// No delay is longer.
         max: Duration,
-        /// Each delay is so many times the one before.
-        multiplier: f64,
         /// After so long without a failure, the delays begin anew.
         reset_after: Duration,
     },
@@ -44,7 +42,6 @@ impl Default for RestartStrategy {
         Self::ExponentialDelay {
             initial: Duration::from_millis(100),
             max: Duration::from_secs(60),
-            multiplier: 2.0,
             reset_after: Duration::from_secs(600),
         }
     }
@@ -97,14 +94,14 @@ impl Restarts {
                 }
                 Verdict::Again(delay)
             }
-            RestartStrategy::ExponentialDelay { initial, max, multiplier, reset_after } => {
+            RestartStrategy::ExponentialDelay { initial, max, reset_after } => {
                 if last.is_some_and(|last| now.saturating_sub(last) >= reset_after) {
                     self.in_a_row = 1;
                 }
                 self.note(now, 1);
-                let factor = multiplier.max(1.0).powi(i32::try_from(self.in_a_row - 1).unwrap_or(i32::MAX));
-                let delay = initial.as_secs_f64() * factor;
-                Verdict::Again(if delay < max.as_secs_f64() { Duration::from_secs_f64(delay) } else { max })
+                // Each delay is twice the one before.
+                let factor = 1_u32.checked_shl(self.in_a_row - 1).unwrap_or(u32::MAX);
+                Verdict::Again(initial.saturating_mul(factor).min(max))
             }
             RestartStrategy::FailureRate { max, interval, delay } => {
                 self.note(now, max as usize + 1);
@@ -163,7 +160,7 @@ mod tests {
     #[test]
     fn delays_grow_to_their_bound_and_begin_anew_after_a_calm_time() {
         let (initial, max) = (SECOND, SECOND * 5);
-        let strategy = RestartStrategy::ExponentialDelay { initial, max, multiplier: 2.0, reset_after: SECOND * 100 };
+        let strategy = RestartStrategy::ExponentialDelay { initial, max, reset_after: SECOND * 100 };
         let mut restarts = Restarts::new(strategy);
         let delays =
             |restarts: &mut Restarts, from: u32| (0..5).map(|n| failed(restarts, from + n)).collect::<Vec<_>>();
