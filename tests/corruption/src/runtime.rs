@@ -22,8 +22,9 @@ use futures::future::{BoxFuture, LocalBoxFuture, select};
 
 /// What one turn takes of virtual time.
 const TURN: Duration = Duration::from_micros(20);
-/// The tasks behind the source.
-const LAGGING: &str = "task 1.";
+/// Tasks, and of them the one that begins with a source.
+const TASKS: &str = "task ";
+const SOURCE: &str = "task 0.";
 /// Turns of one run before it counts as a livelock.
 const TURNS_MAX: u64 = 2_000_000;
 /// The wall clock at the start, milliseconds since the Unix epoch.
@@ -93,7 +94,7 @@ impl Runtime for Turns {
     }
 
     fn drive(&self, name: String, machine: Box<dyn Machine>) -> Result<()> {
-        let lag = if name.starts_with(LAGGING) { self.lag } else { 0 };
+        let lag = if name.starts_with(TASKS) && !name.starts_with(SOURCE) { self.lag } else { 0 };
         let machine = drive(self.surroundings.clone(), machine, lag);
         self.surroundings.lock().spawned.push(Box::pin(machine));
         Ok(())

@@ -104,7 +104,8 @@ impl Specimen {
     /// When the job does not get there: a defect.
     #[must_use]
     pub fn make(backend: &Arc<dyn StateBackend>) -> Self {
-        let start = Start { interval: Duration::from_micros(4000), pauses: 16, process: 1, ..Start::again(backend) };
+        let start =
+            Start { interval: Duration::from_micros(4000), pauses: 16, lag: 5, process: 1, ..Start::again(backend) };
         let mut asked = false;
         let saving = cut_off(&start, |reins, objects, done| {
             if done.completed >= COMMITTED && !asked {
@@ -134,7 +135,8 @@ impl Specimen {
     /// When the job does not get there: a defect.
     #[must_use]
     pub fn visible_and_not_said(backend: &Arc<dyn StateBackend>) -> Self {
-        let start = Start { interval: Duration::from_micros(4000), pauses: 16, process: 1, ..Start::again(backend) };
+        let start =
+            Start { interval: Duration::from_micros(4000), pauses: 16, lag: 5, process: 1, ..Start::again(backend) };
         let left = cut_off(&start, |reins, _, done| {
             let markers: Vec<Epoch> = reins.topic.lock().markers.values().copied().collect();
             let visible =
@@ -230,7 +232,11 @@ pub fn savepoint_manifest() -> String {
 }
 
 /// The log's entries in order.
-fn entries(objects: &Objects) -> Vec<log::Entry> {
+///
+/// # Panics
+/// When one is damaged.
+#[must_use]
+pub fn entries(objects: &Objects) -> Vec<log::Entry> {
     let folder = JobFolder::of(&job_id()).path("log/");
     let files = objects.range(folder.clone()..).take_while(|(path, _)| path.starts_with(&folder));
     files.map(|(_, bytes)| log::decode(bytes).expect("an intact log")).collect()

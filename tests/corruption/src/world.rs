@@ -154,10 +154,13 @@ impl SharedTopic {
 }
 
 /// Writes under the identity of one subtask.
-pub(crate) struct Writer {
-    pub(crate) topic: SharedTopic,
-    pub(crate) index: u32,
-    pub(crate) history: String,
+pub struct Writer {
+    /// Where to.
+    pub topic: SharedTopic,
+    /// The subtask.
+    pub index: u32,
+    /// The log whose markers count.
+    pub history: String,
 }
 
 impl Committer for Writer {

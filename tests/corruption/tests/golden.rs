@@ -5,15 +5,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fs, path::Path, sync::Arc};
 
 use floodmark_corruption::{
     run::{End, Left, Start, run},
+    set::{self, STORAGE},
     specimen::{SAVEPOINT, Specimen},
     verdict::{self, Expected},
     world::{Objects, Topic},
@@ -22,44 +18,17 @@ use floodmark_snapshot::{JobId, restore::Reference};
 use floodmark_state::{Heap, StateBackend};
 use serde_json::json;
 
-const STORAGE: &str = "storage";
+const SETS: &str = "golden";
 const TOPIC: &str = "topic.json";
 /// What to do if a set can't be read any more.
 const ADVICE: &str = "This version can't take up what an earlier one wrote, so an upgrade would lose jobs' state. If the format \
                       was not meant to change, undo that; if it was, read the old one too (raise the version of the format, \
                       and decide by it), and write a new set: see tests/golden/README.md.";
 
-fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden")
-}
-
-/// The names of the sets.
-fn sets() -> Vec<String> {
-    let folders = fs::read_dir(golden()).unwrap().map(|e| e.unwrap()).filter(|e| e.path().is_dir());
-    let mut names: Vec<String> = folders.map(|e| e.file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
-fn read_folder(root: &Path, at: &Path, objects: &mut Objects) {
-    for entry in fs::read_dir(at).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            read_folder(root, &path, objects);
-        } else {
-            let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
-            objects.insert(name, fs::read(&path).unwrap().into());
-        }
-    }
-}
-
-fn read(set: &str) -> Specimen {
-    let folder = golden().join(set);
-    let mut objects = BTreeMap::new();
-    read_folder(&folder.join(STORAGE), &folder.join(STORAGE), &mut objects);
+fn read(folder: &Path) -> Specimen {
     let topics: serde_json::Value = serde_json::from_slice(&fs::read(folder.join(TOPIC)).unwrap()).unwrap();
     let topic = |name: &str| Topic::from_json(&topics[name]).unwrap();
-    Specimen::of(objects, topic("atTheEnd"), topic("atTheSavepoint"))
+    Specimen::of(set::read(folder).unwrap(), topic("atTheEnd"), topic("atTheSavepoint"))
 }
 
 fn heap() -> Arc<dyn StateBackend> {
@@ -72,9 +41,10 @@ fn newest(specimen: &Specimen) -> Expected {
 
 #[test]
 fn checkpoints_of_earlier_versions_are_taken_up_at_any_parallelism() {
-    assert!(!sets().is_empty(), "there is no set in {}", golden().display());
-    for set in sets() {
-        let specimen = read(&set);
+    let sets = set::all(SETS).unwrap();
+    assert!(!sets.is_empty(), "there is no set");
+    for (set, folder) in sets {
+        let specimen = read(&folder);
         assert_eq!(specimen.lacks(), Vec::<&str>::new(), "{set}");
         for parallelism in 1..=4 {
             let start = Start { parallelism, ..Start::again(&heap()) };
@@ -87,8 +57,8 @@ fn checkpoints_of_earlier_versions_are_taken_up_at_any_parallelism() {
 
 #[test]
 fn older_checkpoints_of_earlier_versions_are_taken_up_when_they_are_named() {
-    for set in sets() {
-        let specimen = read(&set);
+    for (set, folder) in set::all(SETS).unwrap() {
+        let specimen = read(&folder);
         for manifest in specimen.retained.iter().filter(|m| m.epoch >= specimen.committed) {
             let start = Start { restore: Reference::Checkpoint(manifest.epoch), ..Start::again(&heap()) };
             let left = run(&start, specimen.objects.clone(), specimen.topic.clone(), |_| false);
@@ -101,9 +71,9 @@ fn older_checkpoints_of_earlier_versions_are_taken_up_when_they_are_named() {
 
 #[test]
 fn savepoints_of_earlier_versions_are_taken_up_by_other_jobs() {
-    for set in sets() {
-        let specimen = read(&set);
-        let location = golden().join(&set).join(STORAGE).join("t/job/1/savepoints").join(SAVEPOINT);
+    for (set, folder) in set::all(SETS).unwrap() {
+        let specimen = read(&folder);
+        let location = folder.join(STORAGE).join("t/job/1/savepoints").join(SAVEPOINT);
         let from = Specimen { topic: specimen.savepoint_topic.clone(), ..specimen.clone() };
         for parallelism in 1..=4 {
             let job = JobId { namespace: "t".into(), name: "other".into(), uid: "2".into() };
@@ -121,15 +91,10 @@ fn savepoints_of_earlier_versions_are_taken_up_by_other_jobs() {
 #[ignore = "writes a new set, named by FLOODMARK_GOLDEN, when a format has changed on purpose"]
 fn write_a_golden_set() {
     let name = std::env::var("FLOODMARK_GOLDEN").expect("FLOODMARK_GOLDEN names the set");
-    let folder = golden().join(&name);
-    assert!(!folder.exists(), "there is a set '{name}' already: sets are never changed");
+    let folder = set::new(SETS, &name).unwrap();
     let specimen = Specimen::make(&heap());
     assert_eq!(specimen.lacks(), Vec::<&str>::new());
-    for (path, bytes) in &specimen.objects {
-        let path = folder.join(STORAGE).join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, bytes).unwrap();
-    }
+    set::write(&folder, &specimen.objects).unwrap();
     let topics = json!({ "atTheEnd": specimen.topic.to_json(), "atTheSavepoint": specimen.savepoint_topic.to_json() });
     fs::write(folder.join(TOPIC), serde_json::to_vec(&topics).unwrap()).unwrap();
 }
