@@ -31,7 +31,7 @@ use floodmark_snapshot::{
     sealed,
 };
 use floodmark_state::{Heap, StateBackend};
-use floodmark_worker::Outcome;
+use floodmark_worker::{Outcome, RunError};
 use serde_json::json;
 
 use crate::{
@@ -200,6 +200,20 @@ fn older_checkpoints_of_earlier_versions_are_taken_up_when_they_are_named() {
             let faults = answer::faults(&lines(&topics, None));
             assert!(faults.is_empty(), "{name}, {epoch}: {faults}\n{ADVICE}");
         }
+    }
+}
+
+#[test]
+fn rows_in_flight_are_refused_in_another_plan_and_nothing_is_written() {
+    for (name, mut set) in sets() {
+        set.manifest.spec.sql = set.manifest.spec.sql.replace("WHERE n = 1;", "WHERE n = 1 AND amount >= 0;");
+        let topics = copied(&set.topics);
+        let left = run(&set.manifest, &Start::again(&heap()), set.objects.clone(), &topics, |_| false);
+        let End::Ended(Err(RunError::Storage(error))) = &left.end else { panic!("{name}: {:?}", left.end) };
+        let error = error.to_string();
+        assert!(error.contains("rows that were on their way between operators"), "{name}: {error}");
+        assert!(error.contains("stop it with a savepoint"), "{name}: {error}");
+        assert_eq!(lines(&topics, None), lines(&set.topics, None), "{name}: refused, and wrote");
     }
 }
 
