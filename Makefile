@@ -48,7 +48,7 @@ fuzz: ## Fuzz every reader of stored bytes for TIME=60 seconds each (needs a nig
 	@scripts/setup-build.sh
 	@fuzz/run.sh $(TIME)
 
-bench: build ## Measure CPU-seconds per million events against a real Kafka broker
+bench: build ## Measure pauses, incremental checkpoints, restores and throughput, each beside its goal, in about ten minutes
 	@scripts/setup-test.sh
 	$(CARGO_TARGET_DIR)/release/floodmark-bench
 

@@ -103,7 +103,7 @@ impl Snapshot {
     fn new(location: String, manifest: &Value, keys: u64) -> Result<Self> {
         let operators = manifest["operators"].as_object().with_context(|| format!("{location} has no operators"))?;
         let shards = operators.values().filter_map(|o| o["shards"].as_array()).flatten();
-        let shards: Vec<&Value> = shards.filter(|s| !s["key_groups"].is_null()).collect();
+        let shards: Vec<&Value> = shards.filter(|s| !s["keyGroups"].is_null()).collect();
         let number = |shard: &Value, field: &str| shard[field].as_u64().unwrap_or(0);
         let whole = shards.iter().filter(|s| number(s, "layer") == 0).map(|s| number(s, "rows")).sum::<u64>();
         let later = shards.iter().filter(|s| number(s, "layer") > 0).map(|s| number(s, "rows")).sum::<u64>();
@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_with_too_few_rows_is_refused() {
-        let shard = |subtask: u32, layer: u32, rows: u64| json!({ "key_groups": { "first": 0, "last": 9 }, "subtask": subtask, "layer": layer, "rows": rows, "size": 100 });
+        let shard = |subtask: u32, layer: u32, rows: u64| json!({ "keyGroups": { "first": 0, "last": 9 }, "subtask": subtask, "layer": layer, "rows": rows, "size": 100 });
         let shards = [shard(0, 0, 50), shard(1, 0, 40), shard(1, 1, 10), json!({ "path": "positions", "rows": 1_000 })];
         let manifest = json!({ "operators": { "totals/group-aggregate-1": { "shards": shards } } });
         let snapshot = Snapshot::new("there".to_owned(), &manifest, 100).unwrap();
