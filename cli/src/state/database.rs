@@ -16,8 +16,9 @@ use arrow::{
     },
     util::display::{ArrayFormatter, FormatOptions},
 };
+use floodmark_rocksdb::StateFiles;
 use floodmark_snapshot::{
-    Error, KeyGroup, KeyGroupRange, Manifest, OperatorUid, Result, Shard, ShardKind, StateColumn, StateSchema,
+    Env, Error, KeyGroup, KeyGroupRange, Manifest, OperatorUid, Result, Shard, ShardKind, StateColumn, StateSchema,
     restore::Snapshot,
 };
 use floodmark_state::shard::{FOOTER_LEN, Header, Opened, REMOVED, Reader, TAIL_LEN, WRITTEN};
@@ -27,6 +28,8 @@ use rusqlite::{Connection, ToSql, params, params_from_iter, types::Value};
 const SUBTASK: &str = "$subtask";
 /// Columns that hold the namespace of a row: the end of a slice or window.
 const NAMESPACES: [&str; 2] = ["$slice_end", "$window_end"];
+/// Where files of RocksDB are put to be read, in the system's folder for temporary files.
+const READ_FOLDER: &str = "floodmark-read";
 /// How often a row of a join's side was there: what is kept, in a state all of whose other columns are the key.
 const COUNT: &str = "$count";
 
@@ -77,32 +80,23 @@ impl StateTable {
         self.shards.iter().map(|s| s.rows).sum()
     }
 
-    /// Its columns, from the head of one of its files.
+    /// Its columns, from the head of one of its files, or from what stands beside them.
     pub(super) async fn columns(&self, snapshot: &Snapshot) -> Result<Vec<StateColumn>> {
-        self.check_readable()?;
+        if let Some(told) = self.shards.iter().find(|s| s.kind == ShardKind::RocksDb && StateFiles::tells(s)) {
+            let of_rows = StateFiles::columns(&snapshot.read(told).await?);
+            return Ok(columns(&of_rows.map_err(|e| e.context(format!("read the state of {}", self.uid)))?));
+        }
         match self.shards.first() {
-            Some(shard) => Ok(columns(&head(snapshot, shard).await?)),
+            Some(shard) => Ok(columns(&head(snapshot, shard).await?.columns)),
             None => Ok(Vec::new()),
         }
     }
-
-    /// State of RocksDB can't be shown: its keys and values are its own.
-    fn check_readable(&self) -> Result<()> {
-        if self.shards.iter().all(|s| s.kind == ShardKind::Keyed) {
-            return Ok(());
-        }
-        Err(Error::abort(format!(
-            "the state of {} is in files of RocksDB, which only a job can read; take a savepoint (floodmark savepoint), which \
-             is neutral, and query that",
-            self.uid
-        )))
-    }
 }
 
-/// The columns of the rows themselves, and what the back end adds for users.
-fn columns(header: &Header) -> Vec<StateColumn> {
+/// The columns of the rows themselves, and what is added for users.
+fn columns(of_rows: &[StateColumn]) -> Vec<StateColumn> {
     let subtask = StateColumn { name: SUBTASK.to_owned(), data_type: "Int64".to_owned(), optional: false };
-    header.columns.iter().cloned().chain([subtask]).collect()
+    of_rows.iter().cloned().chain([subtask]).collect()
 }
 
 /// The head of a shard, without its rows.
@@ -190,17 +184,16 @@ fn load_manifest(database: &Connection, manifest: &Manifest) -> rusqlite::Result
 }
 
 async fn load_state(database: &Connection, snapshot: &Snapshot, table: &StateTable) -> Result<()> {
-    table.check_readable()?;
     let mut loader: Option<Loader> = None;
-    for shard in &table.shards {
+    for shard in table.shards.iter().filter(|s| s.kind == ShardKind::Keyed) {
         let file = snapshot.read(shard).await?;
         let reader = Reader::verified(&file).map_err(|e| e.context(format!("read shard {}", shard.path)))?;
         let header = reader.header();
-        if loader.is_none() {
-            loader = Some(Loader::create(database, table, &columns(header))?);
-        }
-        let Some(loader) = &mut loader else { continue };
-        loader.widen(&columns(header))?;
+        let loader = match &mut loader {
+            Some(loader) => loader,
+            None => loader.insert(Loader::create(database, table, &columns(&header.columns))?),
+        };
+        loader.widen(&columns(&header.columns))?;
         loader.drop_namespaces(shard.subtask, &header.dropped)?;
         let all = KeyGroupRange { first: KeyGroup(0), last: KeyGroup(u16::MAX) };
         // Removals apply before rows, wherever in the file they stand.
@@ -214,6 +207,26 @@ async fn load_state(database: &Connection, snapshot: &Snapshot, table: &StateTab
                 }
             }
         }
+    }
+    let files = table.shards.iter().filter(|s| s.kind == ShardKind::RocksDb).collect::<Vec<_>>();
+    for files in files.chunk_by(|a, b| a.subtask == b.subtask) {
+        let of_table = |e: Error| e.context(format!("read the state of {}", table.uid));
+        // Of the files of one subtask at a time, one is in memory.
+        let folder = std::env::temp_dir().join(READ_FOLDER);
+        let mut piece = StateFiles::new(&folder, &Env::system()).map_err(of_table)?;
+        let mut told = Vec::new();
+        for shard in files {
+            let file = snapshot.read(shard).await?;
+            if StateFiles::tells(shard) {
+                told = columns(&StateFiles::columns(&file).map_err(of_table)?);
+            }
+            piece.take(shard, &file).map_err(of_table)?;
+        }
+        let loader = match &mut loader {
+            Some(loader) => loader,
+            None => loader.insert(Loader::create(database, table, &told)?),
+        };
+        piece.each(&mut |batch| loader.take(files[0], &batch, false)).map_err(of_table)?;
     }
     Ok(())
 }
@@ -512,7 +525,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn damage_and_files_of_rocksdb_are_refused_with_a_reason() {
+    async fn damage_and_files_that_are_none_of_rocksdb_are_refused_with_a_reason() {
         let damaged = snapshot(&[(0, 0, &[], &[(1, "a", Some(1))])], ShardKind::Keyed).await;
         let mut manifest = (*damaged.manifest).clone();
         manifest.operators.values_mut().for_each(|o| o.shards[0].hash = "0".repeat(32));
@@ -520,7 +533,10 @@ mod tests {
         assert!(error.contains("is damaged"), "{error}");
         let native = snapshot(&[(0, 0, &[], &[(1, "a", Some(1))])], ShardKind::RocksDb).await;
         let error = load(&native, ALL).await.unwrap_err().to_string();
-        assert!(error.contains("take a savepoint"), "{error}");
+        assert!(
+            error.contains("read the state of hot/window-1") && error.contains("no data file of RocksDB"),
+            "{error}"
+        );
         assert!(load(&native, "SELECT * FROM sources").await.is_ok(), "the rest can be read");
     }
 }

@@ -165,10 +165,105 @@ fn csv(columns: &[String], rows: &[Vec<Json>]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
     use expect_test::expect;
+    use floodmark_snapshot::ShardKind;
     use serde_json::json as j;
 
     use super::*;
+    use crate::{
+        args::{Args, Command},
+        screen::Screen,
+    };
+
+    /// A job whose inputs end, and whose state outlasts them, the same in each run (no two events are of one time): numbers,
+    /// texts, times, decimals, and accumulators that are kept encoded.
+    const JOB: &str = "apiVersion: floodmark.io/v1alpha1
+kind: StreamJob
+metadata: {name: NAME}
+spec:
+  parallelism: 2
+  state: {backend: BACKEND}
+  checkpoints: {interval: 200ms, storage: FOLDER}
+  sql: |
+    CREATE TABLE nexmark (event_type INT,
+      bid ROW<auction BIGINT, bidder BIGINT, price BIGINT, channel STRING, `dateTime` TIMESTAMP(3)>,
+      `dateTime` AS bid.`dateTime`, WATERMARK FOR `dateTime` AS `dateTime` - INTERVAL '4' SECOND
+    ) WITH ('connector' = 'nexmark', 'events' = '20000', 'event-rate' = '1000');
+    CREATE VIEW bid AS
+      SELECT bid.auction, bid.bidder, bid.price, bid.channel, `dateTime` FROM nexmark WHERE event_type = 2;
+    CREATE TABLE sums (auction BIGINT, channel STRING, n BIGINT, s DECIMAL(38, 2), a DOUBLE, low BIGINT, high STRING, last TIMESTAMP(3),
+      bidders BIGINT, PRIMARY KEY (auction, channel) NOT ENFORCED) WITH ('connector' = 'blackhole');
+    CREATE TABLE latest (bidder BIGINT, auction BIGINT, price BIGINT, channel STRING, at TIMESTAMP(3),
+      PRIMARY KEY (bidder, auction) NOT ENFORCED) WITH ('connector' = 'blackhole');
+    INSERT INTO sums SELECT auction, channel, count(*), sum(CAST(price AS DECIMAL(20, 2))), avg(CAST(price AS DOUBLE)), min(price),
+      max(channel), max(`dateTime`), count(DISTINCT bidder) FROM bid GROUP BY auction, channel;
+    INSERT INTO latest SELECT bidder, auction, price, channel, `dateTime` FROM (
+      SELECT *, ROW_NUMBER() OVER (PARTITION BY bidder, auction ORDER BY `dateTime` DESC) AS rn FROM bid) WHERE rn = 1;
+";
+
+    /// Runs the job to its end, and answers with what its last checkpoint says to each query.
+    fn answers(folder: &std::path::Path, backend: &str, queries: &[&str]) -> Vec<(Vec<String>, Vec<Vec<Json>>)> {
+        let at = folder.join(backend);
+        let manifest = folder.join(format!("{backend}.yaml"));
+        let text = JOB.replace("NAME", &backend.to_lowercase()).replace("BACKEND", backend);
+        std::fs::write(&manifest, text.replace("FOLDER", &at.display().to_string())).unwrap();
+        let (job, work) = (manifest.display().to_string(), folder.join("work").display().to_string());
+        let args = Args::parse_from(["floodmark", "run", &job, "--work-dir", &work]);
+        let Command::Run(run) = args.command else { panic!("run is a command") };
+        crate::run::run(&run, &Screen::new()).map_err(|f| f.message).unwrap();
+        let named = SnapshotNamed { snapshot: "latest".to_owned(), job: Some(manifest), storage: None };
+        job::runtime().unwrap().block_on(async {
+            let snapshot = open(&named).await.map_err(|f| f.message).unwrap();
+            let kinds: Vec<ShardKind> = snapshot.manifest.shards().map(|s| s.kind).collect();
+            assert_eq!(kinds.contains(&ShardKind::RocksDb), backend == "RocksDB", "{kinds:?}");
+            let mut all = Vec::new();
+            for query in queries {
+                let database = load(&snapshot, query).await.unwrap();
+                let (columns, mut rows) = answer(&database, query).unwrap();
+                rows.iter_mut().flatten().for_each(|cell| *cell = in_order(cell));
+                all.push((columns, rows));
+            }
+            for table in StateTable::all(&snapshot.manifest) {
+                let columns = table.columns(&snapshot).await.unwrap();
+                all.push((columns.iter().map(ToString::to_string).collect(), vec![vec![j!(table.name)]]));
+            }
+            all
+        })
+    }
+
+    /// The set of values that a distinct count keeps has no order.
+    fn in_order(cell: &Json) -> Json {
+        let Some(list) = cell.as_str().and_then(|t| t.strip_prefix('[')?.strip_suffix(']')) else {
+            return cell.clone();
+        };
+        let mut values: Vec<&str> = list.split(", ").collect();
+        values.sort_unstable();
+        values.join(", ").into()
+    }
+
+    #[test]
+    fn a_checkpoint_of_either_back_end_answers_alike() {
+        let folder = tempfile::tempdir().unwrap();
+        let queries = [
+            r#"SELECT * FROM "sums/group-aggregate-1" ORDER BY auction, channel"#,
+            r#"SELECT * FROM "latest/deduplicate-1" ORDER BY bidder, auction"#,
+            r#"SELECT "$subtask", count(*), sum(price) FROM "latest/deduplicate-1" GROUP BY 1 ORDER BY 1"#,
+        ];
+        let heap = answers(folder.path(), "Heap", &queries);
+        let rocksdb = answers(folder.path(), "RocksDB", &queries);
+        assert!(heap[0].1.len() > 1_000 && heap[1].1.len() > 1_000, "{} and {}", heap[0].1.len(), heap[1].1.len());
+        for (heap, rocksdb) in heap.iter().zip(&rocksdb) {
+            assert_eq!(heap.0, rocksdb.0);
+            let differs = heap.1.iter().zip(&rocksdb.1).position(|(a, b)| a != b);
+            assert_eq!(
+                (differs, heap.1.len()),
+                (None, rocksdb.1.len()),
+                "{:?}",
+                differs.map(|at| (&heap.1[at], &rocksdb.1[at]))
+            );
+        }
+    }
 
     fn sample() -> (Vec<String>, Vec<Vec<Json>>) {
         let columns = ["shop", "n"].map(str::to_owned).to_vec();
