@@ -234,7 +234,7 @@ fn main() {
         let (env, files) = (env.clone(), files.clone());
         let restore = move || {
             let mut state = state(&env, index, 2);
-            files.iter().for_each(|file| state.restore(file).unwrap());
+            state.restore_together(&files).unwrap();
             state.restored().unwrap();
             state
         };

@@ -242,6 +242,15 @@ pub trait KeyedState: Send {
     /// `Corrupt` if it is damaged; `Abort` if it is of a kind or of types that this back end and layout can't take.
     fn restore(&mut self, shard: &RestoredShard) -> Result<()>;
 
+    /// Takes in several shards, as [`KeyedState::restore`] would one by one; a back end may find a faster way if it has all
+    /// layers at once.
+    ///
+    /// # Errors
+    /// As [`KeyedState::restore`].
+    fn restore_together(&mut self, shards: &[RestoredShard]) -> Result<()> {
+        shards.iter().try_for_each(|shard| self.restore(shard))
+    }
+
     /// Whether the state can be used before all of it is there. Then it may come in slices of key groups
     /// ([`RestoredShard::slice`]), in ascending order: for each, all shards (a cut may be without rows), by earlier subtask and
     /// layer, then [`KeyedState::arrived`] or, behind the last, [`KeyedState::restored`]. In between, rows of the key groups that are

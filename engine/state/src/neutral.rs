@@ -106,6 +106,9 @@ impl Page {
     #[must_use]
     pub fn by_namespace(&self, removed: bool) -> BTreeMap<i64, Vec<u32>> {
         let mut all: BTreeMap<i64, Vec<u32>> = BTreeMap::new();
+        if removed && self.removed.is_none() {
+            return all;
+        }
         let mut rows = (0_u32..).zip(&self.keys.namespaces).filter(|(row, _)| {
             // Without the column none is removed.
             self.removed.as_ref().is_some_and(|r| r.value(*row as usize)) == removed

@@ -15,6 +15,10 @@ use std::{collections::VecDeque, sync::Arc};
 
 use hashbrown::{HashTable, hash_table::Entry};
 
+pub use self::chunk::{Chunk, Column, ColumnType};
+
+mod chunk;
+
 /// Slots of a chunk.
 pub const CHUNK_ROWS: usize = 1024;
 const WORDS: usize = CHUNK_ROWS / 64;
@@ -22,189 +26,6 @@ const WORDS: usize = CHUNK_ROWS / 64;
 const LIMBO_SHARE: usize = 4;
 /// Chunks looked at to tell how many bytes a table has.
 const CHUNKS_SAMPLED: usize = 32;
-
-/// What a column of a table holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ColumnType {
-    /// 64-bit integers, and all that maps onto them.
-    Long,
-    /// 64-bit floats.
-    Double,
-    /// 128-bit integers: decimals.
-    Wide,
-    /// Anything else, encoded.
-    Bytes,
-}
-
-/// Values of one column in one chunk, by row; `None` is null.
-#[derive(Clone, Debug)]
-pub enum Column {
-    /// See [`ColumnType::Long`].
-    Long(Vec<Option<i64>>),
-    /// See [`ColumnType::Double`].
-    Double(Vec<Option<f64>>),
-    /// See [`ColumnType::Wide`].
-    Wide(Vec<Option<i128>>),
-    /// See [`ColumnType::Bytes`].
-    Bytes(Vec<Option<Box<[u8]>>>),
-}
-
-impl Column {
-    fn new(column_type: ColumnType) -> Self {
-        match column_type {
-            ColumnType::Long => Self::Long(Vec::new()),
-            ColumnType::Double => Self::Double(Vec::new()),
-            ColumnType::Wide => Self::Wide(Vec::new()),
-            ColumnType::Bytes => Self::Bytes(Vec::new()),
-        }
-    }
-
-    /// Makes a row null; the row behind the last is added.
-    fn clear(&mut self, row: usize) {
-        match self {
-            Self::Long(values) => put(values, row, None),
-            Self::Double(values) => put(values, row, None),
-            Self::Wide(values) => put(values, row, None),
-            Self::Bytes(values) => put(values, row, None),
-        }
-    }
-
-    /// Takes a row of another column of the same type over.
-    fn copy(&mut self, row: usize, from: &Self, from_row: usize) {
-        match (self, from) {
-            (Self::Long(to), Self::Long(from)) => to[row] = from[from_row],
-            (Self::Double(to), Self::Double(from)) => to[row] = from[from_row],
-            (Self::Wide(to), Self::Wide(from)) => to[row] = from[from_row],
-            (Self::Bytes(to), Self::Bytes(from)) => to[row].clone_from(&from[from_row]),
-            (Self::Long(_) | Self::Double(_) | Self::Wide(_) | Self::Bytes(_), _) => {}
-        }
-    }
-
-    /// Adds rows of null.
-    fn extend(&mut self, rows: usize) {
-        match self {
-            Self::Long(values) => values.resize(values.len() + rows, None),
-            Self::Double(values) => values.resize(values.len() + rows, None),
-            Self::Wide(values) => values.resize(values.len() + rows, None),
-            Self::Bytes(values) => values.resize_with(values.len() + rows, || None),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Long(values) => values.len() * size_of::<Option<i64>>(),
-            Self::Double(values) => values.len() * size_of::<Option<f64>>(),
-            Self::Wide(values) => values.len() * size_of::<Option<i128>>(),
-            Self::Bytes(values) => values.iter().map(|v| 16 + v.as_ref().map_or(0, |b| b.len())).sum(),
-        }
-    }
-}
-
-fn put<T>(values: &mut Vec<T>, row: usize, value: T) {
-    match values.get_mut(row) {
-        Some(place) => *place = value,
-        None => values.push(value),
-    }
-}
-
-/// Some rows of a table.
-#[derive(Clone, Debug)]
-pub struct Chunk {
-    hashes: Vec<u64>,
-    stamps: Vec<u32>,
-    /// The greatest of `stamps`, ever.
-    newest: u32,
-    /// Where each key begins, and its length.
-    keys: Vec<(u32, u32)>,
-    key_bytes: Vec<u8>,
-    /// Of `key_bytes`, those that belong to no key any more.
-    key_waste: usize,
-    /// The columns.
-    pub columns: Vec<Column>,
-}
-
-impl Chunk {
-    fn new(types: &[ColumnType]) -> Self {
-        Self {
-            hashes: Vec::new(),
-            stamps: Vec::new(),
-            newest: 0,
-            keys: Vec::new(),
-            key_bytes: Vec::new(),
-            key_waste: 0,
-            columns: types.iter().map(|t| Column::new(*t)).collect(),
-        }
-    }
-
-    /// The hash of a row's key.
-    #[inline]
-    #[must_use]
-    pub fn hash(&self, row: usize) -> u64 {
-        self.hashes[row]
-    }
-
-    /// A row's encoded key.
-    #[inline]
-    #[must_use]
-    pub fn key(&self, row: usize) -> &[u8] {
-        let (start, len) = self.keys[row];
-        &self.key_bytes[start as usize..start as usize + len as usize]
-    }
-
-    /// Makes a row, the next or one that is not used any more, that of a key; its columns are null.
-    fn place(&mut self, row: usize, hash: u64, key: &[u8], stamp: u32) {
-        put(&mut self.hashes, row, hash);
-        put(&mut self.stamps, row, stamp);
-        self.newest = self.newest.max(stamp);
-        self.columns.iter_mut().for_each(|c| c.clear(row));
-        let old = self.keys.get(row).copied().unwrap_or_default();
-        if old.1 as usize >= key.len() && row < self.keys.len() {
-            let start = old.0 as usize;
-            self.key_bytes[start..start + key.len()].copy_from_slice(key);
-            self.keys[row] = (old.0, key.len() as u32);
-            self.key_waste += old.1 as usize - key.len();
-            return;
-        }
-        self.key_waste += old.1 as usize;
-        put(&mut self.keys, row, (self.key_bytes.len() as u32, key.len() as u32));
-        self.key_bytes.extend_from_slice(key);
-        if self.key_waste > self.key_bytes.len() / 2 {
-            let mut kept = Vec::with_capacity(self.key_bytes.len() - self.key_waste);
-            for (start, len) in &mut self.keys {
-                let from = *start as usize;
-                *start = kept.len() as u32;
-                kept.extend_from_slice(&self.key_bytes[from..from + *len as usize]);
-            }
-            self.key_bytes = kept;
-            self.key_waste = 0;
-        }
-        if row + 1 == CHUNK_ROWS && self.key_waste == 0 {
-            self.key_bytes.shrink_to_fit();
-        }
-    }
-
-    /// Adds rows of nulls behind the last.
-    fn extend(&mut self, hashes: &[u64], keys: &[&[u8]], stamp: u32) {
-        let rows = self.hashes.len() + hashes.len();
-        self.hashes.extend_from_slice(hashes);
-        self.stamps.resize(rows, stamp);
-        self.newest = self.newest.max(stamp);
-        self.keys.reserve(keys.len());
-        self.key_bytes.reserve(keys.iter().map(|key| key.len()).sum());
-        for key in keys {
-            self.keys.push((self.key_bytes.len() as u32, key.len() as u32));
-            self.key_bytes.extend_from_slice(key);
-        }
-        if rows == CHUNK_ROWS {
-            self.key_bytes.shrink_to_fit();
-        }
-        self.columns.iter_mut().for_each(|c| c.extend(hashes.len()));
-    }
-
-    fn bytes(&self) -> usize {
-        self.hashes.len() * 20 + self.key_bytes.capacity() + self.columns.iter().map(Column::bytes).sum::<usize>()
-    }
-}
 
 /// Where the index looks for a key. The lowest bits of the hashes are much alike: they say the key group, of which a subtask
 /// has some only, and rows are restored group by group.
@@ -251,7 +72,7 @@ impl Rows {
 
     /// Of [`Rows::slots`], those whose row was written in an interval after `stamp`.
     pub fn changed_since(&self, stamp: u32) -> impl Iterator<Item = u32> + '_ {
-        let chunks = (0..self.chunks.len()).filter(move |chunk| self.chunks[*chunk].newest > stamp);
+        let chunks = (0..self.chunks.len()).filter(move |chunk| self.chunks[*chunk].newest() > stamp);
         chunks.flat_map(|chunk| self.slots_of(chunk)).filter(move |slot| self.stamp(*slot) > stamp)
     }
 
@@ -281,7 +102,7 @@ impl Rows {
     #[inline]
     fn is(&self, slot: u32, hash: u64, key: &[u8]) -> bool {
         let (chunk, row) = self.read(slot as usize);
-        chunk.hashes[row] == hash && chunk.key(row) == key
+        chunk.hash(row) == hash && chunk.key(row) == key
     }
 
     /// The hash of the key of a row.
@@ -305,7 +126,7 @@ impl Rows {
     #[must_use]
     pub fn stamp(&self, slot: u32) -> u32 {
         let (chunk, row) = self.read(slot as usize);
-        chunk.stamps[row]
+        chunk.stamp(row)
     }
 
     /// A value of a [`ColumnType::Long`] column.
@@ -425,34 +246,39 @@ impl Table {
 
     /// The slots of some keys that are about to get other rows: all columns are null.
     pub fn load(&mut self, hashes: &[u64], keys: &[&[u8]]) -> Vec<u32> {
-        self.reserve(hashes.len());
         // First all are looked up, so that the memory of one is fetched while that of others is waited for.
-        let mut slots: Vec<Option<u32>> = hashes.iter().zip(keys).map(|(hash, key)| self.find(*hash, key)).collect();
-        let known: Vec<u32> = slots.iter().copied().flatten().collect();
-        self.clear_all(&known);
-        let first = match known.is_empty() {
-            true => self.append(hashes, keys),
-            false => {
-                let new = |row: &usize| slots[*row].is_none();
-                let (hashes, keys): (Vec<u64>, Vec<&[u8]>) =
-                    (0..keys.len()).filter(new).map(|row| (hashes[row], keys[row])).unzip();
-                self.append(&hashes, &keys)
-            }
-        };
-        let new = slots.iter_mut().enumerate().filter(|(_, slot)| slot.is_none());
-        for ((row, slot), place) in new.zip(first..) {
-            let (hash, key, rows) = (hashes[row], keys[row], &self.rows);
-            let entry = self.index.entry(spread(hash), |s| rows.is(*s, hash, key), |s| spread(rows.hash(*s)));
-            *slot = match entry {
-                Entry::Vacant(entry) => Some(*entry.insert(place).get()),
-                Entry::Occupied(entry) => {
-                    let twice = *entry.get();
-                    self.vacate(place);
-                    Some(twice)
-                }
-            };
+        let found: Vec<Option<u32>> = hashes.iter().zip(keys).map(|(hash, key)| self.find(*hash, key)).collect();
+        let mut known: Vec<u32> = found.iter().copied().flatten().collect();
+        if known.is_empty() {
+            return self.add(hashes, keys);
         }
-        slots.into_iter().flatten().collect()
+        known.sort_unstable();
+        self.clear_all(&known);
+        let new = (0..keys.len()).filter(|row| found[*row].is_none());
+        let (new_hashes, new_keys): (Vec<u64>, Vec<&[u8]>) = new.map(|row| (hashes[row], keys[row])).unzip();
+        let mut new = self.add(&new_hashes, &new_keys).into_iter();
+        found.into_iter().filter_map(|slot| slot.or_else(|| new.next())).collect()
+    }
+
+    /// The slots of new rows of nulls, for keys that have none.
+    pub fn add(&mut self, hashes: &[u64], keys: &[&[u8]]) -> Vec<u32> {
+        self.reserve(hashes.len());
+        let first = self.append(hashes, keys);
+        let places = hashes.iter().zip(keys).zip(first..);
+        let mut slots = Vec::with_capacity(keys.len());
+        for ((hash, key), place) in places {
+            let rows = &self.rows;
+            let entry = self.index.entry(spread(*hash), |s| rows.is(*s, *hash, key), |s| spread(rows.hash(*s)));
+            slots.push(match entry {
+                Entry::Vacant(entry) => *entry.insert(place).get(),
+                Entry::Occupied(entry) => {
+                    let had = *entry.get();
+                    self.vacate(place);
+                    had
+                }
+            });
+        }
+        slots
     }
 
     /// Adds rows of nulls behind the last place, and answers with the first of theirs, of which they have consecutive ones.
@@ -516,12 +342,12 @@ impl Table {
     fn relocate(&mut self, slot: u32, to: u32) {
         let from = self.rows.chunks[slot as usize / CHUNK_ROWS].clone();
         let row = slot as usize % CHUNK_ROWS;
-        self.place(to, from.hashes[row], from.key(row), from.stamps[row]);
+        self.place(to, from.hash(row), from.key(row), from.stamp(row));
         let chunk = Arc::make_mut(&mut self.rows.chunks[to as usize / CHUNK_ROWS]);
         for (column, from) in chunk.columns.iter_mut().zip(&from.columns) {
             column.copy(to as usize % CHUNK_ROWS, from, row);
         }
-        if let Some(entry) = self.index.find_mut(spread(from.hashes[row]), |other| *other == slot) {
+        if let Some(entry) = self.index.find_mut(spread(from.hash(row)), |other| *other == slot) {
             *entry = to;
         }
         drop(from);
@@ -579,7 +405,7 @@ impl Table {
         }
         let slot = std::iter::from_fn(|| self.limbo.pop_front()).find(|slot| is_vacant(&self.rows, *slot))?;
         let chunk = slot as usize / CHUNK_ROWS;
-        let rows = Arc::make_mut(&mut self.rows.chunks[chunk]).hashes.len();
+        let rows = Arc::make_mut(&mut self.rows.chunks[chunk]).len();
         let first = (chunk * CHUNK_ROWS) as u32;
         let vacant: Vec<u32> = (first..first + rows as u32).filter(|s| *s != slot && self.is_vacant(*s)).collect();
         self.free.extend(vacant);
@@ -601,12 +427,12 @@ impl Table {
 
     /// The place behind the last.
     fn next_place(&mut self) -> u32 {
-        if self.rows.chunks.last().is_none_or(|last| last.hashes.len() == CHUNK_ROWS) {
+        if self.rows.chunks.last().is_none_or(|last| last.len() == CHUNK_ROWS) {
             self.rows.chunks.push(Arc::new(Chunk::new(&self.types)));
             self.rows.live.push([0; WORDS]);
         }
         let full = (self.rows.chunks.len() - 1) * CHUNK_ROWS;
-        (full + self.rows.chunks.last().map_or(0, |last| last.hashes.len())) as u32
+        (full + self.rows.chunks.last().map_or(0, |last| last.len())) as u32
     }
 
     fn vacate(&mut self, slot: u32) {
@@ -635,12 +461,7 @@ impl Table {
             rows.clear();
             rows.extend(run.map(|s| s & MASK));
             let chunk = Arc::make_mut(&mut self.rows.chunks[chunk]);
-            chunk.newest = chunk.newest.max(self.stamp);
-            for row in &rows {
-                let stamp = &mut chunk.stamps[*row as usize];
-                self.written += u64::from(*stamp != self.stamp);
-                *stamp = self.stamp;
-            }
+            self.written += chunk.stamp_all(&rows, self.stamp);
             write(&mut chunk.columns[column], &rows, at);
             at += rows.len();
         }
@@ -663,7 +484,7 @@ impl Table {
 /// Whether a place that was left is still there, and not used again.
 fn is_vacant(rows: &Rows, slot: u32) -> bool {
     let (chunk, row) = (slot as usize / CHUNK_ROWS, slot as usize % CHUNK_ROWS);
-    rows.chunks.get(chunk).is_some_and(|c| row < c.hashes.len()) && rows.live[chunk][row / 64] & 1 << (row % 64) == 0
+    rows.chunks.get(chunk).is_some_and(|c| row < c.len()) && rows.live[chunk][row / 64] & 1 << (row % 64) == 0
 }
 
 #[cfg(test)]

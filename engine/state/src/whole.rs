@@ -68,6 +68,10 @@ impl KeyedState for WholeState {
         self.0.restore(shard)
     }
 
+    fn restore_together(&mut self, shards: &[RestoredShard]) -> Result<()> {
+        self.0.restore_together(shards)
+    }
+
     fn restores_by_key_group(&self) -> bool {
         self.0.restores_by_key_group()
     }

@@ -347,14 +347,15 @@ impl Operator for JoinOperator {
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
-        for restored in &shards {
+        let mut of_sides = SIDES.map(|_| Vec::new());
+        for restored in shards {
             let of = SIDES.iter().position(|name| holds(name, &restored.shard));
-            let side = of.and_then(|at| self.sides.get_mut(at)).ok_or_else(|| {
+            let side = of.and_then(|at| of_sides.get_mut(at)).ok_or_else(|| {
                 Error::corrupt(format!("shard {} is of neither input of a join", restored.shard.path))
             })?;
-            side.state.restore(restored)?;
+            side.push(restored);
         }
-        Ok(())
+        self.sides.iter_mut().zip(&of_sides).try_for_each(|(side, shards)| side.state.restore_together(shards))
     }
 
     fn restores_by_key_group(&self) -> bool {

@@ -337,7 +337,7 @@ impl Operator for WindowOperator {
     }
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
-        shards.iter().try_for_each(|shard| self.state.restore(shard))
+        self.state.restore_together(&shards)
     }
 
     fn restores_by_key_group(&self) -> bool {

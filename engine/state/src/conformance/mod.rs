@@ -115,6 +115,8 @@ struct Job {
     states: Vec<Box<dyn KeyedState>>,
     files: BTreeMap<String, RestoredShard>,
     epoch: u64,
+    /// How often it has been restored.
+    restores: usize,
     /// By subtask; none where there is none.
     watermarks: Vec<KeyGroupWatermarks>,
 }
@@ -152,6 +154,7 @@ impl Job {
             states: Vec::new(),
             files: BTreeMap::new(),
             epoch: 0,
+            restores: 0,
             watermarks: Vec::new(),
         };
         job.begin(1);
@@ -296,6 +299,7 @@ impl Job {
     /// Starts anew from a checkpoint.
     fn restore(&mut self, stored: &Stored, parallelism: u32, reuse: bool) -> Vec<KeyGroupWatermarks> {
         self.states.clear();
+        self.restores += 1;
         let mut watermarks = Vec::new();
         for index in 0..parallelism {
             let spec = self.spec(index, parallelism, reuse);
@@ -303,10 +307,12 @@ impl Job {
             let concerns = |s: &&Shard| spec.holds(s) && s.key_groups.is_none_or(|g| g.overlaps(&spec.key_groups));
             let mut shards: Vec<&Shard> = stored.shards.iter().filter(concerns).collect();
             shards.sort_by_key(|s| (s.subtask, s.layer));
-            for shard in shards {
-                let file = RestoredShard::new(shard.clone(), self.files[&shard.path].bytes.clone());
-                state.restore(&file).unwrap();
-            }
+            let files = shards.iter().map(|s| RestoredShard::new((*s).clone(), self.files[&s.path].bytes.clone()));
+            let files: Vec<RestoredShard> = files.collect();
+            // In all the ways in which shards may come: one by one, together, some and then the others.
+            let (one_by_one, together) = files.split_at(files.len() * (self.restores % 3) / 2);
+            one_by_one.iter().for_each(|file| state.restore(file).unwrap());
+            state.restore_together(together).unwrap();
             watermarks.push(state.restored().unwrap());
             self.states.push(state);
         }
@@ -328,11 +334,15 @@ impl Job {
                     last: KeyGroup((first + random.below(4) as u16).min(last)),
                 };
                 first = slice.last.0 + 1;
-                for shard in &shards {
+                let mut part = |shard: &&Shard| {
                     let whole = &self.files[&shard.path].bytes;
                     let bytes = if random.below(3) == 0 { whole.clone() } else { cut(whole, slice) };
-                    let part = RestoredShard { slice: Some(slice), ..RestoredShard::new((*shard).clone(), bytes) };
-                    self.states[index as usize].restore(&part).unwrap();
+                    RestoredShard { slice: Some(slice), ..RestoredShard::new((*shard).clone(), bytes) }
+                };
+                let parts: Vec<RestoredShard> = shards.iter().map(&mut part).collect();
+                match random.below(3) {
+                    0 => parts.iter().for_each(|part| self.states[index as usize].restore(part).unwrap()),
+                    _ => self.states[index as usize].restore_together(&parts).unwrap(),
                 }
                 if first <= last {
                     let watermarks = self.states[index as usize].arrived().unwrap();
@@ -367,6 +377,7 @@ impl Job {
 
     /// What a fresh job would start from the checkpoint with.
     fn restored(&mut self, stored: &Stored, parallelism: u32) -> Model {
+        self.restores += 1;
         let mut other = Self {
             backend: self.backend.clone(),
             clock: self.clock.clone(),

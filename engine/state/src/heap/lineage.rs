@@ -175,10 +175,6 @@ impl Restoring {
                 shard.path, shard.layer, shard.subtask
             )));
         }
-        if self.removals_of != shard.layer {
-            self.removals.end(self.removals_of);
-            self.removals_of = shard.layer;
-        }
         let known = |l: &Layer| {
             let of = |s: &Shard| (s.subtask, s.layer, s.key_groups);
             of(&l.shard) == of(shard) && l.shard.path == shard.path
@@ -200,15 +196,24 @@ impl Restoring {
         let reused = Shard { status: ShardStatus::Reused, ..shard.clone() };
         self.layers.push(Layer { shard: reused, interval: shard.layer });
         if !self.foreign && shard.layer > 0 {
+            self.removals_in(shard.layer);
             header.dropped.iter().for_each(|namespace| self.removals.namespace(*namespace));
         }
         Ok(true)
     }
 
     /// Keys that a layer removes.
-    pub(super) fn removed(&mut self, namespace: i64, hashes: &[u64], keys: &[&[u8]]) {
+    pub(super) fn removed(&mut self, layer: u32, namespace: i64, hashes: &[u64], keys: &[&[u8]]) {
         if !self.foreign {
+            self.removals_in(layer);
             hashes.iter().zip(keys).for_each(|(hash, key)| self.removals.key(namespace, *hash, key));
+        }
+    }
+
+    fn removals_in(&mut self, layer: u32) {
+        if self.removals_of != layer {
+            self.removals.end(self.removals_of);
+            self.removals_of = layer;
         }
     }
 

@@ -7,12 +7,12 @@
 //! Invariant: the layers that a checkpoint names, applied in order, give the rows at its barrier.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     ops::RangeInclusive,
     sync::{Arc, Mutex, PoisonError},
 };
 
-use floodmark_snapshot::{Epoch, Error, KeyGroup, KeyGroupRange, Result, Shard, ShardKind, coordination::Barrier};
+use floodmark_snapshot::{Epoch, Result, ShardKind, coordination::Barrier};
 
 use self::{
     lineage::{Lineage, Part, Restored, Restoring},
@@ -20,7 +20,7 @@ use self::{
 };
 use crate::{
     keyed::{KeyedState, NO_SLOT, Slots, StateBackend, StateSpec},
-    neutral::{PAGE_ROWS, Page, Pages},
+    neutral::PAGE_ROWS,
     snapshot::{PendingShard, RestoredShard, StateSnapshot},
     table::{Column, ColumnType, Rows, Table},
     watermarks::KeyGroupWatermarks,
@@ -29,14 +29,12 @@ use crate::{
 mod encode;
 mod lineage;
 mod removals;
+mod restoring;
 
 /// Rows looked at for their age at each call of [`KeyedState::slots`], in a state with a TTL.
 const SWEEP_ROWS: usize = 64;
 /// Removals remembered between checkpoints, at least; more, if there are more rows. Beyond, a checkpoint writes everything.
 const REMOVALS_MAX: usize = 1 << 16;
-
-/// Rows for which room is made before they are there, at most.
-const RESERVED_MAX: u64 = 1 << 26;
 
 /// The back end that keeps all state in memory.
 #[derive(Clone, Copy, Debug, Default)]
@@ -158,41 +156,6 @@ impl HeapState {
         }
     }
 
-    fn take_in(&mut self, page: &Page, layer: u32, now: i64) -> Result<()> {
-        for (namespace, rows) in page.by_namespace(true) {
-            let (hashes, keys) = places(page, &rows);
-            let slots = self.find_all(namespace, &hashes, &keys);
-            self.restoring.removed(namespace, &hashes, &keys);
-            self.vacate(namespace, &slots.into_iter().filter(|s| *s != NO_SLOT).collect::<Vec<_>>());
-        }
-        for (namespace, mut rows) in page.by_namespace(false) {
-            let written = |row: u32| page.written.as_ref().map_or(now, |w| w.value(row as usize));
-            if let Some(expiry) = self.expiry {
-                rows.retain(|row| !expiry.is_over(Some(written(*row)), now));
-            }
-            if rows.is_empty() {
-                continue;
-            }
-            let (hashes, keys) = places(page, &rows);
-            let layout = self.spec.layout.clone();
-            let expiry = self.expiry;
-            let taken = page.taken(&rows)?;
-            self.table_of(namespace).in_interval(layer, |table| {
-                let slots = table.load(&hashes, &keys);
-                if let Some(expiry) = expiry {
-                    table.write_runs(&slots, expiry.column, |column, places, at| {
-                        if let Column::Long(values) = column {
-                            let of_run = places.iter().zip(&rows[at..]);
-                            of_run.for_each(|(place, row)| values[*place as usize] = Some(written(*row)));
-                        }
-                    });
-                }
-                layout.fill(&taken, table, &slots)
-            })?;
-        }
-        Ok(())
-    }
-
     fn find_all(&self, namespace: i64, hashes: &[u64], keys: &[&[u8]]) -> Vec<u32> {
         let Some(table) = self.tables.get(&namespace) else { return vec![NO_SLOT; keys.len()] };
         hashes.iter().zip(keys).map(|(hash, key)| table.find(*hash, key).unwrap_or(NO_SLOT)).collect()
@@ -210,23 +173,6 @@ impl HeapState {
     fn now(&self) -> i64 {
         if self.expiry.is_some() { self.spec.env.clock.wall_ms() } else { 0 }
     }
-}
-
-/// How many rows of a shard are in key groups, about.
-fn rows_of(shard: &Shard, owned: KeyGroupRange) -> u64 {
-    let width = |g: KeyGroupRange| u64::from(g.last.0.saturating_sub(g.first.0)) + 1;
-    match shard.key_groups.filter(|g| g.overlaps(&owned)) {
-        Some(all) => {
-            let both = KeyGroupRange { first: all.first.max(owned.first), last: all.last.min(owned.last) };
-            shard.rows / width(all) * width(both)
-        }
-        None => 0,
-    }
-}
-
-/// The hashes and keys of some rows of a page.
-fn places<'a>(page: &'a Page, rows: &[u32]) -> (Vec<u64>, Vec<&'a [u8]>) {
-    rows.iter().map(|row| (page.keys.hashes[*row as usize], page.keys.key(*row as usize))).unzip()
 }
 
 impl KeyedState for HeapState {
@@ -371,47 +317,11 @@ impl KeyedState for HeapState {
     }
 
     fn restore(&mut self, shard: &RestoredShard) -> Result<()> {
-        let spec = self.spec.clone();
-        let pages = Pages::open(&spec, shard)?;
-        let layer = shard.shard.layer;
-        let header = pages.header().clone();
-        if header.layer != layer {
-            return Err(Error::corrupt(format!(
-                "shard {} is layer {} instead of {layer}",
-                shard.shard.path, header.layer
-            )));
-        }
-        let new = self.restoring.shard(&spec, shard, &header, pages.same_columns())?;
-        self.begin(self.restoring.interval());
-        if layer > 0 {
-            let of_shard = shard.shard.key_groups.unwrap_or(spec.key_groups);
-            let of_slice = shard.slice.unwrap_or(spec.key_groups);
-            for namespace in header.dropped.iter().copied().collect::<BTreeSet<i64>>() {
-                let Some(table) = self.tables.get(&namespace) else { continue };
-                let rows = table.rows();
-                let of = |slot: &u32| {
-                    let group = KeyGroup::of(rows.hash(*slot), spec.max_parallelism);
-                    of_shard.contains(group) && of_slice.contains(group)
-                };
-                let slots: Vec<u32> = rows.slots().filter(of).collect();
-                self.vacate(namespace, &slots);
-            }
-        }
-        let now = self.now();
-        // An index that grows is made anew from time to time: the first slice makes room for all.
-        let mut expected = match (layer, new) {
-            (0, true) => pages.rows().max(rows_of(&shard.shard, spec.key_groups)).min(RESERVED_MAX),
-            (0, false) => pages.rows().min(RESERVED_MAX),
-            _ => 0,
-        };
-        pages.each(|page| {
-            let first = page.keys.namespaces.first().copied();
-            if expected > 0 && page.keys.namespaces.last().copied() == first {
-                self.table_of(first.unwrap_or(0)).reserve(expected as usize);
-            }
-            expected = 0;
-            self.take_in(&page, layer, now)
-        })
+        self.take_in(shard)
+    }
+
+    fn restore_together(&mut self, shards: &[RestoredShard]) -> Result<()> {
+        self.take_in_together(shards)
     }
 
     fn restores_by_key_group(&self) -> bool {
