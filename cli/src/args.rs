@@ -31,6 +31,9 @@ pub(crate) enum Command {
     /// Run a job in this process, from its newest checkpoint if it has one
     #[command(after_help = EXIT_CODES)]
     Run(RunArgs),
+    /// Run subtasks of a job for its coordinator, until told to stop
+    #[command(after_help = EXIT_CODES)]
+    Worker(WorkerArgs),
     /// Check a job and show its dataflow, without running it
     Check(CheckArgs),
     /// Ask the process that runs a job for a savepoint; prints its location
@@ -257,6 +260,46 @@ pub(crate) struct RunArgs {
     /// Number of parallel subtasks; overrides the manifest
     #[arg(long, value_name = "N")]
     pub(crate) parallelism: Option<u32>,
+
+    /// Run the subtasks in so many processes of their own on this machine; one that dies is replaced, and the job goes on from
+    /// its newest checkpoint. Default: all in this process
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) workers: Option<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct WorkerArgs {
+    /// The manifest of the job, the same that its coordinator has
+    #[arg(value_name = "JOB.yaml")]
+    pub(crate) job: PathBuf,
+
+    /// Where the job's coordinator listens: host:port
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) coordinator: String,
+
+    /// Where to listen for other workers: host:port, of a host that they can reach; port 0 is any that is free
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) listen: String,
+
+    /// The folder with this process's certificate (tls.crt), its key (tls.key) and the job's authority (ca.crt)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
+
+    /// How many subtasks of each task to run side by side
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) slots: u32,
+
+    /// Where checkpoints are kept; overrides the manifest, as for the coordinator
+    #[arg(long, value_name = "URL")]
+    pub(crate) storage: Option<String>,
+
+    /// Where state back end RocksDB works, as for `run`
+    #[arg(long, value_name = "DIR")]
+    pub(crate) work_dir: Option<PathBuf>,
+
+    /// End with this process, which has started it
+    #[arg(long, value_name = "PID", hide = true)]
+    pub(crate) parent: Option<i32>,
 }
 
 #[derive(Debug, clap::Args)]

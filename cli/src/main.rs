@@ -2,7 +2,7 @@
 //!
 //! Reads arguments and hands over: [`job`] reads manifests and plans them, [`run`] runs them in this process, [`check`] shows
 //! what would run, [`checkpoints`] what there is to start from, [`plan`] what would become of it, [`state`] what is in it; [`savepoint`]
-//! asks a running job through [`control`]. Results go to standard output; logs and progress to standard error.
+//! asks a running job through [`control`]; [`workers`] are the processes that run a job's subtasks for another. Results go to standard output; logs and progress to standard error.
 //!
 //! Invariant: every way out ends with one of the codes of [`exit::Exit`], and every failure with a message.
 
@@ -23,6 +23,7 @@ mod screen;
 mod signals;
 mod state;
 mod summary;
+mod workers;
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     let done = logs::start(args.log_level.as_deref(), &screen).and_then(|()| {
         let command = || match &args.command {
             Command::Run(run) => run::run(run, &screen),
+            Command::Worker(args) => workers::worker(args, &screen),
             Command::Check(check) => check::check(check),
             Command::Plan(args) => plan::plan(args),
             Command::Savepoint(args) => savepoint::savepoint(args, &screen),

@@ -1,6 +1,6 @@
-//! `floodmark run`: coordinator and worker of one job in this process. The one file of this crate that drives the worker.
+//! `floodmark run`: coordinates one job, and runs its subtasks in this process or in others on this machine.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use floodmark_crds::{
     CheckpointMode as Mode, CheckpointSpec, HumanDuration, RestartSpec, RestartStrategy as Restarting,
@@ -14,6 +14,7 @@ use floodmark_worker::{
     CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RestartStrategy, RunError, RunSpec, SLICE_BYTES,
     Summary,
     api::{self, JobApi},
+    link::transport::Endpoint,
 };
 use nix::sys::resource::{UsageWho, getrusage};
 use tokio::sync::watch;
@@ -29,6 +30,7 @@ use crate::{
     screen::{Screen, print},
     signals,
     summary::{RunOutcome, RunReport},
+    workers::LocalWorkers,
 };
 
 /// Where RocksDB works if nobody says where: in the system's folder for temporary files.
@@ -42,8 +44,16 @@ pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
     let mut job = String::new();
     let ran = Job::load(&args.job, args.parallelism).and_then(|loaded| {
         job = loaded.id.to_string();
-        let (spec, place) = run_spec(args, loaded, &env)?;
-        drive(spec, &place, &env, &progress, screen)
+        let workers = match args.workers {
+            Some(count) => Some(LocalWorkers::prepare(args, count, &loaded, &env)?),
+            None => None,
+        };
+        let restore = restore(args, &loaded)?;
+        let places = Places { storage: args.storage.as_deref(), work_dir: args.work_dir.as_deref() };
+        let (mut spec, location) = spec(loaded, &places, &env)?;
+        let place = Place::of(&spec.job, &location);
+        (spec.restore, spec.initial) = restore;
+        drive(spec, &place, workers, &env, &progress, screen)
     });
     screen.clear();
     let (mut report, failure) = match ran {
@@ -73,18 +83,30 @@ pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
     failure.map_or(Ok(Exit::Done), Err)
 }
 
-fn run_spec(args: &RunArgs, job: Job, env: &Env) -> Result<(RunSpec, Place), Failure> {
+/// What the command line says of a job's places, before the manifest does.
+pub(crate) struct Places<'a> {
+    pub(crate) storage: Option<&'a str>,
+    pub(crate) work_dir: Option<&'a Path>,
+}
+
+/// What the job starts from, and what if it has no past; refused here if that does not fit.
+fn restore(args: &RunArgs, job: &Job) -> Result<(Reference, Option<Reference>), Failure> {
     let location = job::storage(args.storage.as_deref(), &job.manifest)?;
-    let storage = storage::open(&location).map_err(|e| Failure::new(Exit::Storage, e))?;
-    tracing::info!("job {}: checkpoints in {}", job.id, storage.describe());
     let initial = job.manifest.spec.restore.from.as_deref().map(str::parse).transpose();
     let initial = initial.map_err(|e| Failure::input(format!("spec.restore.from: {e}")))?;
     let initial = initial.map(job::absolute_reference).transpose()?;
     let restore = job::absolute_reference(args.restore.clone().unwrap_or(Reference::Latest))?;
-    job::runtime()?.block_on(plan::admit(&job, &location, &restore, initial.as_ref()))?;
+    job::runtime()?.block_on(plan::admit(job, &location, &restore, initial.as_ref()))?;
+    Ok((restore, initial))
+}
+
+/// How to run a job, and where its snapshots are. It starts from its newest checkpoint.
+pub(crate) fn spec(job: Job, places: &Places<'_>, env: &Env) -> Result<(RunSpec, String), Failure> {
+    let location = job::storage(places.storage, &job.manifest)?;
+    let storage = storage::open(&location).map_err(|e| Failure::new(Exit::Storage, e))?;
+    tracing::info!("job {}: checkpoints in {}", job.id, storage.describe());
     let spec = job.manifest.spec;
-    let place = Place::of(&job.id, &location);
-    let state = state_settings(args, &spec, env)?;
+    let state = state_settings(places, &spec, env)?;
     let spec = RunSpec {
         job: job.id,
         graph: job.graph,
@@ -93,21 +115,21 @@ fn run_spec(args: &RunArgs, job: Job, env: &Env) -> Result<(RunSpec, Place), Fai
         state,
         checkpoints: checkpoint_settings(&spec.checkpoints),
         storage,
-        restore,
-        initial,
+        restore: Reference::Latest,
+        initial: None,
         slice_bytes: SLICE_BYTES,
         restarts: restarts(&spec.restarts),
         allow_dropped_state: spec.restore.allow_dropped_state,
         holder: holder(),
     };
-    Ok((spec, place))
+    Ok((spec, location))
 }
 
-fn state_settings(args: &RunArgs, spec: &StreamJobSpec, env: &Env) -> Result<StateSettings, Failure> {
+fn state_settings(places: &Places<'_>, spec: &StreamJobSpec, env: &Env) -> Result<StateSettings, Failure> {
     let backend: Arc<dyn StateBackend> = match spec.state.backend {
         Backend::Heap => Arc::new(Heap),
         Backend::RocksDb => {
-            let folder = args.work_dir.clone().unwrap_or_else(|| std::env::temp_dir().join(WORK_FOLDER));
+            let folder = places.work_dir.map_or_else(|| std::env::temp_dir().join(WORK_FOLDER), Path::to_owned);
             Arc::new(RocksDb::open(&Settings::new(folder), env).map_err(|e| Failure::new(Exit::Storage, e))?)
         }
     };
@@ -152,15 +174,13 @@ fn checkpoint_settings(spec: &CheckpointSpec) -> CheckpointSettings {
 fn drive(
     spec: RunSpec,
     place: &Place,
+    workers: Option<LocalWorkers>,
     env: &Env,
     progress: &Arc<Progress>,
     screen: &Screen,
 ) -> Result<Summary, Failure> {
     let failed = |what: &str, e: &dyn std::fmt::Display| Failure::new(Exit::JobFailed, format!("{what}: {e}"));
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|e| failed("start the runtime", &e))?;
+    let runtime = runtime()?;
     let (stop, stopped) = watch::channel(false);
     let screen = if prints_rows(&spec.graph) { screen.shared_with_rows() } else { screen.clone() };
     signals::listen(stop, screen.clone())?;
@@ -171,7 +191,10 @@ fn drive(
     let (end, ended) = watch::channel(false);
     let ran = runtime.block_on(async {
         let job = async {
-            let ran = floodmark_worker::run(spec, env.clone(), controls, progress.clone()).await;
+            let ran = match workers {
+                Some(workers) => on_workers(spec, workers, env, controls, progress).await,
+                None => floodmark_worker::run(spec, env.clone(), controls, progress.clone()).await,
+            };
             end.send_replace(true);
             ran
         };
@@ -186,13 +209,45 @@ fn drive(
     })
 }
 
+/// Coordinates a job whose subtasks run in other processes on this machine.
+async fn on_workers(
+    spec: RunSpec,
+    workers: LocalWorkers,
+    env: &Env,
+    controls: Controls,
+    progress: &Arc<Progress>,
+) -> Result<Summary, RunError> {
+    let (told, place) = tokio::sync::oneshot::channel();
+    let (end, mut ended) = watch::channel(false);
+    let network = workers.network();
+    let coordinate = async {
+        // The processes are waited for as long as the job is.
+        let listening = |endpoint: &Endpoint| drop(told.send(endpoint.clone()));
+        let ran = floodmark_worker::coordinate(spec, env.clone(), controls, progress.clone(), network, listening).await;
+        end.send_replace(true);
+        ran
+    };
+    let processes = async {
+        if let Ok(endpoint) = place.await {
+            workers.run(endpoint, env, &mut ended).await;
+        }
+    };
+    tokio::join!(coordinate, processes).0
+}
+
+/// The runtime of a process that runs a job or part of it.
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.map_err(|e| Failure::new(Exit::JobFailed, format!("start the runtime: {e}")))
+}
+
 /// Whether a sink writes to standard output. Only the display depends on it.
 fn prints_rows(graph: &JobGraph) -> bool {
     graph.nodes().any(|(_, node)| matches!(&node.node, NodeKind::Sink(sink) if sink.kind() == "print sink"))
 }
 
 /// How long the runtime's blocking calls may take to end after the job has.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
 fn exit_of(error: &RunError) -> Exit {
     match error {

@@ -212,7 +212,7 @@ pub struct RestartSpec {
     #[serde(default = "default_restart_max_delay")]
     pub max_delay: HumanDuration,
 
-    /// With `ExponentialDelay`: after so long without a failure, delays begin anew.
+    /// With `ExponentialDelay`: after so long without a failure, and after a completed checkpoint, delays begin anew.
     #[serde(default = "default_restart_reset_after")]
     pub reset_after: HumanDuration,
 

@@ -18,8 +18,14 @@ mod worker;
 use std::{sync::Arc, time::Duration};
 
 use floodmark_dataflow::JobGraph;
+pub use floodmark_link as link;
+use floodmark_link::{
+    control::Heartbeat,
+    transport::{Endpoint, Transport},
+};
 use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, restore::Reference, storage::Storage};
 use floodmark_state::StateSettings;
+use tokio::sync::{mpsc, watch};
 
 pub use control::{Controls, SavepointMade, SavepointRequest};
 pub use coordinator::{RestartStrategy, takers};
@@ -161,6 +167,55 @@ impl RunError {
             Disposition::Retry | Disposition::Abort | Disposition::Corrupt => Self::Failed(error),
         }
     }
+}
+
+/// A process's way to the others of its job.
+#[derive(Clone)]
+pub struct Network {
+    /// Carries streams.
+    pub transport: Arc<dyn Transport>,
+    /// Where this process listens; port 0 stands for any that is free.
+    pub listen: Endpoint,
+    /// How silence is told from loss.
+    pub heartbeat: Heartbeat,
+}
+
+/// Runs a job on workers of other processes, which connect to this one. `listening` is told where.
+///
+/// # Errors
+/// See [`RunError`].
+pub async fn coordinate(
+    spec: RunSpec,
+    env: Env,
+    controls: impl Into<Controls>,
+    progress: Arc<Progress>,
+    network: Network,
+    listening: impl FnOnce(&Endpoint),
+) -> Result<Summary, RunError> {
+    let spec = Arc::new(spec);
+    let (news, from_workers) = mpsc::unbounded_channel();
+    let plan = spec.graph.fingerprint.clone();
+    let listener = coordinator::listen(&network, &env, plan, news).await.map_err(RunError::Failed)?;
+    listening(&listener.endpoint());
+    let crew = coordinator::Crew::new(&env, progress.counters.clone(), from_workers);
+    let outcome = coordinator::run(spec, env, controls.into(), progress, crew).await;
+    listener.close().await;
+    outcome
+}
+
+/// Runs subtasks of a job for the coordinator at this place, until `stop`.
+///
+/// # Errors
+/// When the process can't listen, or the coordinator will never take it.
+pub async fn serve(
+    spec: RunSpec,
+    env: Env,
+    network: Network,
+    coordinator: Endpoint,
+    slots: u32,
+    stop: watch::Receiver<bool>,
+) -> Result<(), Error> {
+    worker::serve(Arc::new(spec), env, network, coordinator, slots, stop).await
 }
 
 /// Runs a job to its end, until `controls` say that it shall stop, or until it fails. With [`Env::system`] it needs a

@@ -1,12 +1,16 @@
 //! What a running job shows of itself: counters per operator and the last checkpoint. Written by the coordinator's shell and
 //! the tasks, read by whoever displays it; no decision rests on it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+};
 
 use floodmark_dataflow::{JobGraph, Node, OperatorMetrics, TaskId, Vertex, metrics::read};
 use floodmark_snapshot::{Epoch, OperatorUid, TimestampMs};
+use serde::{Deserialize, Serialize};
 
-use crate::words::SubtaskId;
+use crate::words::{SubtaskId, WorkerId};
 
 /// Where a job's life stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +52,8 @@ pub struct CheckpointCounts {
 }
 
 /// Counters of one operator, summed over its subtasks.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct OperatorStatus {
     /// Stable identity: `source:bid`, `sink:hot_items`, `hot_items/window-aggregate-1`.
     pub uid: OperatorUid,
@@ -83,9 +88,13 @@ pub struct ProgressView {
     pub operators: Vec<OperatorStatus>,
 }
 
-/// The counters of the subtasks that run in one process.
+/// The counters of the subtasks that run in this process, and what others have told of theirs.
 #[derive(Default)]
-pub(crate) struct Counters(Mutex<Vec<OperatorEntry>>);
+pub(crate) struct Counters {
+    here: Mutex<Vec<OperatorEntry>>,
+    /// What each other worker said last. Those that are gone have counted, too.
+    elsewhere: Mutex<BTreeMap<WorkerId, Vec<OperatorStatus>>>,
+}
 
 /// Counters by task, then by its node, then by subtask.
 pub(crate) type Metrics = Vec<Vec<Vec<Arc<OperatorMetrics>>>>;
@@ -101,7 +110,7 @@ impl Counters {
     /// Makes the counters of an attempt, which go on from those of the attempts before. `here` tells the subtasks that run in
     /// this process.
     pub(crate) fn begin(&self, graph: &JobGraph, parallelism: u32, here: impl Fn(SubtaskId) -> bool) -> Metrics {
-        let mut before = self.view();
+        let mut before = self.here();
         let mut entries = self.lock();
         entries.clear();
         let mut of_node = |task: TaskId, node: &Node| {
@@ -119,13 +128,32 @@ impl Counters {
         graph.vertices.iter().enumerate().map(of_task).collect()
     }
 
-    /// What has been counted, by operator in the order of the graph.
-    pub(crate) fn view(&self) -> Vec<OperatorStatus> {
+    /// What has been counted in this process, by operator in the order of the graph.
+    pub(crate) fn here(&self) -> Vec<OperatorStatus> {
         self.lock().iter().map(OperatorEntry::status).collect()
     }
 
+    /// What another worker has counted.
+    pub(crate) fn told(&self, worker: WorkerId, counted: Vec<OperatorStatus>) {
+        self.elsewhere.lock().unwrap_or_else(PoisonError::into_inner).insert(worker, counted);
+    }
+
+    /// What has been counted everywhere.
+    fn view(&self) -> Vec<OperatorStatus> {
+        let mut all = self.here();
+        for counted in self.elsewhere.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            for theirs in counted {
+                match all.iter_mut().find(|ours| ours.uid == theirs.uid) {
+                    Some(ours) => ours.add(theirs),
+                    None => all.push(theirs.clone()),
+                }
+            }
+        }
+        all
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<OperatorEntry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.here.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -146,6 +174,17 @@ impl OperatorEntry {
 }
 
 impl OperatorStatus {
+    /// Adds what another worker has counted for the same operator.
+    fn add(&mut self, other: &Self) {
+        self.rows_in += other.rows_in;
+        self.rows_out += other.rows_out;
+        self.bytes += other.bytes;
+        self.late += other.late;
+        self.bad += other.bad;
+        self.state_rows += other.state_rows;
+        self.watermark = [self.watermark, other.watermark].into_iter().flatten().min();
+    }
+
     /// Of an operator that has done nothing.
     fn new(uid: &OperatorUid, kind: &str) -> Self {
         Self {

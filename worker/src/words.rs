@@ -4,14 +4,17 @@
 //! attempt that has ended is dropped by who receives it: both sides number attempts.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     sync::Arc,
 };
 
 use floodmark_dataflow::{TaskId, task::Command};
+use floodmark_link::transport::Endpoint;
 use floodmark_snapshot::{Attempt, Disposition, Epoch, Error, Manifest, OperatorSnapshot, OperatorUid, SplitState};
 use serde::{Deserialize, Serialize};
+
+use crate::OperatorStatus;
 
 /// Which worker of a job; a process that comes back is another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -86,6 +89,8 @@ pub(crate) struct Deployment {
     pub(crate) splits: HashMap<OperatorUid, Vec<SplitState>>,
     /// Where the subtasks of each index run: the job's parallelism is its length.
     pub(crate) placement: Vec<WorkerId>,
+    /// Where workers listen for each other's channels; of one process alone there is none.
+    pub(crate) endpoints: BTreeMap<WorkerId, Endpoint>,
     /// Whom this is for.
     pub(crate) worker: WorkerId,
 }
@@ -114,6 +119,17 @@ pub(crate) struct Restored {
     pub(crate) streams: bool,
     /// Everything staged up to here is visible, by the job's log.
     pub(crate) committed: Epoch,
+}
+
+/// How a worker introduces itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Hello {
+    /// The fingerprint of the job's graph as the worker has planned it.
+    pub(crate) plan: String,
+    /// Slices that it runs side by side.
+    pub(crate) slots: u32,
+    /// Where it listens for channels.
+    pub(crate) endpoint: Endpoint,
 }
 
 /// What a worker tells the coordinator.
@@ -147,6 +163,8 @@ pub(crate) enum FromWorker {
     Exhausted(SubtaskId),
     /// A subtask has sent its last frame.
     Ended(SubtaskId),
+    /// What operators have counted on this worker; now and then.
+    Counted(Vec<OperatorStatus>),
     /// Everything that a committer has staged up to this epoch is visible.
     Committed(CommitterId, Epoch),
     /// Something has failed, and the attempt with it.

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use floodmark_link::transport::Endpoint;
 use floodmark_snapshot::{Env, Error, Result};
 use tokio::sync::mpsc;
 
@@ -27,6 +28,8 @@ const REPLACEMENT_PATIENCE: Duration = Duration::from_millis(500);
 pub(crate) struct Member {
     /// Slices that it runs side by side, if not crowded.
     pub(crate) slots: u32,
+    /// Where it listens for channels.
+    pub(crate) endpoint: Option<Endpoint>,
     /// Passes an order on. Says nothing if it can't: then the worker is lost, and that is told as [`News::Lost`].
     pub(crate) orders: Box<dyn Fn(ToWorker) + Send + Sync>,
 }
@@ -47,12 +50,14 @@ pub(crate) struct Crew {
     members: BTreeMap<WorkerId, Member>,
     news: mpsc::UnboundedReceiver<News>,
     placement: Placement,
+    /// Where what workers have counted is told.
+    counters: Arc<Counters>,
 }
 
 impl Crew {
     /// Workers that come and go, as the news say.
-    pub(crate) fn new(env: &Env, news: mpsc::UnboundedReceiver<News>) -> Self {
-        Self { env: env.clone(), members: BTreeMap::new(), news, placement: Placement::default() }
+    pub(crate) fn new(env: &Env, counters: Arc<Counters>, news: mpsc::UnboundedReceiver<News>) -> Self {
+        Self { env: env.clone(), members: BTreeMap::new(), news, placement: Placement::default(), counters }
     }
 
     /// One worker, in this process, with room for everything.
@@ -62,7 +67,7 @@ impl Crew {
         let (news, ours) = mpsc::unbounded_channel();
         let to_us = news.clone();
         let report = Box::new(move |report| drop(to_us.send(News::Report(HERE, report))));
-        let run = worker::run(spec.clone(), env.clone(), counters, orders, report);
+        let run = worker::run(spec.clone(), env.clone(), counters.clone(), None, orders, report);
         let gone = news.clone();
         env.runtime.spawn(Box::pin(async move {
             run.await;
@@ -70,8 +75,8 @@ impl Crew {
         }));
         let orders = Box::new(move |order| drop(to_worker.send(order)));
         // The receiver is still here.
-        let _ = news.send(News::Joined(HERE, Member { slots: u32::MAX, orders }));
-        Self::new(env, ours)
+        let _ = news.send(News::Joined(HERE, Member { slots: u32::MAX, endpoint: None, orders }));
+        Self::new(env, counters, ours)
     }
 
     /// Decides where subtasks run, once there are workers enough.
@@ -128,7 +133,12 @@ impl Crew {
     fn take(&mut self, news: News) -> Option<(WorkerId, FromWorker)> {
         match news {
             News::Joined(id, member) => {
+                tracing::debug!("{id} is there");
                 self.members.insert(id, member);
+                None
+            }
+            News::Report(id, FromWorker::Counted(counted)) => {
+                self.counters.told(id, counted);
                 None
             }
             News::Report(id, report) => self.members.contains_key(&id).then_some((id, report)),
@@ -146,7 +156,8 @@ impl Crew {
         let mut building: BTreeSet<WorkerId> = self.placement.0.iter().copied().collect();
         for id in &building {
             let placement = self.placement.0.clone();
-            let theirs = Deployment { placement, worker: *id, ..deployment.clone() };
+            let endpoints = self.members.iter().filter_map(|(id, m)| Some((*id, m.endpoint.clone()?))).collect();
+            let theirs = Deployment { placement, endpoints, worker: *id, ..deployment.clone() };
             match self.members.get(id) {
                 Some(member) => (member.orders)(ToWorker::Deploy(Box::new(theirs))),
                 None => return Err(NotBuilt::Task(Error::retry(format!("{id} is lost")))),

@@ -2,6 +2,7 @@
 
 mod assignment;
 mod crew;
+mod joining;
 mod restarts;
 mod shell;
 mod starting;
@@ -12,7 +13,7 @@ use floodmark_dataflow::{TaskId, graph::NodeKind, task::Command};
 use floodmark_snapshot::{Env, Epoch, Error, Result, restore::Rejected};
 use tokio::sync::watch;
 
-pub(crate) use self::crew::Crew;
+pub(crate) use self::{crew::Crew, joining::listen};
 pub use self::{restarts::RestartStrategy, starting::takers};
 use self::{
     restarts::{Restarts, Verdict},
@@ -218,6 +219,7 @@ impl Running<'_> {
             | FromWorker::Acknowledged { .. }
             | FromWorker::Declined { .. }
             | FromWorker::Exhausted(_)
+            | FromWorker::Counted(_)
             | FromWorker::Committed(..) => {}
         }
         Ok(())
@@ -238,7 +240,7 @@ impl Running<'_> {
 }
 
 /// Returns when the job shall stop.
-async fn stopped(stop: &mut watch::Receiver<bool>) {
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
     // A sender that is gone will never ask for a stop.
     if stop.wait_for(|s| *s).await.is_err() {
         std::future::pending::<()>().await;

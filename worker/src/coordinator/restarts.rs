@@ -22,7 +22,7 @@ pub enum RestartStrategy {
         initial: Duration,
         /// No delay is longer.
         max: Duration,
-        /// After so long without a failure, the delays begin anew.
+        /// After so long without a failure, and after a completed checkpoint, delays begin anew.
         reset_after: Duration,
     },
     /// Another attempt, unless failures come too close.
@@ -72,9 +72,7 @@ impl Restarts {
 
     /// A checkpoint is complete: what fails now is a new failure.
     pub(super) fn progressed(&mut self) {
-        if matches!(self.strategy, RestartStrategy::FixedDelay { .. }) {
-            self.in_a_row = 0;
-        }
+        self.in_a_row = 0;
     }
 
     /// An attempt has failed at `now`, by the monotonic clock.
@@ -168,6 +166,8 @@ mod tests {
         assert_eq!(delays(&mut restarts, 10), expected);
         assert_eq!(failed(&mut restarts, 113), Verdict::Again(max), "not calm for long enough");
         assert_eq!(delays(&mut restarts, 213), expected);
+        restarts.progressed();
+        assert_eq!(delays(&mut restarts, 218), expected);
         for _ in 0..3000 {
             assert_eq!(failed(&mut restarts, 300), Verdict::Again(max), "without an overflow");
         }

@@ -3,7 +3,10 @@
 //!
 //! Invariant: the log says where the job goes on from before anything of it runs.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use floodmark_dataflow::{JobGraph, Node, graph::NodeKind};
 use floodmark_snapshot::{
@@ -54,6 +57,7 @@ pub(super) async fn start(
             restored: None,
             splits,
             placement: Vec::new(),
+            endpoints: BTreeMap::new(),
             worker: WorkerId(0),
         };
         let built = crew.deploy(deployment).await.map_err(not_built)?;
@@ -231,6 +235,7 @@ impl Starter<'_> {
             restored,
             splits,
             placement: Vec::new(),
+            endpoints: BTreeMap::new(),
             worker: WorkerId(0),
         };
         crew.deploy(deployment).await

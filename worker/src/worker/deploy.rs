@@ -6,13 +6,17 @@ use std::{
 };
 
 use floodmark_dataflow::{
-    Exchange, JobGraph, Node, Operator, OperatorMetrics, RestoredShard, SubtaskContext, TaskId, arrival,
+    Exchange, Node, Operator, OperatorMetrics, RestoredShard, SubtaskContext, TaskId, arrival,
     channel::{Inbox, Sender, Signal},
     exchange::Router,
     graph::NodeKind,
     inflight::{self, InFlight, InputChannel},
     source::SourceNode,
     task::{ChainedOperator, SourceInput, SubtaskSpec, Task, TaskInput},
+};
+use floodmark_link::{
+    exchange::{ChannelId, Exchange as Remote},
+    transport::Endpoint,
 };
 use floodmark_snapshot::{
     Attempt, Env, Epoch, Error, KeyGroupRange, OperatorUid, Result, Shard, ShardKind, SplitState,
@@ -22,10 +26,10 @@ use floodmark_snapshot::{
 use floodmark_state::StateSettings;
 use futures::{Stream, StreamExt, TryStreamExt, future::try_join_all, stream};
 
-use super::{committers::StagedShard, reading, slices::Slices};
+use super::{Channels, Here, committers::StagedShard, reading, slices::Slices};
 use crate::{
     CheckpointMode, RunSpec,
-    progress::{Counters, Metrics},
+    progress::Metrics,
     words::{CommitterId, Deployment, NotBuilt, Restored, SubtaskId},
 };
 
@@ -67,26 +71,28 @@ pub(super) struct Work {
     pub(super) last_epoch: Epoch,
     pub(super) tasks: Vec<Deployed>,
     pub(super) committers: Vec<Committing>,
+    pub(super) channels: Channels,
 }
 
 /// Builds everything that a deployment asks for.
-pub(super) async fn build(
-    spec: Arc<RunSpec>,
-    env: Env,
-    counters: Arc<Counters>,
-    deployment: Deployment,
-) -> Result<Work, NotBuilt> {
+pub(super) async fn build(here: Here, deployment: Deployment) -> Result<Work, NotBuilt> {
+    let Here { spec, env, counters, exchange, .. } = here;
+    if let Some(exchange) = &exchange {
+        exchange.begin(deployment.attempt).map_err(NotBuilt::Task)?;
+    }
+    let channels = Channels(exchange.clone().map(|e| (e, deployment.attempt)));
     let restoring = match &deployment.restored {
         Some(restored) => Some(Restoring::of(restored, &spec).map_err(NotBuilt::Snapshot)?),
         None => None,
     };
-    let building = Building { spec: &spec, env: &env, deployment: &deployment, restoring: restoring.as_ref() };
+    let (exchange, restoring) = (exchange.as_ref(), restoring.as_ref());
+    let building = Building { spec: &spec, env: &env, exchange, deployment: &deployment, restoring };
     let committers = building.committers().await;
     let committers = committers.map_err(NotBuilt::of_snapshot_or(NotBuilt::Connector))?;
     let metrics = counters.begin(&spec.graph, deployment.parallelism(), |subtask| deployment.is_here(subtask));
     let tasks = building.tasks(&metrics).await;
     let tasks = tasks.map_err(NotBuilt::of_snapshot_or(NotBuilt::Task))?;
-    Ok(Work { attempt: deployment.attempt, last_epoch: deployment.last_epoch, tasks, committers })
+    Ok(Work { attempt: deployment.attempt, last_epoch: deployment.last_epoch, tasks, committers, channels })
 }
 
 /// The snapshot that an attempt starts from, at hand.
@@ -122,6 +128,7 @@ impl<'a> Restoring<'a> {
 struct Building<'a> {
     spec: &'a RunSpec,
     env: &'a Env,
+    exchange: Option<&'a Arc<Remote>>,
     deployment: &'a Deployment,
     restoring: Option<&'a Restoring<'a>>,
 }
@@ -185,7 +192,7 @@ impl Building<'_> {
     async fn tasks(self, metrics: &Metrics) -> Result<Vec<Deployed>> {
         let Self { spec, deployment, .. } = self;
         let graph = &spec.graph;
-        let mut wiring = wire(graph, deployment.parallelism(), spec.max_parallelism);
+        let mut wiring = self.wire()?;
         let mut builds = Vec::new();
         for (t, vertex) in graph.vertices.iter().enumerate() {
             let parallelism = graph.width(TaskId(t), deployment.parallelism());
@@ -209,36 +216,70 @@ struct Ends {
     outputs: Vec<Router>,
 }
 
-fn wire(graph: &JobGraph, parallelism: u32, max_parallelism: u16) -> HashMap<(usize, u32), Ends> {
-    let mut all: HashMap<(usize, u32), Ends> = HashMap::new();
-    for t in 0..graph.vertices.len() {
-        for index in 0..graph.width(TaskId(t), parallelism) {
-            let signal = Arc::new(Signal::default());
-            let inbox = Inbox::new(signal.clone());
-            all.insert((t, index), Ends { signal, inbox, channels: Vec::new(), outputs: Vec::new() });
-        }
-    }
-    for (number, edge) in graph.edges.iter().enumerate() {
-        for from in 0..graph.width(edge.from, parallelism) {
-            let signal = all[&(edge.from.0, from)].signal.clone();
-            let targets = match edge.exchange {
-                Exchange::Forward => from..from + 1,
-                Exchange::Hash(_) | Exchange::Rebalance => 0..graph.width(edge.to, parallelism),
-            };
-            let mut senders: Vec<Sender> = Vec::new();
-            for to in targets {
-                let owned = KeyGroupRange::of_subtask(to, graph.width(edge.to, parallelism), max_parallelism);
-                if let Some(ends) = all.get_mut(&(edge.to.0, to)) {
-                    ends.channels.push(InputChannel::of_edge(graph, number, owned));
-                    senders.push(ends.inbox.channel(signal.clone()));
+impl Building<'_> {
+    /// The channels of all subtasks here.
+    fn wire(self) -> Result<HashMap<(usize, u32), Ends>> {
+        let Self { spec, deployment, .. } = self;
+        let (graph, parallelism, max_parallelism) = (&spec.graph, deployment.parallelism(), spec.max_parallelism);
+        let mut all: HashMap<(usize, u32), Ends> = HashMap::new();
+        for t in 0..graph.vertices.len() {
+            for index in 0..graph.width(TaskId(t), parallelism) {
+                if deployment.is_here(SubtaskId { task: TaskId(t), index }) {
+                    let signal = Arc::new(Signal::default());
+                    let inbox = Inbox::new(signal.clone());
+                    all.insert((t, index), Ends { signal, inbox, channels: Vec::new(), outputs: Vec::new() });
                 }
             }
-            if let Some(ends) = all.get_mut(&(edge.from.0, from)) {
-                ends.outputs.push(Router::new(edge.exchange.clone(), max_parallelism, senders));
+        }
+        for (number, edge) in graph.edges.iter().enumerate() {
+            let width = graph.width(edge.to, parallelism);
+            for from in 0..graph.width(edge.from, parallelism) {
+                let signal = all.get(&(edge.from.0, from)).map(|ends| ends.signal.clone());
+                let targets = match edge.exchange {
+                    Exchange::Forward => from..from + 1,
+                    Exchange::Hash(_) | Exchange::Rebalance => 0..width,
+                };
+                let mut senders: Vec<Sender> = Vec::new();
+                for to in targets {
+                    let receiver = all.get_mut(&(edge.to.0, to));
+                    let id = self.channel(number, from, to);
+                    match (&signal, receiver) {
+                        (signal, Some(ends)) => {
+                            let owned = KeyGroupRange::of_subtask(to, width, max_parallelism);
+                            ends.channels.push(InputChannel::of_edge(graph, number, owned));
+                            match signal {
+                                Some(signal) => senders.push(ends.inbox.channel(signal.clone())),
+                                None => self.others()?.expect(id, ends.inbox.channel(Arc::default()))?,
+                            }
+                        }
+                        (Some(signal), None) => {
+                            senders.push(self.others()?.connect(id, self.endpoint(to)?, signal.clone())?);
+                        }
+                        (None, None) => {}
+                    }
+                }
+                if let Some(ends) = all.get_mut(&(edge.from.0, from)) {
+                    ends.outputs.push(Router::new(edge.exchange.clone(), max_parallelism, senders));
+                }
             }
         }
+        Ok(all)
     }
-    all
+
+    fn channel(self, edge: usize, from: u32, to: u32) -> ChannelId {
+        ChannelId { attempt: self.deployment.attempt, edge: edge as u32, from, to }
+    }
+
+    fn others(&self) -> Result<&Arc<Remote>> {
+        self.exchange.ok_or_else(|| Error::abort("internal error: a channel to another worker, and no way there"))
+    }
+
+    /// Where the subtasks of this index listen.
+    fn endpoint(self, index: u32) -> Result<Endpoint> {
+        let worker = self.deployment.placement.get(index as usize);
+        let endpoint = worker.and_then(|w| self.deployment.endpoints.get(w));
+        endpoint.cloned().ok_or_else(|| Error::retry(format!("nobody knows where subtask {index} runs")))
+    }
 }
 
 /// The shards that a subtask with these key groups takes over for an operator, by earlier subtask and layer.

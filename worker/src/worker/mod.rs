@@ -5,6 +5,7 @@
 
 mod committers;
 mod deploy;
+mod process;
 mod reading;
 mod slices;
 mod tasks;
@@ -17,10 +18,12 @@ use std::{
 };
 
 use floodmark_dataflow::task::{Command, Commands, OperatorPart, TaskEvent};
+use floodmark_link::exchange::Exchange;
 use floodmark_snapshot::{Disposition, Env, Epoch, Error, OperatorSnapshot, OperatorUid, Result, log::JobFolder};
 use futures::future::{BoxFuture, join_all};
 use tokio::sync::{mpsc, oneshot};
 
+pub(crate) use self::process::serve;
 use self::{
     committers::{CommitterHandle, CommitterReport, Staged},
     deploy::{SinkPart, Work},
@@ -44,19 +47,48 @@ pub(crate) type Reports = Box<dyn Fn(FromWorker) + Send + Sync>;
 pub(crate) type Orders = mpsc::UnboundedReceiver<ToWorker>;
 
 /// Runs what the coordinator says, until it says nothing any more.
-pub(crate) async fn run(spec: Arc<RunSpec>, env: Env, counters: Arc<Counters>, mut orders: Orders, reports: Reports) {
-    let reports = Arc::new(reports);
+pub(crate) async fn run(
+    spec: Arc<RunSpec>,
+    env: Env,
+    counters: Arc<Counters>,
+    exchange: Option<Arc<Exchange>>,
+    mut orders: Orders,
+    reports: Reports,
+) {
+    let here = Here { spec, env, counters, exchange, reports: Arc::new(reports) };
     let mut stage = Stage::Idle;
     loop {
         // Orders first: an end is not to wait behind what ends.
         tokio::select! {
             biased;
             order = orders.recv() => match order {
-                Some(order) => stage = stage.order(order, &spec, &env, &counters, &reports).await,
+                Some(order) => stage = stage.order(order, &here).await,
                 // Without a coordinator nothing that runs is of any use: dropping it ends it.
                 None => return,
             },
-            event = stage.next() => stage = stage.event(event, &reports),
+            event = stage.next() => stage = stage.event(event, &here.reports),
+        }
+    }
+}
+
+/// What a worker has whatever it runs.
+#[derive(Clone)]
+struct Here {
+    spec: Arc<RunSpec>,
+    env: Env,
+    counters: Arc<Counters>,
+    /// The way to other workers.
+    exchange: Option<Arc<Exchange>>,
+    reports: Arc<Reports>,
+}
+
+/// Dropped, the channels to and from other workers are closed with it.
+struct Channels(Option<(Arc<Exchange>, floodmark_snapshot::Attempt)>);
+
+impl Drop for Channels {
+    fn drop(&mut self) {
+        if let Some((exchange, attempt)) = self.0.take() {
+            exchange.stop(attempt);
         }
     }
 }
@@ -114,24 +146,17 @@ impl Stage {
         self
     }
 
-    async fn order(
-        self,
-        order: ToWorker,
-        spec: &Arc<RunSpec>,
-        env: &Env,
-        counters: &Arc<Counters>,
-        reports: &Arc<Reports>,
-    ) -> Self {
+    async fn order(self, order: ToWorker, here: &Here) -> Self {
         match (order, self) {
             (ToWorker::Deploy(deployment), before) => {
                 drop(before);
-                let build = deploy::build(spec.clone(), env.clone(), counters.clone(), *deployment);
+                let build = deploy::build(here.clone(), *deployment);
                 Self::Building(Box::pin(build))
             }
-            (ToWorker::Run, Self::Built(work)) => match Attempt::start(spec, env, *work, reports.clone()) {
+            (ToWorker::Run, Self::Built(work)) => match Attempt::start(here, *work) {
                 Ok(attempt) => Self::Running(Box::new(attempt)),
                 Err(error) => {
-                    reports(FromWorker::Failed { error, damaged: false });
+                    (here.reports)(FromWorker::Failed { error, damaged: false });
                     Self::Idle
                 }
             },
@@ -148,7 +173,7 @@ impl Stage {
                     Self::Running(attempt) => attempt.end(cancel).await,
                     Self::Idle | Self::Building(_) | Self::Built(_) => None,
                 };
-                reports(FromWorker::Gone(error));
+                (here.reports)(FromWorker::Gone(error));
                 Self::Idle
             }
             // For what could not be started, and is reported.
@@ -195,23 +220,26 @@ struct Attempt {
     uploader: Arc<Uploader>,
     /// Checkpoints that have been given up, newest last.
     aborted: VecDeque<Epoch>,
+    _channels: Channels,
 }
 
 impl Attempt {
-    fn start(spec: &Arc<RunSpec>, env: &Env, work: Work, reports: Arc<Reports>) -> Result<Self> {
-        let Work { attempt, last_epoch, tasks, committers } = work;
+    fn start(here: &Here, work: Work) -> Result<Self> {
+        let Work { attempt, last_epoch, tasks, committers, channels } = work;
+        let Here { spec, env, reports, .. } = here;
         let (sender, events) = mpsc::unbounded_channel();
         let folder = JobFolder::of(&spec.job);
         let uploader = Uploader { storage: spec.storage.clone(), env: env.clone(), folder, attempt };
         let mut this = Self {
             env: env.clone(),
-            reports,
+            reports: reports.clone(),
             sender,
             events,
             tasks: BTreeMap::new(),
             committers: BTreeMap::new(),
             uploader: Arc::new(uploader),
             aborted: VecDeque::new(),
+            _channels: channels,
         };
         for committing in committers {
             let to = this.sender.clone();

@@ -1,0 +1,128 @@
+//! A worker in a process of its own: it looks for the coordinator, does what that one says, and looks for it again when it is
+//! lost. What ran for a coordinator that is lost has ended by then.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use floodmark_link::{
+    control::{ControlClient, ControlReceiver, ControlSender},
+    exchange::{self, Exchange, LostChannel},
+    transport::{Acceptors, Endpoint},
+};
+use floodmark_snapshot::{Disposition, Env, Error, Result};
+use tokio::sync::{mpsc, watch};
+
+use crate::{
+    Network, RunSpec,
+    progress::Counters,
+    words::{FromWorker, Hello, ToWorker},
+};
+
+/// From one look for the coordinator to the next.
+const RETRY: Duration = Duration::from_millis(100);
+/// From one word on what has been counted to the next.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
+
+type Up = ControlSender<FromWorker>;
+
+/// Serves a job until `stop`.
+///
+/// # Errors
+/// When it can't listen, or the coordinator will never take it.
+pub(crate) async fn serve(
+    spec: Arc<RunSpec>,
+    env: Env,
+    network: Network,
+    coordinator: Endpoint,
+    slots: u32,
+    mut stop: watch::Receiver<bool>,
+) -> Result<()> {
+    let current: Arc<Mutex<Option<Up>>> = Arc::default();
+    let told = current.clone();
+    let on_lost = Arc::new(move |LostChannel { channel, reason }: LostChannel| {
+        let error = Error::retry(format!("a channel to subtask {} is lost: {reason}", channel.to));
+        if let Some(up) = &*told.lock().unwrap_or_else(PoisonError::into_inner) {
+            // If the coordinator is lost too, nobody has to know.
+            let _ = up.send(&FromWorker::Failed { error, damaged: false });
+        }
+    });
+    let exchange = Exchange::new(env.clone(), network.transport.clone(), on_lost);
+    let acceptors = Acceptors::default().with(exchange::PURPOSE, Arc::new(exchange.clone()));
+    let listening = network.transport.listen(&network.listen, Arc::new(acceptors)).await?;
+    let hello = Hello { plan: spec.graph.fingerprint.clone(), slots, endpoint: listening.endpoint() };
+    let client = ControlClient::new(env.clone(), network.transport.clone(), network.heartbeat);
+    let counters = Arc::new(Counters::default());
+    let mut silent = false;
+    let serve = async {
+        loop {
+            let connected = client.connect::<_, FromWorker, ToWorker>(&coordinator, &hello).await;
+            let (up, down) = match connected {
+                Ok(connected) => connected,
+                Err(error) if error.disposition() == Disposition::Retry => {
+                    if !silent {
+                        tracing::warn!(%error, "the coordinator can't be reached; looking for it again and again");
+                        silent = true;
+                    }
+                    env.runtime.sleep(RETRY).await;
+                    continue;
+                }
+                Err(error) => return Err(error.context("serve the coordinator")),
+            };
+            silent = false;
+            tracing::info!("serving the coordinator at {coordinator} with {slots} slots");
+            *current.lock().unwrap_or_else(PoisonError::into_inner) = Some(up.clone());
+            let reason = follow(&spec, &env, &counters, &exchange, up, down).await;
+            current.lock().unwrap_or_else(PoisonError::into_inner).take();
+            tracing::warn!("the coordinator is lost: {reason}");
+        }
+    };
+    let served = tokio::select! {
+        biased;
+        () = crate::coordinator::stopped(&mut stop) => Ok(()),
+        served = serve => served,
+    };
+    if let Some(up) = current.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        up.close("the worker has been told to stop");
+    }
+    listening.close().await;
+    served
+}
+
+/// Does what a coordinator says, until it is lost: the reason.
+async fn follow(
+    spec: &Arc<RunSpec>,
+    env: &Env,
+    counters: &Arc<Counters>,
+    exchange: &Arc<Exchange>,
+    up: Up,
+    mut down: ControlReceiver<ToWorker>,
+) -> String {
+    let (to_worker, orders) = mpsc::unbounded_channel();
+    let reports = up.clone();
+    // What can't be sent is lost with the connection.
+    let report = Box::new(move |report: FromWorker| drop(reports.send(&report)));
+    let run = super::run(spec.clone(), env.clone(), counters.clone(), Some(exchange.clone()), orders, report);
+    let listen = async {
+        let mut tick = env.runtime.sleep(COUNT_EVERY);
+        loop {
+            tokio::select! {
+                biased;
+                order = down.recv() => match order {
+                    Ok(order) => drop(to_worker.send(order)),
+                    Err(lost) => return lost.reason,
+                },
+                () = &mut tick => {
+                    let _ = up.send(&FromWorker::Counted(counters.here()));
+                    tick = env.runtime.sleep(COUNT_EVERY);
+                }
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        reason = listen => reason,
+        () = run => "the worker's loop has ended".to_owned(),
+    }
+}
