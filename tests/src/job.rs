@@ -67,6 +67,8 @@ pub struct Job {
     pub from_nothing: bool,
     /// `--restore`, unless `from_nothing`.
     pub restore: Option<String>,
+    /// `--workers`.
+    pub workers: Option<u32>,
     /// Further lines of `spec`, indented by two.
     pub spec: String,
     /// Variables of the child.
@@ -88,6 +90,7 @@ impl Job {
             storage: folder.join("storage").display().to_string(),
             from_nothing: false,
             restore: None,
+            workers: None,
             spec: String::new(),
             env: BTreeMap::new(),
             runs: AtomicU32::new(0),
@@ -119,6 +122,9 @@ impl Job {
             arguments.extend(["--restore".into(), "none".into()]);
         } else if let Some(snapshot) = &self.restore {
             arguments.extend(["--restore".into(), snapshot.into()]);
+        }
+        if let Some(workers) = self.workers {
+            arguments.extend(["--workers".into(), workers.to_string().into()]);
         }
         let mut command = leashed(&floodmark()?);
         command.args(arguments).envs(&self.env);
@@ -249,6 +255,25 @@ impl Run {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The processes that run its subtasks at this moment, if it has any of their own.
+    ///
+    /// # Errors
+    /// When the system doesn't tell.
+    pub fn worker_pids(&self) -> Result<Vec<Pid>> {
+        let mut pids = Vec::new();
+        for entry in fs::read_dir("/proc").context("list processes")? {
+            let name = entry?.file_name();
+            let Some(pid) = name.to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
+            // One that has ended meanwhile has no files any more.
+            let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+            let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse::<u32>().ok());
+            if parent == Some(self.child.id()) {
+                pids.push(Pid::from_raw(pid));
+            }
+        }
+        Ok(pids)
     }
 
     /// Sends a signal; a process that has ended already is no error.

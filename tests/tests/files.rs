@@ -14,7 +14,7 @@ use floodmark_tests::{
     job::{Job, PATIENCE, lines_of},
     oracle::{bids_per_auction, turnover},
 };
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 
 const BUSY: [Column; 4] =
     [Column::Time("window_end"), Column::Plain("auction"), Column::Plain("bids"), Column::Plain("highest")];
@@ -109,6 +109,57 @@ fn kills_at_every_step_and_at_random_moments_neither_lose_nor_repeat_a_row() -> 
     ensure!(deaths.count() >= 20);
     let restored = deaths.restored_from();
     ensure!(restored.is_sorted() && restored.len() > 10, "it resumed from checkpoints {restored:?}");
+    // The rest flat out: the rate only made it last.
+    job.sql = nexmark_job(folder.path(), events, None).sql;
+    finish(&job)?;
+    check_nexmark(folder.path(), events)
+}
+
+#[test]
+fn a_job_gives_the_same_in_one_process_and_in_several() -> Result<()> {
+    for (workers, parallelism) in [(2, 4), (3, 6)] {
+        let folder = scratch::folder("job-")?;
+        let mut job = nexmark_job(folder.path(), 200_000, None);
+        (job.workers, job.parallelism) = (Some(workers), parallelism);
+        let ended = finish(&job)?;
+        assert_eq!(ended.ok("finished")?.restored_from, None, "{workers} workers");
+        check_nexmark(folder.path(), 200_000)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn workers_that_die_or_stand_still_and_a_coordinator_that_dies_neither_lose_nor_repeat_a_row() -> Result<()> {
+    let folder = scratch::folder("job-")?;
+    let (events, rate) = (2_000_000, 25_000);
+    let mut job = nexmark_job(folder.path(), events, Some(rate));
+    (job.workers, job.parallelism) = (Some(3), 3);
+    let mut faults = 0;
+    for start in 0..3 {
+        let mut run = job.start()?;
+        for round in 0..6_usize {
+            let newest = || -> Result<Option<u64>> {
+                Ok(job.log()?.completed().next_back().and_then(|(_, manifest)| manifest["epoch"].as_u64()))
+            };
+            let before = newest()?;
+            run.until("a checkpoint", PATIENCE, || Ok(newest()? > before))?;
+            let workers = run.worker_pids()?;
+            let Some(victim) = workers.get((start + round) % workers.len().max(1)) else { continue };
+            // One that stands still for longer than heartbeats allow is taken for dead; it wakes up to find itself replaced.
+            let signal = if round % 3 == 2 { Signal::SIGSTOP } else { Signal::SIGKILL };
+            if kill(*victim, signal).is_ok() {
+                faults += 1;
+            }
+            if signal == Signal::SIGSTOP {
+                sleep(Duration::from_millis(4_500));
+                // It may have been replaced and killed meanwhile.
+                let _ = kill(*victim, Signal::SIGCONT);
+            }
+        }
+        run.kill()?;
+        faults += 1;
+    }
+    ensure!(faults >= 15, "only {faults} faults");
     // The rest flat out: the rate only made it last.
     job.sql = nexmark_job(folder.path(), events, None).sql;
     finish(&job)?;
