@@ -173,7 +173,9 @@ async fn a_receiver_that_does_not_read_holds_its_sender_back_at_the_bound() {
     for _ in 0..sent {
         assert!(matches!(reader.recv().await, Frame::Batch(_)));
     }
-    assert!(writer.fill().await >= sent - 2, "there is room again");
+    // Leave for the last quarter of the window is given with what comes next.
+    let again = writer.fill().await;
+    assert!((sent - 5..=sent).contains(&again), "{again} after {sent}");
 }
 
 #[tokio::test]

@@ -471,6 +471,37 @@ mod tests {
     }
 
     #[test]
+    fn rows_arrive_without_a_copy_where_they_lie_as_their_type_needs_and_texts_always() {
+        let texts: StringArray = (0..100).map(|n| Some(format!("number {n}"))).collect();
+        let numbers = Arc::new((0..100).collect::<Int64Array>()) as ArrayRef;
+        let rows = RecordBatch::try_from_iter([("n", numbers), ("t", Arc::new(texts) as _)]).unwrap();
+        let mut packets = VecDeque::new();
+        FrameEncoder::default().encode(Frame::Batch(Batch::new(rows.clone())), &mut packets).unwrap();
+        let [schema, sent] = <[Packet; 2]>::try_from(Vec::from(packets)).unwrap();
+        let body = sent.clone().into_body();
+        for shift in 0..16 {
+            let mut room = vec![0; body.len() + 64];
+            let from = room.as_ptr().align_offset(64) + shift;
+            room[from..from + body.len()].copy_from_slice(&body);
+            let here = Bytes::from(room).slice(from..from + body.len());
+            let mut decoder = FrameDecoder::default();
+            decoder.decode(schema.clone()).unwrap();
+            let packet = Packet { body: vec![here.clone()], ..sent.clone() };
+            let Some(Frame::Batch(batch)) = decoder.decode(packet).unwrap() else { panic!() };
+            assert_eq!(batch.rows, rows);
+            let is_there = |column: usize, buffer: usize| {
+                let data = batch.rows.column(column).to_data();
+                here.as_ptr_range().contains(&data.buffers()[buffer].as_ptr())
+            };
+            assert_eq!(
+                [is_there(0, 0), is_there(1, 0), is_there(1, 1)],
+                [shift % 8 == 0, shift % 4 == 0, true],
+                "{shift}"
+            );
+        }
+    }
+
+    #[test]
     fn whatever_a_packet_holds_it_makes_no_decoder_panic() {
         let mut packets = VecDeque::new();
         let rows = Batch { rows: numbers(0..40), hashes: Some((0..40).collect()) };
