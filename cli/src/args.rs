@@ -31,6 +31,9 @@ pub(crate) enum Command {
     /// Run a job in this process, from its newest checkpoint if it has one
     #[command(after_help = EXIT_CODES)]
     Run(RunArgs),
+    /// Coordinate a job whose subtasks run in other processes, `floodmark worker`
+    #[command(after_help = EXIT_CODES)]
+    Coordinator(CoordinatorArgs),
     /// Run subtasks of a job for its coordinator, until told to stop
     #[command(after_help = EXIT_CODES)]
     Worker(WorkerArgs),
@@ -265,6 +268,20 @@ pub(crate) struct RunArgs {
     /// its newest checkpoint. Default: all in this process
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) workers: Option<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CoordinatorArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+
+    /// Where to listen for workers: host:port
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "workers")]
+    pub(crate) listen: String,
+
+    /// The folder with this process's certificate (tls.crt), its key (tls.key) and the job's authority (ca.crt)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]

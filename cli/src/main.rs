@@ -43,7 +43,8 @@ fn main() -> ExitCode {
     let screen = Screen::new();
     let done = logs::start(args.log_level.as_deref(), &screen).and_then(|()| {
         let command = || match &args.command {
-            Command::Run(run) => run::run(run, &screen),
+            Command::Run(args) => run::run(args, &screen),
+            Command::Coordinator(args) => run::coordinate(args, &screen),
             Command::Worker(args) => workers::worker(args, &screen),
             Command::Check(check) => check::check(check),
             Command::Plan(args) => plan::plan(args),

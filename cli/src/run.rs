@@ -11,16 +11,16 @@ use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
 use floodmark_state::{Heap, StateBackend, StateSettings, Whole};
 use floodmark_worker::{
-    CheckpointMode, CheckpointSettings, Controls, Outcome, Progress, RestartStrategy, RunError, RunSpec, SLICE_BYTES,
-    Summary,
+    CheckpointMode, CheckpointSettings, Controls, Network, Outcome, Progress, RestartStrategy, RunError, RunSpec,
+    SLICE_BYTES, Summary,
     api::{self, JobApi},
-    link::transport::Endpoint,
+    link::{tls::Folder, transport::Endpoint},
 };
 use nix::sys::resource::{UsageWho, getrusage};
 use tokio::sync::watch;
 
 use crate::{
-    args::{Output, RunArgs},
+    args::{CoordinatorArgs, Output, RunArgs},
     control::{self, Place},
     crash,
     display::Display,
@@ -30,24 +30,47 @@ use crate::{
     screen::{Screen, print},
     signals,
     summary::{RunOutcome, RunReport},
-    workers::LocalWorkers,
+    workers::{LocalWorkers, network},
 };
 
 /// Where RocksDB works if nobody says where: in the system's folder for temporary files.
 const WORK_FOLDER: &str = "floodmark-work";
 
-/// Runs the job to its end and prints the summary.
+/// Where the job's subtasks run.
+enum Workers {
+    /// In this process.
+    Here,
+    /// In processes that this one starts.
+    Local(LocalWorkers),
+    /// In processes that come by themselves.
+    Others(Network),
+}
+
+/// `floodmark run`: runs the job to its end and prints the summary.
 pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
+    run_on(args, screen, |job, env| match args.workers {
+        Some(count) => LocalWorkers::prepare(args, count, job, env).map(Workers::Local),
+        None => Ok(Workers::Here),
+    })
+}
+
+/// `floodmark coordinator`: the same with workers that come by themselves.
+pub(crate) fn coordinate(args: &CoordinatorArgs, screen: &Screen) -> Result<Exit, Failure> {
+    run_on(&args.run, screen, |_, env| Ok(Workers::Others(network(env, Folder(args.identity.clone()), &args.listen))))
+}
+
+fn run_on(
+    args: &RunArgs,
+    screen: &Screen,
+    workers: impl FnOnce(&Job, &Env) -> Result<Workers, Failure>,
+) -> Result<Exit, Failure> {
     let env = crash::arm(Env::system())?;
     let started = env.clock.monotonic();
     let progress = Arc::new(Progress::default());
     let mut job = String::new();
     let ran = Job::load(&args.job, args.parallelism).and_then(|loaded| {
         job = loaded.id.to_string();
-        let workers = match args.workers {
-            Some(count) => Some(LocalWorkers::prepare(args, count, &loaded, &env)?),
-            None => None,
-        };
+        let workers = workers(&loaded, &env)?;
         let restore = restore(args, &loaded)?;
         let places = Places { storage: args.storage.as_deref(), work_dir: args.work_dir.as_deref() };
         let (mut spec, location) = spec(loaded, &places, &env)?;
@@ -174,7 +197,7 @@ fn checkpoint_settings(spec: &CheckpointSpec) -> CheckpointSettings {
 fn drive(
     spec: RunSpec,
     place: &Place,
-    workers: Option<LocalWorkers>,
+    workers: Workers,
     env: &Env,
     progress: &Arc<Progress>,
     screen: &Screen,
@@ -192,8 +215,13 @@ fn drive(
     let ran = runtime.block_on(async {
         let job = async {
             let ran = match workers {
-                Some(workers) => on_workers(spec, workers, env, controls, progress).await,
-                None => floodmark_worker::run(spec, env.clone(), controls, progress.clone()).await,
+                Workers::Here => floodmark_worker::run(spec, env.clone(), controls, progress.clone()).await,
+                Workers::Local(workers) => on_workers(spec, workers, env, controls, progress).await,
+                Workers::Others(network) => {
+                    let listening = |endpoint: &Endpoint| tracing::info!("listening for workers at {endpoint}");
+                    floodmark_worker::coordinate(spec, env.clone(), controls, progress.clone(), network, listening)
+                        .await
+                }
             };
             end.send_replace(true);
             ran
