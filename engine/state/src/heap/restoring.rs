@@ -61,7 +61,8 @@ impl HeapState {
         if shard.shard.layer > 0 {
             self.drop_parts(&opened);
         }
-        self.take(&opened, None)
+        let mut expected = if shard.shard.layer == 0 { self.expected(&opened) } else { 0 };
+        self.take(&opened, &mut expected, None)
     }
 
     /// Takes in shards.
@@ -79,8 +80,9 @@ impl HeapState {
             let opened: Vec<Opened<'_>> =
                 layers.into_iter().map(|shard| self.open(&spec, shard)).collect::<Result<_>>()?;
             let mut above = Above::default();
+            let mut expected = opened.first().map_or(0, |lowest| self.expected(lowest));
             for layer in opened.iter().rev() {
-                self.take(layer, Some(&mut above))?;
+                self.take(layer, &mut expected, Some(&mut above))?;
                 above.end(&layer.pages.header().dropped);
             }
         }
@@ -118,23 +120,24 @@ impl HeapState {
         }
     }
 
-    /// Takes the rows of a shard in: those that nothing `above` hides or, if what is below is there already, in its place.
-    fn take(&mut self, opened: &Opened<'_>, mut above: Option<&mut Above>) -> Result<()> {
-        let Opened { shard, pages, new } = opened;
-        let layer = shard.shard.layer;
+    /// How many rows will come, about. The first slice tells for all: an index that grows is made anew from time to time.
+    fn expected(&self, lowest: &Opened<'_>) -> usize {
+        let all = if lowest.new { rows_of(&lowest.shard.shard, self.spec.key_groups) } else { 0 };
+        all.max(lowest.pages.rows()).min(RESERVED_MAX) as usize
+    }
+
+    /// Takes the rows of a shard in: those that nothing `above` hides or, if what is below is there already, in its place. Makes
+    /// room for those `expected` first, if they seem to be of one namespace.
+    fn take(&mut self, opened: &Opened<'_>, expected: &mut usize, mut above: Option<&mut Above>) -> Result<()> {
+        let layer = opened.shard.shard.layer;
         let now = self.now();
-        // An index that grows is made anew from time to time: the first slice makes room for all.
-        let mut expected = match (layer, new) {
-            (0, true) => pages.rows().max(rows_of(&shard.shard, self.spec.key_groups)).min(RESERVED_MAX),
-            (0, false) => pages.rows().min(RESERVED_MAX),
-            _ => 0,
-        };
-        pages.each(|page| {
-            let first = page.keys.namespaces.first().copied();
-            if expected > 0 && page.keys.namespaces.last().copied() == first {
-                self.table_of(first.unwrap_or(0)).reserve(expected as usize);
+        opened.pages.each(|page| {
+            if let [first, .., last] = page.keys.namespaces[..] {
+                let rows = std::mem::take(expected);
+                if rows > 0 && first == last {
+                    self.table_of(first).reserve(rows);
+                }
             }
-            expected = 0;
             self.take_page(&page, layer, now, above.as_deref_mut())
         })
     }
