@@ -74,6 +74,7 @@ fn run_on(
         let restore = restore(args, &loaded)?;
         let places = Places { storage: args.storage.as_deref(), work_dir: args.work_dir.as_deref() };
         let (mut spec, location) = spec(loaded, &places, &env)?;
+        tracing::info!("job {}: checkpoints in {}", spec.job, spec.storage.describe());
         let place = Place::of(&spec.job, &location);
         (spec.restore, spec.initial) = restore;
         drive(spec, &place, workers, &env, &progress, screen)
@@ -127,7 +128,6 @@ fn restore(args: &RunArgs, job: &Job) -> Result<(Reference, Option<Reference>), 
 pub(crate) fn spec(job: Job, places: &Places<'_>, env: &Env) -> Result<(RunSpec, String), Failure> {
     let location = job::storage(places.storage, &job.manifest)?;
     let storage = storage::open(&location).map_err(|e| Failure::new(Exit::Storage, e))?;
-    tracing::info!("job {}: checkpoints in {}", job.id, storage.describe());
     let spec = job.manifest.spec;
     let state = state_settings(places, &spec, env)?;
     let spec = RunSpec {
@@ -206,7 +206,7 @@ fn drive(
     let runtime = runtime()?;
     let (stop, stopped) = watch::channel(false);
     let screen = if prints_rows(&spec.graph) { screen.shared_with_rows() } else { screen.clone() };
-    signals::listen(stop, screen.clone())?;
+    signals::listen(stop, screen.clone(), "taking a last checkpoint, then stopping")?;
     let display = Display::start(progress.clone(), env.clone(), screen).map_err(|e| failed("start the display", &e))?;
     let (controls, savepoints) = Controls::new(stopped);
     let (job, holder, storage) = (spec.job.clone(), spec.holder.clone(), spec.storage.clone());
@@ -307,8 +307,9 @@ pub(crate) fn host() -> String {
     nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_else(|| "unknown".to_owned())
 }
 
-/// User and system time of this process so far.
+/// User and system time of this process so far, and of those that it has started and that have ended.
 fn cpu_seconds() -> f64 {
     let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
-    getrusage(UsageWho::RUSAGE_SELF).map_or(0.0, |usage| seconds(usage.user_time()) + seconds(usage.system_time()))
+    let of = |who| getrusage(who).map_or(0.0, |usage| seconds(usage.user_time()) + seconds(usage.system_time()));
+    of(UsageWho::RUSAGE_SELF) + of(UsageWho::RUSAGE_CHILDREN)
 }

@@ -13,8 +13,8 @@ use crate::{
     screen::Screen,
 };
 
-/// Turns signals into `stop`. The handlers are installed when this returns.
-pub(crate) fn listen(stop: watch::Sender<bool>, screen: Screen) -> Result<(), Failure> {
+/// Turns signals into `stop`; `then` says what follows from the first. The handlers are installed when this returns.
+pub(crate) fn listen(stop: watch::Sender<bool>, screen: Screen, then: &'static str) -> Result<(), Failure> {
     let failed = |e: &dyn std::fmt::Display| Failure::new(Exit::JobFailed, format!("listen for signals: {e}"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(|e| failed(&e))?;
     let guard = runtime.enter();
@@ -35,7 +35,7 @@ pub(crate) fn listen(stop: watch::Sender<bool>, screen: Screen) -> Result<(), Fa
                     std::process::exit(i32::from(Exit::Interrupted.code()));
                 }
                 asked = true;
-                tracing::info!("{name}: taking a last checkpoint, then stopping; again to end at once");
+                tracing::info!("{name}: {then}; again to end at once");
                 // The job may have ended at this very moment: then there is nobody left to ask.
                 let _ = stop.send(true);
             }

@@ -64,7 +64,7 @@ pub(crate) fn worker(args: &WorkerArgs, screen: &Screen) -> Result<Exit, Failure
         run::spec(job, &Places { storage: args.storage.as_deref(), work_dir: args.work_dir.as_deref() }, &env)?.0;
     let network = network(&env, Folder(args.identity.clone()), &args.listen);
     let (stop, stopped) = watch::channel(false);
-    signals::listen(stop, screen.clone())?;
+    signals::listen(stop, screen.clone(), "leaving the job")?;
     let runtime = run::runtime()?;
     let coordinator = Endpoint(args.coordinator.clone());
     let served = runtime.block_on(floodmark_worker::serve(spec, env, network, coordinator, args.slots, stopped));

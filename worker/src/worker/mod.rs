@@ -173,6 +173,9 @@ impl Stage {
                     Self::Running(attempt) => attempt.end(cancel).await,
                     Self::Idle | Self::Building(_) | Self::Built(_) => None,
                 };
+                if here.exchange.is_some() {
+                    (here.reports)(FromWorker::Counted(here.counters.here()));
+                }
                 (here.reports)(FromWorker::Gone(error));
                 Self::Idle
             }

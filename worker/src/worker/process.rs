@@ -22,6 +22,8 @@ use crate::{
 
 /// From one look for the coordinator to the next.
 const RETRY: Duration = Duration::from_millis(100);
+/// Looks in vain before it is said: a coordinator that ends takes its workers with it.
+const SAY_AFTER: u32 = 10;
 /// From one word on what has been counted to the next.
 const COUNT_EVERY: Duration = Duration::from_secs(1);
 
@@ -54,28 +56,28 @@ pub(crate) async fn serve(
     let hello = Hello { plan: spec.graph.fingerprint.clone(), slots, endpoint: listening.endpoint() };
     let client = ControlClient::new(env.clone(), network.transport.clone(), network.heartbeat);
     let counters = Arc::new(Counters::default());
-    let mut silent = false;
+    let mut in_vain = 0_u32;
     let serve = async {
         loop {
             let connected = client.connect::<_, FromWorker, ToWorker>(&coordinator, &hello).await;
             let (up, down) = match connected {
                 Ok(connected) => connected,
                 Err(error) if error.disposition() == Disposition::Retry => {
-                    if !silent {
+                    in_vain = in_vain.saturating_add(1);
+                    if in_vain == SAY_AFTER {
                         tracing::warn!(%error, "the coordinator can't be reached; looking for it again and again");
-                        silent = true;
                     }
                     env.runtime.sleep(RETRY).await;
                     continue;
                 }
                 Err(error) => return Err(error.context("serve the coordinator")),
             };
-            silent = false;
+            in_vain = 0;
             tracing::info!("serving the coordinator at {coordinator} with {slots} slots");
             *current.lock().unwrap_or_else(PoisonError::into_inner) = Some(up.clone());
             let reason = follow(&spec, &env, &counters, &exchange, up, down).await;
             current.lock().unwrap_or_else(PoisonError::into_inner).take();
-            tracing::warn!("the coordinator is lost: {reason}");
+            tracing::info!("the coordinator is lost: {reason}");
         }
     };
     let served = tokio::select! {
