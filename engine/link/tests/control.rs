@@ -87,7 +87,7 @@ async fn a_cut_connection_is_found_by_heartbeat_at_both_ends() {
     for lost in [accepted.receiver.recv().await.unwrap_err(), down.recv().await.unwrap_err()] {
         assert!(lost.reason.contains("silent"), "{lost}");
         let after = cut.elapsed();
-        assert!(after >= heartbeat.timeout - heartbeat.interval && after < heartbeat.timeout * 3, "{after:?}");
+        assert!(after >= heartbeat.timeout - heartbeat.interval && after < heartbeat.timeout * 10, "{after:?}");
     }
 }
 
@@ -100,7 +100,7 @@ async fn a_coordinator_that_closes_is_seen_at_once() {
     coordinator.listening.close().await;
     let lost = down.recv().await.unwrap_err();
     assert!(lost.reason.contains("shutting down"), "{lost}");
-    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
     assert!(tokio::net::TcpStream::connect(&coordinator.listening.endpoint().0).await.is_err(), "it listens no more");
 }
 
@@ -134,7 +134,7 @@ async fn a_killed_worker_is_seen_at_once() {
     let killed = Instant::now();
     let lost = accepted.receiver.recv().await.unwrap_err();
     assert!(!lost.reason.contains("silent"), "{lost}");
-    assert!(killed.elapsed() < Duration::from_millis(900), "before any heartbeat: {:?}", killed.elapsed());
+    assert!(killed.elapsed() < Heartbeat::default().timeout / 2, "long before silence tells: {:?}", killed.elapsed());
 }
 
 /// Not a test by itself: what [`a_killed_worker_is_seen_at_once`] runs in a process of its own.

@@ -7,7 +7,7 @@ use floodmark_snapshot::JobId;
 use super::*;
 use crate::transport::memory::Network;
 
-const QUICK: Heartbeat = Heartbeat { interval: Duration::from_millis(20), timeout: Duration::from_millis(200) };
+const QUICK: Heartbeat = Heartbeat { interval: Duration::from_millis(50), timeout: Duration::from_millis(600) };
 const SLOW: Heartbeat = Heartbeat { interval: Duration::from_secs(60), timeout: Duration::from_secs(180) };
 
 type Server = ControlServer<String, u64, String>;
@@ -50,7 +50,7 @@ async fn messages_arrive_in_order_both_ways_and_the_hello_with_the_name_of_the_p
 #[tokio::test]
 async fn who_has_nothing_to_say_is_not_lost() {
     let Pair { worker: (up, mut down), mut accepted, .. } = pair(QUICK, QUICK).await;
-    let quiet = tokio::time::timeout(QUICK.timeout * 4, async { tokio::join!(down.recv(), accepted.receiver.recv()) });
+    let quiet = tokio::time::timeout(QUICK.timeout * 3, async { tokio::join!(down.recv(), accepted.receiver.recv()) });
     assert!(quiet.await.is_err(), "both are still there");
     up.send(&7).unwrap();
     assert_eq!(accepted.receiver.recv().await, Ok(7));

@@ -7,7 +7,9 @@
 //! **What a channel holds at most.** Its queue at the sender: [`CHANNEL_BYTES_MAX`] and one frame. On its way and in the
 //! inbox together: [`WINDOW_BYTES`] and one frame. A barrier that overtakes moves what is in the queue over to the inbox, and
 //! the queue's bound counts it until it is drained: so the sum stays the same, but for what the router sends past the bound
-//! (see [`floodmark_dataflow::exchange`]). Streams are apart: a channel that stands still stops no other.
+//! (see [`floodmark_dataflow::exchange`]). Bytes are counted as they are on the wire; in the inbox they can take up to twice
+//! as many, for columns that did not lie in the message as their type needs are copied, and the message stays with the rest.
+//! Streams are apart: a channel that stands still stops no other.
 //!
 //! Invariants: frames arrive in the order in which they were sent, each once, or the channel is lost; only those of the
 //! attempt that is under way arrive.

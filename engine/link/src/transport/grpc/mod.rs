@@ -43,11 +43,10 @@ mod server;
 use codec::{FRAMING_BYTES_MAX, FlightCodec, Outbound};
 pub use secure::{Duplex, Handshake, MutualTls};
 
-/// Bytes that HTTP/2 lets be on their way on one stream: as much as a channel may have without leave, so that what the
-/// exchange sends never waits here.
+/// Bytes that HTTP/2 lets be on their way on one stream. Whoever receives takes all that comes at once: so it only has to
+/// cover what the network holds, and nobody waits for a task here.
 const STREAM_WINDOW: u32 = 4 << 20;
-/// Bytes that HTTP/2 lets be on their way on a connection. Receivers take all that comes at once, so it only has to cover
-/// what the network holds.
+/// The same for a connection.
 const CONNECTION_WINDOW: u32 = 64 << 20;
 /// Bytes of a piece that HTTP/2 cuts messages into.
 const HTTP_FRAME_BYTES: u32 = 256 << 10;
