@@ -310,8 +310,11 @@ impl Run<'_> {
             let mut slowest = Duration::ZERO;
             for index in 0..parallelism {
                 let mut state = backend.keyed(spec(self.env, index, parallelism)).expect("state");
+                let mine = KeyGroupRange::of_subtask(index, parallelism, GROUPS);
                 let ((), took) = self.timed(|| {
-                    for (shard, bytes) in shards {
+                    // As a worker does: what has none of its key groups it doesn't read.
+                    for (shard, bytes) in shards.iter().filter(|(s, _)| s.key_groups.is_none_or(|g| g.overlaps(&mine)))
+                    {
                         let restored = RestoredShard::new(shard.clone(), bytes.clone());
                         state.restore(&restored).expect("a shard");
                     }
