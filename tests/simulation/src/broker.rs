@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 
 use floodmark_snapshot::Epoch;
 
+use crate::executor::Pid;
+
 /// The identity under which a subtask of a sink writes.
 pub(crate) type ProducerId = (String, u32);
 
@@ -41,6 +43,8 @@ pub(crate) struct Broker {
     /// Records in the order in which they were written, each with its transaction.
     log: Vec<(usize, String)>,
     transactions: Vec<Fate>,
+    /// Who has written outside of transactions, by the number of what stands for one.
+    writers: BTreeMap<usize, Pid>,
     pub(crate) fenced: u64,
 }
 
@@ -106,9 +110,10 @@ impl Broker {
         }
     }
 
-    /// Records outside of any transaction.
-    pub(crate) fn append(&mut self, records: Vec<String>) {
+    /// Records of process `pid`, outside of any transaction.
+    pub(crate) fn append(&mut self, pid: Pid, records: Vec<String>) {
         let number = self.transactions.len();
+        self.writers.insert(number, pid);
         self.transactions.push(Fate::Committed);
         self.log.extend(records.into_iter().map(|r| (number, r)));
     }
@@ -116,10 +121,6 @@ impl Broker {
     /// The marker of a producer, if it is of this history.
     pub(crate) fn marker_of(&self, id: &ProducerId, history: &str) -> Option<Epoch> {
         self.producers.get(id)?.marker.as_ref().filter(|(of, _)| of == history).map(|(_, epoch)| *epoch)
-    }
-
-    pub(crate) fn marker(&self, sink: &str, subtask: u32) -> Option<Epoch> {
-        self.producers.get(&(sink.to_owned(), subtask))?.marker.as_ref().map(|(_, epoch)| *epoch)
     }
 
     /// Whether anybody writes in transactions.
@@ -131,6 +132,11 @@ impl Broker {
     pub(crate) fn committed(&self) -> Vec<String> {
         let visible = |t: usize| self.transactions[t] == Fate::Committed;
         self.log.iter().filter(|(t, _)| visible(*t)).map(|(_, record)| record.clone()).collect()
+    }
+
+    /// What process `pid` has written outside of transactions.
+    pub(crate) fn written_by(&self, pid: Pid) -> Vec<String> {
+        self.log.iter().filter(|(t, _)| self.writers.get(t) == Some(&pid)).map(|(_, record)| record.clone()).collect()
     }
 
     /// Records of transactions that did not come to be.

@@ -2,7 +2,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use arrow::{array::Int64Array, record_batch::RecordBatch};
+use arrow::{
+    array::{ArrayRef, Int64Array},
+    compute::cast,
+    datatypes::{DataType, Field, Schema, SchemaRef},
+    record_batch::{RecordBatch, RecordBatchOptions},
+};
 use floodmark_dataflow::{
     SubtaskContext,
     source::{Polled, Source, SourceFactory},
@@ -64,10 +69,48 @@ fn partition(plan: &Plan, records: usize, number: i64, random: &mut Random) -> V
     arrives.into_iter().enumerate().map(record).collect()
 }
 
+/// The columns of a record that somebody wants, each in the type in which he wants it.
+#[derive(Clone)]
+pub(crate) struct Columns(SchemaRef);
+
+impl Columns {
+    /// All of them, as numbers.
+    pub(crate) fn all() -> Self {
+        let fields = ["key", "time", "value", "id"].map(|name| Field::new(name, DataType::Int64, true));
+        Self(Arc::new(Schema::new(fields.to_vec())))
+    }
+
+    pub(crate) fn of(schema: SchemaRef) -> Self {
+        Self(schema)
+    }
+
+    fn rows(&self, records: &[Record]) -> Result<RecordBatch> {
+        let column = |field: &Arc<Field>| -> Result<ArrayRef> {
+            let number = match field.name().as_str() {
+                "key" => |r: &Record| r.key,
+                "time" => |r: &Record| r.time,
+                "value" => |r: &Record| r.value,
+                "id" => |r: &Record| r.id,
+                other => return Err(Error::abort(format!("a record has no {other}"))),
+            };
+            let numbers: ArrayRef = Arc::new(records.iter().map(number).collect::<Int64Array>());
+            match field.data_type() {
+                DataType::Int64 => Ok(numbers),
+                other => cast(&numbers, other).map_err(|e| Error::abort(format!("make rows: {e}"))),
+            }
+        };
+        let columns = self.0.fields().iter().map(column).collect::<Result<_>>()?;
+        let options = RecordBatchOptions::new().with_row_count(Some(records.len()));
+        RecordBatch::try_new_with_options(self.0.clone(), columns, &options)
+            .map_err(|e| Error::abort(format!("make rows: {e}")))
+    }
+}
+
 /// A topic as a bounded source.
 pub(crate) struct Topic {
     pub(crate) process: Arc<Process>,
     pub(crate) topic: usize,
+    pub(crate) columns: Columns,
 }
 
 impl SourceFactory for Topic {
@@ -101,6 +144,7 @@ impl SourceFactory for Topic {
         Ok(Box::new(Reader {
             process: self.process.clone(),
             topic: self.topic,
+            columns: self.columns.clone(),
             next: splits.iter().map(next).collect(),
             partitions,
             turn: context.index as usize,
@@ -112,6 +156,7 @@ impl SourceFactory for Topic {
 struct Reader {
     process: Arc<Process>,
     topic: usize,
+    columns: Columns,
     splits: Vec<SplitState>,
     /// The partition of each split.
     partitions: Vec<usize>,
@@ -139,7 +184,7 @@ impl Source for Reader {
             if here > 0 {
                 self.turn = split + 1;
                 self.next[split] = from + here;
-                return Ok(Polled::Batch { split, rows: rows(&records[from..from + here])? });
+                return Ok(Polled::Batch { split, rows: self.columns.rows(&records[from..from + here])? });
             }
             if from == records.len() && !self.splits[split].finished {
                 self.splits[split].finished = true;
@@ -154,15 +199,4 @@ impl Source for Reader {
         let position = |(split, next): (&SplitState, &usize)| SplitState { position: json!(next), ..split.clone() };
         Ok(self.splits.iter().zip(&self.next).map(position).collect())
     }
-}
-
-fn rows(records: &[Record]) -> Result<RecordBatch> {
-    let column = |of: fn(&Record) -> i64| Arc::new(records.iter().map(of).collect::<Int64Array>()) as _;
-    let columns = [
-        ("key", column(|r| r.key)),
-        ("time", column(|r| r.time)),
-        ("value", column(|r| r.value)),
-        ("id", column(|r| r.id)),
-    ];
-    RecordBatch::try_from_iter(columns).map_err(|e| Error::abort(format!("make rows: {e}")))
 }

@@ -16,6 +16,7 @@ mod broker;
 mod executor;
 mod inputs;
 mod jobs;
+mod ledger;
 mod life;
 mod monitor;
 mod operators;
@@ -23,13 +24,17 @@ mod oracle;
 mod plan;
 mod process;
 mod random;
+mod sink;
+mod sql;
+mod state;
+mod topology;
 mod trace;
 mod world;
 
 use std::{collections::BTreeMap, time::Duration};
 
-pub use crate::{jobs::Topology, world::Crash};
 use crate::{life::Life, plan::Plan};
+pub use crate::{topology::Topology, world::Crash};
 
 /// A defect that seeds must find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,17 +51,23 @@ pub enum Mutation {
     PositionAhead,
     /// Who writes takes the producer over first: nobody is fenced.
     FencingOff,
+    /// Nobody ever looks for orphans.
+    NeverSwept,
+    /// A process looks for orphans when it starts, and never again.
+    SweptOnce,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::MarkerIgnored,
         Self::ZombieAccepted,
         Self::ShardSkipped,
         Self::DeletedEarly,
         Self::PositionAhead,
         Self::FencingOff,
+        Self::NeverSwept,
+        Self::SweptOnce,
     ];
 }
 
@@ -69,6 +80,11 @@ pub struct Options {
     pub mutation: Option<Mutation>,
     /// No faults, and of the actions only those that a person might take: savepoints and stops. Then no checkpoint may fail.
     pub calm: bool,
+    /// Of all topologies just this one.
+    pub topology: Option<Topology>,
+    /// Keyed state is kept in RocksDB, on a real disk. Its threads are not the simulator's: the same seed need not give the same
+    /// run, and a run is slow.
+    pub rocksdb: bool,
 }
 
 /// What came of a run.
@@ -97,12 +113,14 @@ pub struct Report {
 /// Runs what a seed means.
 #[must_use]
 pub fn simulate(seed: u64, options: Options) -> Report {
-    let plan = Plan::draw(seed);
-    Life::new(if options.calm { plan.calm() } else { plan }, options, None).run()
+    let plan = Plan::draw(seed, options.topology);
+    let plan = if options.calm { plan.calm() } else { plan };
+    Life::new(if options.rocksdb { plan.in_rocksdb() } else { plan }, options, None).run()
 }
 
 /// Runs a topology without faults, but for a crash of the first process.
 #[must_use]
 pub fn crash(topology: Topology, seed: u64, crash: Option<Crash>, options: Options) -> Report {
-    Life::new(Plan::for_sweep(topology, seed), options, crash).run()
+    let plan = Plan::for_sweep(topology, seed);
+    Life::new(if options.rocksdb { plan.in_rocksdb() } else { plan }, options, crash).run()
 }

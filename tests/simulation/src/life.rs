@@ -7,13 +7,15 @@ use std::{
 };
 
 use floodmark_snapshot::{coordination::BarrierKind, restore::Reference};
-use floodmark_worker::{Controls, Outcome, Progress, RunError, SavepointRequest, Summary, run};
+use floodmark_worker::{CheckpointMode, Controls, Outcome, Progress, RunError, SavepointRequest, Summary, run};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     Options, Report,
     executor::{Executor, Pid, Stopped},
-    jobs, oracle,
+    jobs::{self, ELSEWHERE, STORAGE, Start},
+    monitor::Notes,
+    oracle,
     plan::{Action, Plan},
     process::Process,
     random::Random,
@@ -48,12 +50,17 @@ pub(crate) struct Life {
     running: Vec<Running>,
     starts: usize,
     next_start: Option<Duration>,
-    finished: bool,
+    /// The process that has said that the job is finished.
+    finished: Option<Pid>,
     /// See [`Options::calm`].
     calm: bool,
     made: Made,
+    /// The number of the job: one that has stopped may be taken over by the next.
+    job: u32,
     /// What the next process is told to start from.
-    restore: Reference,
+    from: Start,
+    /// Savepoints that were moved.
+    moves: u32,
 }
 
 impl Life {
@@ -67,10 +74,12 @@ impl Life {
             running: Vec::new(),
             starts: 0,
             next_start: Some(Duration::ZERO),
-            finished: false,
+            finished: None,
             calm: options.calm,
             made: Made::default(),
-            restore: Reference::Latest,
+            job: 1,
+            from: Start { restore: Reference::Latest, initial: None },
+            moves: 0,
         }
     }
 
@@ -79,7 +88,7 @@ impl Life {
         self.world.trace.line(0, || format!("{plan}"));
         let mut actions = plan.actions.iter().copied().filter(|(at, _)| *at < plan.faults_until).peekable();
         let mut calm = false;
-        while !self.finished && self.fine() {
+        while self.finished.is_none() && self.fine() {
             let now = self.world.core.now();
             if !calm && now >= plan.faults_until {
                 calm = true;
@@ -105,7 +114,7 @@ impl Life {
             self.go(due.unwrap_or(end).min(end));
             self.listen();
         }
-        if self.finished && self.fine() {
+        if self.finished.is_some() && self.fine() {
             self.outlive();
             self.judge();
         }
@@ -113,7 +122,7 @@ impl Life {
     }
 
     fn fine(&self) -> bool {
-        self.world.monitor().violations.is_empty()
+        self.world.monitor().notes.violations.is_empty()
     }
 
     fn go(&mut self, until: Duration) {
@@ -140,8 +149,11 @@ impl Life {
             return self.world.violation(format!("{STARTS_MAX} starts, and no end"));
         }
         let pid = self.starts as Pid + 1;
-        let process = Process::new(&self.world, pid);
-        let spec = jobs::spec(&process, self.starts, self.restore.clone());
+        let process = Process::new(&self.world, pid, self.job);
+        let spec = match jobs::spec(&process, self.starts, self.from.clone()) {
+            Ok(spec) => spec,
+            Err(error) => return self.world.violation(format!("a job that can't be made: {error}")),
+        };
         self.starts += 1;
         self.world.trace.line(pid, || format!("starts from {} at parallelism {}", spec.restore, spec.parallelism));
         self.world.monitor().count("starts");
@@ -211,13 +223,13 @@ impl Life {
         if process.savepoints.try_send(SavepointRequest { name: name.clone(), then, reply }).is_err() {
             return self.world.monitor().count("savepoints not heard");
         }
-        let (world, made) = (self.world.clone(), self.made.clone());
+        let (world, made, job) = (self.world.clone(), self.made.clone(), self.job);
         let listen = async move {
             match answer.await {
                 Ok(Ok(savepoint)) => {
                     world.trace.line(pid, || format!("made {name}: {savepoint:?}"));
                     let objects = world.objects();
-                    world.monitor().savepoint(&name, &objects);
+                    world.monitor().savepoint(job, &name, &objects);
                     if then != BarrierKind::Checkpoint {
                         made.lock().unwrap_or_else(PoisonError::into_inner).push((pid, name));
                     }
@@ -232,13 +244,60 @@ impl Life {
         self.executor.add(0, Box::pin(listen));
     }
 
-    /// A process has stopped and nobody else runs: half of the time its savepoint is what the next one starts from.
+    /// A process has stopped and nobody else runs. What it has left is gone on from in one of many ways: by the same job or by
+    /// the next, from its newest checkpoint or its savepoint, which may have been moved.
     fn go_on_from(&mut self, pid: Pid) {
         let made = std::mem::take(&mut *self.made.lock().unwrap_or_else(PoisonError::into_inner));
-        let own = made.into_iter().rev().find(|(by, _)| *by == pid).map(|(_, name)| name);
-        if let Some(name) = own.filter(|_| self.world.random(|r| r.chance(0.7))) {
-            self.restore = Reference::Savepoint(name);
+        if self.world.plan.checkpoints.mode == CheckpointMode::Disabled {
+            return;
         }
+        let savepoint = made.into_iter().rev().find(|(by, _)| *by == pid).map(|(_, name)| name);
+        let (way, another, initial) = self.world.random(|r| (r.below(10), r.chance(0.5), r.chance(0.5)));
+        let snapshot = match (savepoint, way) {
+            (_, 0..=2) => return,
+            (Some(name), 3..=5) if !another => Reference::Savepoint(name),
+            (Some(name), 3..=5) => self.location(&format!("{}/savepoints/{name}", jobs::folder(self.job))),
+            (Some(name), _) => self.elsewhere(&name),
+            (None, 3..=6) => self.location(&jobs::folder(self.job)),
+            (None, _) => {
+                let entry = self.world.monitor().ledger(self.job).newest_entry(&self.world.objects());
+                let Some(entry) = entry else { return };
+                self.location(&entry)
+            }
+        };
+        self.world.monitor().count("starts from a snapshot");
+        if another {
+            self.world.monitor().count("jobs taken over by another");
+            self.job += 1;
+        }
+        // The same job has a past, so that it would not look at its first snapshot.
+        self.from = if another && initial {
+            Start { restore: Reference::Latest, initial: Some(snapshot) }
+        } else {
+            Start { restore: snapshot, initial: None }
+        };
+    }
+
+    fn location(&self, path: &str) -> Reference {
+        Reference::Location(format!("{STORAGE}/{path}"))
+    }
+
+    /// Somebody moves a savepoint.
+    fn elsewhere(&mut self, name: &str) -> Reference {
+        self.moves += 1;
+        let from = format!("{}/savepoints/{name}/", jobs::folder(self.job));
+        let to = format!("{ELSEWHERE}{}", self.moves);
+        let mut objects = self.world.objects();
+        let files: Vec<String> = objects.keys().filter(|path| path.starts_with(&from)).cloned().collect();
+        for path in files {
+            let moved = format!("{to}/{}", path.trim_start_matches(&from));
+            let Some(bytes) = objects.remove(&path) else { continue };
+            objects.insert(moved.clone(), bytes);
+            self.world.monitor().moved(&path, &moved);
+        }
+        drop(objects);
+        self.world.monitor().count("savepoints moved");
+        self.location(&to)
     }
 
     /// Takes note of processes that have ended or died.
@@ -264,7 +323,7 @@ impl Life {
             if stopped && left.is_empty() && newest == Some(process.pid) {
                 self.go_on_from(process.pid);
             }
-            if newest == Some(process.pid) && !self.finished && self.next_start.is_none() {
+            if newest == Some(process.pid) && self.finished.is_none() && self.next_start.is_none() {
                 self.start_later();
             }
         }
@@ -288,10 +347,11 @@ impl Life {
         }
         let kind = match outcome {
             Ok(Summary { outcome: Outcome::Finished | Outcome::AlreadyFinished, .. }) => {
-                if !self.world.monitor().is_finished() {
+                let logged = self.world.monitor().ledger(self.job).finished;
+                if !logged && self.world.plan.checkpoints.mode != CheckpointMode::Disabled {
                     self.world.violation(format!("process {pid} says finished, and the log does not"));
                 }
-                self.finished = true;
+                self.finished.get_or_insert(pid);
                 "runs that finished"
             }
             Ok(Summary { outcome: Outcome::Stopped, .. }) => "runs that stopped",
@@ -318,26 +378,31 @@ impl Life {
         }
         // Requests that are still on their way arrive.
         self.go(self.world.core.now() + Duration::from_secs(30));
-        self.finished = false;
+        if self.world.plan.checkpoints.mode == CheckpointMode::Disabled {
+            return;
+        }
+        let finished = self.finished.take();
         self.start();
         let end = self.world.core.now() + END_MAX;
         while !self.running.is_empty() && self.world.core.now() < end && self.fine() {
             self.go(end);
             self.listen();
         }
-        if !self.finished {
+        if self.finished.is_none() {
             self.world
                 .violation("started once more after its end, the job does not say that it is finished".to_owned());
         }
+        self.finished = finished;
     }
 
     fn judge(&self) {
-        let output = self.world.broker().committed();
-        let topology = self.world.plan.topology;
-        let faults = if self.world.plan.checkpoints.exactly_once {
-            oracle::faults(topology, &self.world.inputs, &output)
-        } else {
-            oracle::lost(topology, &self.world.inputs, &output)
+        let plan = &self.world.plan;
+        let due = oracle::Due { topology: plan.topology, inputs: &self.world.inputs, delay_ms: plan.delay_ms };
+        let faults = match plan.checkpoints.mode {
+            CheckpointMode::ExactlyOnce => due.faults(&self.world.broker().committed()),
+            CheckpointMode::AtLeastOnce => due.lost(&self.world.broker().committed()),
+            // Each process began anew.
+            CheckpointMode::Disabled => due.faults(&self.world.broker().written_by(self.finished.unwrap_or_default())),
         };
         faults.into_iter().for_each(|fault| self.world.violation(format!("output: {fault}")));
         let named = self.world.monitor().named();
@@ -355,19 +420,16 @@ impl Life {
     fn report(self) -> Report {
         let broker = self.world.broker();
         let mut monitor = self.world.monitor();
-        let orphans = {
-            let named = monitor.named();
-            let objects = self.world.objects();
-            objects.keys().filter(|p| p.contains("/blobs/") && !named.contains(*p)).count()
-        };
-        *monitor.counts.entry("orphans left at the end").or_default() += orphans as u64;
-        *monitor.counts.entry("records never visible").or_default() += broker.hidden() as u64;
-        *monitor.counts.entry("broker requests fenced").or_default() += broker.fenced;
+        let orphans = monitor.orphans(&self.world.objects());
+        let Notes { violations, mut counts } = std::mem::take(&mut monitor.notes);
+        *counts.entry("orphans left at the end").or_default() += orphans as u64;
+        *counts.entry("records never visible").or_default() += broker.hidden() as u64;
+        *counts.entry("broker requests fenced").or_default() += broker.fenced;
         Report {
             seed: self.world.plan.seed,
             plan: self.world.plan.to_string(),
-            violations: monitor.violations.clone(),
-            counts: monitor.counts.clone(),
+            violations,
+            counts,
             polls: self.executor.polls,
             lasted: self.world.core.now(),
             digest: self.executor.digest,

@@ -12,11 +12,14 @@ use std::{
 };
 
 use clap::Parser;
-use floodmark_simulation::{Options, Report, simulate};
+use floodmark_simulation::{Options, Report, Topology, simulate};
 use floodmark_snapshot::Env;
 
 /// Failing seeds that are told; the search goes on no further.
 const FAILURES_MAX: usize = 10;
+
+/// Seeds from one word of progress to the next.
+const PROGRESS_EVERY: u64 = 100;
 
 /// Simulates jobs whose storage, broker and processes fail.
 #[derive(Parser)]
@@ -30,6 +33,12 @@ struct Arguments {
     /// Without faults: only with savepoints and stops.
     #[arg(long)]
     calm: bool,
+    /// Of all topologies just this one.
+    #[arg(long, value_parser = topology)]
+    topology: Option<Topology>,
+    /// Keep keyed state in RocksDB, on a real disk: slow, and the same seed need not give the same run.
+    #[arg(long)]
+    rocksdb: bool,
     /// Run this many seeds.
     #[arg(long, default_value_t = 1000)]
     seeds: u64,
@@ -39,6 +48,34 @@ struct Arguments {
     /// Threads; all cores if 0.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+}
+
+fn topology(name: &str) -> Result<Topology, String> {
+    let known = || Topology::ALL.map(|t| t.to_string()).join(", ");
+    let found = Topology::ALL.into_iter().find(|t| t.to_string().eq_ignore_ascii_case(name));
+    found.ok_or_else(|| format!("there is no such topology; there is: {}", known()))
+}
+
+impl Arguments {
+    fn options(&self) -> Options {
+        let Self { trace, calm, topology, rocksdb, .. } = *self;
+        Options { trace: trace && self.seed.is_some(), calm, topology, rocksdb, mutation: None }
+    }
+
+    /// The command that runs a seed again.
+    fn command(&self, seed: u64) -> String {
+        let mut command = format!("cargo run -p floodmark-simulation -- --seed {seed}");
+        if self.calm {
+            command += " --calm";
+        }
+        if let Some(topology) = self.topology {
+            command += &format!(" --topology {topology}");
+        }
+        if self.rocksdb {
+            command += " --rocksdb";
+        }
+        command + " --trace"
+    }
 }
 
 #[derive(Default)]
@@ -53,13 +90,13 @@ struct Total {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.seed {
-        Some(seed) => one(seed, arguments.trace, arguments.calm),
+        Some(seed) => one(seed, arguments.options()),
         None => many(&arguments),
     }
 }
 
-fn one(seed: u64, trace: bool, calm: bool) -> ExitCode {
-    if trace {
+fn one(seed: u64, options: Options) -> ExitCode {
+    if options.trace {
         let subscriber = tracing_subscriber::fmt()
             .with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG)
             .without_time()
@@ -67,7 +104,7 @@ fn one(seed: u64, trace: bool, calm: bool) -> ExitCode {
             .with_writer(std::io::stdout);
         subscriber.init();
     }
-    let report = simulate(seed, Options { trace, calm, mutation: None });
+    let report = simulate(seed, options);
     print(&report);
     for (what, count) in &report.counts {
         println!("{count:>9} {what}");
@@ -102,12 +139,17 @@ fn many(arguments: &Arguments) -> ExitCode {
                     if seed >= end {
                         return;
                     }
-                    let report = simulate(seed, Options { calm: arguments.calm, ..Options::default() });
+                    let report = simulate(seed, arguments.options());
                     let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
                     take(&mut total, report);
                     stop.fetch_or(total.failed.len() >= FAILURES_MAX, Ordering::Relaxed);
-                    if total.runs.is_multiple_of(100) {
-                        eprint!("\r{} of {} seeds, {} failed ", total.runs, arguments.seeds, total.failed.len());
+                    if total.runs.is_multiple_of(PROGRESS_EVERY) {
+                        let rate = total.runs as f64 / clock.monotonic().as_secs_f64().max(0.001);
+                        let failed = total.failed.len();
+                        eprint!(
+                            "\r{} of {} seeds, {rate:.0} per second, {failed} failed ",
+                            total.runs, arguments.seeds
+                        );
                         let _ = std::io::stderr().flush();
                     }
                 }
@@ -116,7 +158,7 @@ fn many(arguments: &Arguments) -> ExitCode {
     });
     let total = total.into_inner().unwrap_or_else(PoisonError::into_inner);
     eprintln!();
-    summary(&total, clock.monotonic(), if arguments.calm { " --calm" } else { "" })
+    summary(&total, clock.monotonic(), arguments)
 }
 
 fn take(total: &mut Total, report: Report) {
@@ -131,19 +173,20 @@ fn take(total: &mut Total, report: Report) {
     }
 }
 
-fn summary(total: &Total, took: Duration, calm: &str) -> ExitCode {
+fn summary(total: &Total, took: Duration, arguments: &Arguments) -> ExitCode {
     for (what, count) in &total.counts {
         println!("{count:>12} {what}");
     }
     println!(
-        "{} runs, {} million steps, {:.1} hours of virtual time, in {:.1} s",
+        "{} runs, {} million steps, {:.1} hours of virtual time, in {:.1} s: {:.0} runs per second",
         total.runs,
         total.polls / 1_000_000,
         total.lasted.as_secs_f64() / 3600.0,
-        took.as_secs_f64()
+        took.as_secs_f64(),
+        total.runs as f64 / took.as_secs_f64().max(0.001)
     );
     for report in &total.failed {
-        println!("\nFAILED. To see how: cargo run -p floodmark-simulation -- --seed {}{calm} --trace", report.seed);
+        println!("\nFAILED. To see how: {}", arguments.command(report.seed));
         print(report);
     }
     if total.failed.is_empty() {

@@ -4,14 +4,18 @@
 use std::{fmt, time::Duration};
 
 use floodmark_snapshot::{Step, coordination::BarrierKind};
+use floodmark_worker::{CheckpointMode, SLICE_BYTES};
 
-use crate::{jobs::Topology, random::Random};
+use crate::{inputs::DISORDER_MS, random::Random, topology::Topology, world::LATE_MAX};
 
 /// Faults cease at the latest by then, in virtual time.
 const FAULTS_UNTIL_MAX: Duration = Duration::from_secs(60);
 
-/// Checkpoints in a row, undisturbed, after which nothing may be left of what was there before and no checkpoint names.
+/// Checkpoints in a row, undisturbed, that a file which none of them names may outlast.
 pub(crate) const CHECKPOINTS_TO_CLEAN_UP: u32 = 36;
+
+/// See [`Plan::delay_ms`]. With the first no row is late.
+const DELAYS_MS: [i64; 4] = [DISORDER_MS, 400, 150, 0];
 
 /// How often each kind of fault strikes: probabilities per request, poll or step.
 #[derive(Clone, Debug, Default)]
@@ -127,6 +131,17 @@ impl fmt::Display for Action {
     }
 }
 
+/// What keeps the operators' keyed state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keeper {
+    /// The simulator's operators by themselves.
+    Own,
+    /// The engine, on the heap.
+    Heap,
+    /// The engine, in RocksDB.
+    RocksDb,
+}
+
 /// Checkpoint settings of the whole run.
 #[derive(Clone, Debug)]
 pub(crate) struct Checkpoints {
@@ -137,7 +152,7 @@ pub(crate) struct Checkpoints {
     pub(crate) retain: usize,
     pub(crate) max_concurrent: usize,
     pub(crate) unaligned_after: Option<Duration>,
-    pub(crate) exactly_once: bool,
+    pub(crate) mode: CheckpointMode,
 }
 
 /// See the header of this file.
@@ -157,6 +172,13 @@ pub(crate) struct Plan {
     pub(crate) checkpoints: Checkpoints,
     /// Whether operators write only what has changed, and name earlier shards again.
     pub(crate) incremental: bool,
+    pub(crate) keeper: Keeper,
+    /// How far rows may be behind the greatest time that was seen before they are late, where a job takes late rows at all.
+    pub(crate) delay_ms: i64,
+    /// Bytes of state that a subtask takes over at a time.
+    pub(crate) slice_bytes: u64,
+    /// What a channel holds, bytes; `None` for as much as in production.
+    pub(crate) channel_bytes: Option<usize>,
     pub(crate) faults: Faults,
     pub(crate) faults_until: Duration,
     /// In order.
@@ -170,11 +192,12 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// What this seed means.
-    pub(crate) fn draw(seed: u64) -> Self {
+    /// What this seed means; for a given topology, if there is one.
+    pub(crate) fn draw(seed: u64, topology: Option<Topology>) -> Self {
         let random = &mut Random::new(seed, 1);
         let ms = Duration::from_millis;
-        let topology = *random.pick(&Topology::ALL);
+        let drawn = *random.pick(&Topology::ALL);
+        let topology = topology.unwrap_or(drawn);
         let arrival = random.spread(ms(50), ms(6000));
         let faults = Faults::draw(random);
         let mut actions = Vec::new();
@@ -200,7 +223,11 @@ impl Plan {
             retain: random.between(1, 4) as usize,
             max_concurrent: if random.chance(0.5) { 1 } else { random.between(2, 4) as usize },
             unaligned_after: random.chance(0.5).then(|| random.spread(ms(1), ms(500))),
-            exactly_once: random.chance(0.9),
+            mode: match random.below(20) {
+                0..=16 => CheckpointMode::ExactlyOnce,
+                17..=18 => CheckpointMode::AtLeastOnce,
+                _ => CheckpointMode::Disabled,
+            },
         };
         let mut plan = Self {
             seed,
@@ -213,6 +240,10 @@ impl Plan {
             parallelism,
             checkpoints,
             incremental: random.chance(0.6),
+            keeper: if topology.is_sql() || random.chance(0.6) { Keeper::Heap } else { Keeper::Own },
+            delay_ms: *random.pick(if topology.takes_late_rows() { &DELAYS_MS } else { &DELAYS_MS[..1] }),
+            slice_bytes: if random.chance(0.5) { SLICE_BYTES } else { random.between(1, 2000) },
+            channel_bytes: random.chance(0.3).then(|| random.between(1, 2000) as usize),
             faults,
             faults_until: (span + random.spread(ms(100), ms(20_000))).min(FAULTS_UNTIL_MAX),
             actions,
@@ -226,13 +257,14 @@ impl Plan {
         plan
     }
 
-    /// Lets the input go on for many checkpoints after the faults: time to clean up.
+    /// Lets the input go on for many checkpoints after the faults, and after what they have left on its way: time to clean up.
     fn outlast_faults(&mut self) {
         let settings = &mut self.checkpoints;
         settings.interval = settings.interval.min(Duration::from_millis(60));
         settings.min_pause = Duration::ZERO;
+        let late = if self.faults.storage_slow > 0.0 { LATE_MAX } else { Duration::ZERO };
         self.arrival =
-            self.faults_until + (settings.interval + Duration::from_millis(60)) * CHECKPOINTS_TO_CLEAN_UP * 2;
+            self.faults_until + late + (settings.interval + Duration::from_millis(60)) * CHECKPOINTS_TO_CLEAN_UP * 2;
     }
 
     /// The same job without faults, and with no other actions than savepoints and stops.
@@ -249,12 +281,11 @@ impl Plan {
     /// A run of this topology without a single fault, with some ten checkpoints: what crash sweeps go through.
     pub(crate) fn for_sweep(topology: Topology, seed: u64) -> Self {
         let ms = Duration::from_millis;
-        let mut plan = Self::draw(seed);
+        let mut plan = Self::draw(seed, Some(topology));
         plan.faults = Faults::default();
         plan.faults_until = Duration::ZERO;
         plan.actions.clear();
         plan.at_steps.clear();
-        plan.topology = topology;
         plan.partitions = 3;
         plan.records = 60;
         plan.keys = 5;
@@ -269,11 +300,21 @@ impl Plan {
             retain: 2,
             max_concurrent: 1,
             unaligned_after: None,
-            exactly_once: true,
+            mode: CheckpointMode::ExactlyOnce,
         };
         plan.restart_delay = ms(10);
         plan.incremental = true;
+        plan.keeper = if topology.is_sql() { Keeper::Heap } else { Keeper::Own };
+        plan.delay_ms = DISORDER_MS;
+        plan.channel_bytes = None;
+        plan.slice_bytes = 1;
         plan
+    }
+
+    /// The same job with its state in RocksDB.
+    pub(crate) fn in_rocksdb(mut self) -> Self {
+        self.keeper = Keeper::RocksDb;
+        self
     }
 }
 
@@ -302,9 +343,20 @@ impl fmt::Display for Plan {
             c.retain,
             c.max_concurrent,
             c.unaligned_after,
-            if c.exactly_once { "" } else { ", at least once" },
+            match c.mode {
+                CheckpointMode::ExactlyOnce => "",
+                CheckpointMode::AtLeastOnce => ", at least once",
+                CheckpointMode::Disabled => ", disabled",
+            },
             if self.incremental { ", incremental" } else { "" }
         )?;
+        write!(
+            f,
+            "state kept by {:?} and restored by {} bytes, channels of {:?} bytes",
+            self.keeper, self.slice_bytes, self.channel_bytes
+        )?;
+        let late = self.topology.takes_late_rows();
+        writeln!(f, "{}", if late { format!(", rows late after {} ms", self.delay_ms) } else { String::new() })?;
         writeln!(f, "until {:?}: {:?}", self.faults_until, self.faults)?;
         for (at, action) in &self.actions {
             writeln!(f, "at {at:?}: {action}")?;

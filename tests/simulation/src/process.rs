@@ -26,6 +26,8 @@ const CLOCK_JUMP_MS_MAX: u64 = 86_400_000;
 pub(crate) struct Process {
     pub(crate) world: Arc<World>,
     pub(crate) pid: Pid,
+    /// The job that it runs.
+    pub(crate) job: u32,
     /// Virtual time of its start, from which its monotonic clock counts.
     started: Duration,
     wall_offset_ms: AtomicI64,
@@ -33,10 +35,11 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    pub(crate) fn new(world: &Arc<World>, pid: Pid) -> Arc<Self> {
+    pub(crate) fn new(world: &Arc<World>, pid: Pid, job: u32) -> Arc<Self> {
         Arc::new(Self {
             world: world.clone(),
             pid,
+            job,
             started: world.core.now(),
             wall_offset_ms: AtomicI64::new(1_800_000_000_000),
             names: AtomicU64::new(0),
@@ -112,7 +115,7 @@ impl Probe for Process {
     fn reached(&self, step: Step, epoch: Epoch) {
         self.world.trace.line(self.pid, || format!("{step} {epoch}"));
         self.world.reached(self.pid, step);
-        if matches!(step, Step::AfterLogEntry) && !self.world.monitor().was_completed(epoch) {
+        if matches!(step, Step::AfterLogEntry) && !self.world.monitor().was_completed(self.job, epoch) {
             self.world.violation(format!("process {} takes checkpoint {epoch} for completed, and it is not", self.pid));
         }
     }

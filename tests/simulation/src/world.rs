@@ -7,7 +7,11 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,6 +22,7 @@ use floodmark_snapshot::{
     storage::{ObjectInfo, PutNew, Storage},
 };
 use futures::future::{Either, select};
+use tempfile::TempDir;
 use tokio::sync::oneshot;
 
 use crate::{
@@ -25,17 +30,23 @@ use crate::{
     broker::Broker,
     executor::{Core, Pid},
     inputs::Inputs,
+    jobs::STORAGE,
     monitor::Monitor,
-    plan::{Action, Faults, Plan},
+    plan::{Action, Faults, Keeper, Plan},
+    process::Process,
     random::Random,
     trace::Trace,
 };
 
 /// A client gives a request up after this long.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+/// A slow request takes effect at the latest after this long, whether or not somebody still waits for it.
+pub(crate) const LATE_MAX: Duration = Duration::from_secs(8);
 /// How often a client tries.
 const ATTEMPTS_MAX: u32 = 4;
 const BACKOFF: Duration = Duration::from_millis(50);
+
+const MEMORY_DISK: &str = "/dev/shm";
 
 /// At which effect of which process the process dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +87,13 @@ pub(crate) struct World {
     steps: Mutex<BTreeMap<&'static str, u64>>,
     /// What the plan wants done at a step that has come.
     due: Mutex<Vec<(Pid, Action)>>,
+    /// For back ends that need one.
+    work_folder: Option<TempDir>,
+}
+
+/// In memory, where there is such a disk: nothing in it needs to outlive this process, and databases wait for their disk.
+fn work_folder() -> std::io::Result<TempDir> {
+    tempfile::tempdir_in(MEMORY_DISK).or_else(|_| tempfile::tempdir())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -85,6 +103,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl World {
     pub(crate) fn new(plan: Plan, trace: bool, mutation: Option<Mutation>, crash: Option<Crash>) -> Arc<Self> {
         let core = Core::default();
+        let work_folder = (plan.keeper == Keeper::RocksDb).then(work_folder).and_then(Result::ok);
         Arc::new(Self {
             trace: Trace::new(core.clone(), trace),
             core,
@@ -100,7 +119,13 @@ impl World {
             effects: Mutex::default(),
             steps: Mutex::default(),
             due: Mutex::default(),
+            work_folder,
         })
+    }
+
+    /// A folder on the real disk, if the plan needs one.
+    pub(crate) fn work_folder(&self) -> Option<&Path> {
+        self.work_folder.as_ref().map(TempDir::path)
     }
 
     pub(crate) fn monitor(&self) -> MutexGuard<'_, Monitor> {
@@ -205,7 +230,7 @@ impl World {
     }
 
     fn interrupt_if_violated(&self) {
-        if !self.monitor().violations.is_empty() {
+        if !self.monitor().notes.violations.is_empty() {
             self.core.interrupt();
         }
     }
@@ -248,11 +273,19 @@ enum Answer {
 
 /// A process's client of the storage.
 pub(crate) struct Client {
-    pub(crate) world: Arc<World>,
-    pub(crate) pid: Pid,
+    world: Arc<World>,
+    pid: Pid,
+    /// The job of the process.
+    job: u32,
+    /// Whether it has looked for orphans.
+    swept: AtomicBool,
 }
 
 impl Client {
+    pub(crate) fn of(process: &Process) -> Self {
+        Self { world: process.world.clone(), pid: process.pid, job: process.job, swept: AtomicBool::new(false) }
+    }
+
     /// Sends a request until it is answered, a few times at most, as production's client does.
     async fn ask(&self, path: &str, request: Request) -> Result<Answer> {
         let mut why = "";
@@ -270,9 +303,9 @@ impl Client {
     }
 
     async fn send(&self, path: String, request: Request) -> Result<Answer, &'static str> {
-        let (world, pid) = (self.world.clone(), self.pid);
+        let (world, pid, job) = (self.world.clone(), self.pid, self.job);
         let leg = |slow: bool| {
-            let most = if slow { Duration::from_secs(8) } else { Duration::from_millis(6) };
+            let most = if slow { LATE_MAX } else { Duration::from_millis(6) };
             let least = Duration::from_micros(if slow { 50_000 } else { 300 });
             world.random(|r| r.spread(least, most))
         };
@@ -287,7 +320,7 @@ impl Client {
         if !lost {
             let at = world.clone();
             world.core.after(there, move || {
-                let Some(answer) = at.take_effect(pid, &path, request) else { return };
+                let Some(answer) = at.take_effect((pid, job), &path, request) else { return };
                 if !reply_lost && !at.is_cut_off(pid) {
                     let core = at.core.clone();
                     core.after(back, move || drop(reply.send(answer)));
@@ -309,7 +342,8 @@ impl Client {
 
 impl World {
     /// The moment at which a request arrives.
-    fn take_effect(&self, pid: Pid, path: &str, request: Request) -> Option<Answer> {
+    fn take_effect(&self, by: (Pid, u32), path: &str, request: Request) -> Option<Answer> {
+        let (pid, _) = by;
         let changes = matches!(request, Request::PutNew(_) | Request::Put(_) | Request::Delete);
         if changes && self.strike(pid) == Strike::Before {
             return None;
@@ -324,7 +358,7 @@ impl World {
                 if self.mutation == Some(Mutation::ZombieAccepted) { Answer::Created } else { Answer::Exists }
             }
             Request::PutNew(bytes) | Request::Put(bytes) => {
-                self.put(pid, path, bytes, &mut objects);
+                self.put(by, path, bytes, &mut objects);
                 Answer::Created
             }
             Request::Get => Answer::Object(objects.get(path).cloned()),
@@ -335,7 +369,7 @@ impl World {
             Request::Size => Answer::Size(objects.get(path).map(|b| b.len() as u64)),
             Request::List(after) => Answer::Listed(list(&objects, path, after.as_deref())),
             Request::Delete => {
-                self.monitor().deleting(path, pid);
+                self.monitor().deleting(path, by);
                 objects.remove(path);
                 Answer::Done
             }
@@ -345,8 +379,9 @@ impl World {
         Some(answer)
     }
 
-    fn put(&self, pid: Pid, path: &str, bytes: Bytes, objects: &mut BTreeMap<String, Bytes>) {
-        self.monitor().count("objects written");
+    fn put(&self, by: (Pid, u32), path: &str, bytes: Bytes, objects: &mut BTreeMap<String, Bytes>) {
+        let (pid, _) = by;
+        self.monitor().writing(path, by, self.plan.checkpoints.mode);
         if path.contains("/log/") {
             self.trace.line(pid, || format!("log entry: {}", String::from_utf8_lossy(&bytes).trim_end()));
         }
@@ -415,6 +450,14 @@ impl Storage for Client {
     }
 
     async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>> {
+        let sweeps = prefix.ends_with("/blobs");
+        if sweeps && self.world.mutation == Some(Mutation::NeverSwept) {
+            return Ok(Vec::new());
+        }
+        let again = sweeps && self.swept.swap(true, Ordering::Relaxed);
+        if again && self.world.mutation == Some(Mutation::SweptOnce) {
+            return Ok(Vec::new());
+        }
         match self.ask(prefix, Request::List(start_after.map(str::to_owned))).await? {
             Answer::Listed(found) => Ok(found),
             _ => misfit(),
@@ -433,6 +476,6 @@ impl Storage for Client {
     }
 
     fn describe(&self) -> String {
-        "sim://storage".to_owned()
+        STORAGE.to_owned()
     }
 }

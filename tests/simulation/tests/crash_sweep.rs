@@ -45,3 +45,23 @@ fn a_rebalanced_job_survives_a_crash_at_every_effect() {
 fn a_job_of_three_tasks_survives_a_crash_at_every_effect() {
     sweep(Topology::Funnel);
 }
+
+#[test]
+fn a_windowed_aggregate_in_sql_survives_a_crash_at_every_effect() {
+    sweep(Topology::SqlWindows);
+}
+
+#[test]
+fn a_join_in_sql_of_two_speeds_survives_a_crash_at_every_effect() {
+    sweep(Topology::SqlJoin);
+}
+
+#[test]
+fn a_running_aggregate_in_sql_survives_a_crash_at_every_effect() {
+    sweep(Topology::SqlTotals);
+}
+
+#[test]
+fn a_deduplication_in_sql_survives_a_crash_at_every_effect() {
+    sweep(Topology::SqlLast);
+}

@@ -52,8 +52,10 @@ fn no_seed_breaks_a_promise_and_together_they_meet_every_kind_of_fault() {
         "clock jumps",
         "commits late",
         "crashes",
+        "jobs taken over by another",
         "log races",
         "look-ups failed",
+        "orphans deleted in time",
         "partitions",
         "pauses",
         "releases",
@@ -61,8 +63,9 @@ fn no_seed_breaks_a_promise_and_together_they_meet_every_kind_of_fault() {
         "runs that were fenced",
         "runs that stopped",
         "savepoints made",
+        "savepoints moved",
         "shards named again",
-        "starts from a savepoint",
+        "snapshots adopted",
         "source polls failed",
         "storage replies lost",
         "storage requests lost",
@@ -97,5 +100,21 @@ fn the_same_seed_gives_the_same_run_event_for_event() {
         assert_eq!((report.digest, report.polls, report.lasted), (again.digest, again.polls, again.lasted));
         assert_eq!(report.output, again.output);
         assert_eq!(report.counts, again.counts);
+    });
+}
+
+/// Fewer, for they open databases on a real disk.
+const SEEDS_IN_ROCKSDB: u64 = 40;
+
+#[test]
+fn with_state_in_rocksdb_no_seed_breaks_a_promise() {
+    run(SEEDS_IN_ROCKSDB, Options { rocksdb: true, ..Options::default() }, |report| {
+        assert!(
+            report.violations.is_empty(),
+            "{}{:#?}\nto see how: cargo run -p floodmark-simulation -- --seed {} --rocksdb --trace",
+            report.plan,
+            report.violations,
+            report.seed
+        );
     });
 }

@@ -1,28 +1,70 @@
 //! What the committed reader must have seen in the end, computed from the input ledger alone. Knows nothing of checkpoints.
 
+mod sql;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     inputs::{Inputs, PARTITION_STRIDE, Record},
-    jobs::Topology,
     operators::WINDOW_MS,
+    topology::Topology,
 };
 
 /// Faults of the output that are worth reading.
 const FAULTS_MAX: usize = 5;
 
-/// What is wrong with the output, in words; empty if nothing is.
-pub(crate) fn faults(topology: Topology, inputs: &Inputs, output: &[String]) -> Vec<String> {
-    let rows: Vec<Vec<i64>> =
-        output.iter().map(|line| line.split(' ').map(|f| f.parse().unwrap_or(i64::MIN)).collect()).collect();
-    let mut faults = match topology {
-        Topology::Pipe => pipe(inputs, &rows),
-        Topology::Windows => windows(inputs, &rows),
-        Topology::TwoSpeeds => counted(ids(inputs, &[0, 1]), &rows, true),
-        // A record that was dealt out in turn may be overtaken: only the counts are in order.
-        Topology::Rebalanced => counted(ids(inputs, &[0]), &rows, false),
-        Topology::Funnel => funnel(inputs, &rows),
-    };
+/// A row of the output.
+type Row = Vec<i64>;
+
+/// What the output is due to be.
+pub(crate) struct Due<'a> {
+    pub(crate) topology: Topology,
+    pub(crate) inputs: &'a Inputs,
+    /// See [`crate::plan::Plan::delay_ms`].
+    pub(crate) delay_ms: i64,
+}
+
+impl Due<'_> {
+    /// What is wrong with the output, in words; empty if nothing is.
+    pub(crate) fn faults(&self, output: &[String]) -> Vec<String> {
+        let (inputs, rows) = (self.inputs, &rows(output)[..]);
+        worst(match self.topology {
+            Topology::Pipe => pipe(inputs, rows),
+            Topology::Windows => windows(inputs, rows),
+            Topology::TwoSpeeds => counted(ids(inputs, &[0, 1]), rows, true),
+            // A record that was dealt out in turn may be overtaken: only the counts are in order.
+            Topology::Rebalanced => counted(ids(inputs, &[0]), rows, false),
+            Topology::Funnel => funnel(inputs, rows),
+            Topology::SqlWindows => sql::windows(self, rows),
+            Topology::SqlJoin => sql::join(self, rows),
+            Topology::SqlTotals => sql::totals(inputs, rows),
+            Topology::SqlLast | Topology::SqlFirst => sql::ranked(self, rows),
+            Topology::SqlDistinct => sql::distinct(inputs, rows),
+        })
+    }
+
+    /// What is missing from the output of a job that runs at least once.
+    pub(crate) fn lost(&self, output: &[String]) -> Vec<String> {
+        let (inputs, rows) = (self.inputs, &rows(output)[..]);
+        let due: BTreeSet<i64> = match self.topology {
+            Topology::Windows | Topology::Funnel => {
+                sums(inputs).into_keys().map(|(k, w)| k * 1_000_000_000 + w).collect()
+            }
+            Topology::TwoSpeeds => ids(inputs, &[0, 1]).into_keys().collect(),
+            Topology::Pipe | Topology::Rebalanced => ids(inputs, &[0]).into_keys().collect(),
+            Topology::SqlWindows
+            | Topology::SqlJoin
+            | Topology::SqlTotals
+            | Topology::SqlLast
+            | Topology::SqlFirst
+            | Topology::SqlDistinct => return worst(sql::lost(self, rows)),
+        };
+        let seen: BTreeSet<i64> = rows.iter().filter_map(|r| r.last().copied()).collect();
+        worst(due.difference(&seen).map(|id| format!("{id} is lost")).collect())
+    }
+}
+
+fn worst(mut faults: Vec<String>) -> Vec<String> {
     if faults.len() > FAULTS_MAX {
         let more = faults.len() - FAULTS_MAX;
         faults.truncate(FAULTS_MAX);
@@ -31,17 +73,8 @@ pub(crate) fn faults(topology: Topology, inputs: &Inputs, output: &[String]) -> 
     faults
 }
 
-/// What is missing from the output of a job that runs at least once.
-pub(crate) fn lost(topology: Topology, inputs: &Inputs, output: &[String]) -> Vec<String> {
-    let rows: Vec<Vec<i64>> =
-        output.iter().map(|line| line.split(' ').filter_map(|f| f.parse().ok()).collect()).collect();
-    let seen: BTreeSet<i64> = rows.iter().filter_map(|r| r.last().copied()).collect();
-    let due: BTreeSet<i64> = match topology {
-        Topology::Windows | Topology::Funnel => sums(inputs).into_keys().map(|(k, w)| k * 1_000_000_000 + w).collect(),
-        Topology::TwoSpeeds => ids(inputs, &[0, 1]).into_keys().collect(),
-        Topology::Pipe | Topology::Rebalanced => ids(inputs, &[0]).into_keys().collect(),
-    };
-    due.difference(&seen).take(FAULTS_MAX).map(|id| format!("{id} is lost")).collect()
+fn rows(output: &[String]) -> Vec<Row> {
+    output.iter().map(|line| line.split(' ').map(|f| f.parse().unwrap_or(i64::MIN)).collect()).collect()
 }
 
 fn records<'a>(inputs: &'a Inputs, topics: &'a [usize]) -> impl Iterator<Item = &'a Record> {
@@ -75,13 +108,13 @@ fn in_order(rows: impl Iterator<Item = ((i64, i64), i64)>) -> Vec<String> {
     faults
 }
 
-fn pipe(inputs: &Inputs, rows: &[Vec<i64>]) -> Vec<String> {
+fn pipe(inputs: &Inputs, rows: &[Row]) -> Vec<String> {
     let expected: BTreeMap<i64, [i64; 4]> =
         records(inputs, &[0]).map(|r| (r.id, [r.key, r.time, r.value, r.id])).collect();
-    let id = |row: &Vec<i64>| row.last().copied().unwrap_or_default();
+    let id = |row: &Row| row.last().copied().unwrap_or_default();
     let mut faults = exactly_once(&expected.keys().copied().collect(), rows.iter().map(id));
     faults.extend(in_order(rows.iter().map(|r| ((id(r) / PARTITION_STRIDE, 0), id(r)))));
-    let changed = |row: &&Vec<i64>| expected.get(&id(row)).is_some_and(|e| e[..] != row[..]);
+    let changed = |row: &&Row| expected.get(&id(row)).is_some_and(|e| e[..] != row[..]);
     faults.extend(rows.iter().filter(changed).map(|r| format!("{r:?} was put in otherwise")));
     faults
 }
@@ -98,7 +131,7 @@ fn sums(inputs: &Inputs) -> BTreeMap<(i64, i64), (i64, i64)> {
     sums
 }
 
-fn windows(inputs: &Inputs, rows: &[Vec<i64>]) -> Vec<String> {
+fn windows(inputs: &Inputs, rows: &[Row]) -> Vec<String> {
     let expected = sums(inputs);
     let mut found: BTreeMap<(i64, i64), (i64, i64)> = BTreeMap::new();
     let mut faults = Vec::new();
@@ -125,7 +158,7 @@ fn windows(inputs: &Inputs, rows: &[Vec<i64>]) -> Vec<String> {
 }
 
 /// Rows of key, count and id: each key's counts are 1, 2, 3, …; each id comes once, under its key.
-fn counted(expected: BTreeMap<i64, i64>, rows: &[Vec<i64>], ordered: bool) -> Vec<String> {
+fn counted(expected: BTreeMap<i64, i64>, rows: &[Row], ordered: bool) -> Vec<String> {
     let mut counts: BTreeMap<i64, i64> = BTreeMap::new();
     let mut faults = Vec::new();
     for row in rows {
@@ -142,7 +175,7 @@ fn counted(expected: BTreeMap<i64, i64>, rows: &[Vec<i64>], ordered: bool) -> Ve
             faults.push(format!("{id} came under key {key}"));
         }
     }
-    let id = |row: &Vec<i64>| row.last().copied().unwrap_or_default();
+    let id = |row: &Row| row.last().copied().unwrap_or_default();
     faults.extend(exactly_once(&expected.keys().copied().collect(), rows.iter().map(id)));
     if ordered {
         faults.extend(in_order(rows.iter().map(|r| ((id(r) / PARTITION_STRIDE, r[0]), id(r)))));
@@ -150,7 +183,7 @@ fn counted(expected: BTreeMap<i64, i64>, rows: &[Vec<i64>], ordered: bool) -> Ve
     faults
 }
 
-fn funnel(inputs: &Inputs, rows: &[Vec<i64>]) -> Vec<String> {
+fn funnel(inputs: &Inputs, rows: &[Row]) -> Vec<String> {
     let due = sums(inputs).into_keys().map(|(key, window)| (key * 1_000_000_000 + window, key)).collect();
     let mut faults = counted(due, rows, false);
     faults.extend(in_order(rows.iter().map(|r| ((r[0], 0), r[r.len() - 1]))));
