@@ -6,7 +6,7 @@ use floodmark_crds::{
     CheckpointMode as Mode, CheckpointSpec, HumanDuration, RestartSpec, RestartStrategy as Restarting,
     StateBackend as Backend, StreamJobSpec,
 };
-use floodmark_dataflow::{JobGraph, graph::NodeKind};
+use floodmark_dataflow::{JobGraph, channel::CHANNEL_BYTES_MAX, graph::NodeKind};
 use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
 use floodmark_state::{Heap, StateBackend, StateSettings, Whole};
@@ -141,6 +141,7 @@ pub(crate) fn spec(job: Job, places: &Places<'_>, env: &Env) -> Result<(RunSpec,
         restore: Reference::Latest,
         initial: None,
         slice_bytes: SLICE_BYTES,
+        channel_bytes: CHANNEL_BYTES_MAX,
         restarts: restarts(&spec.restarts),
         allow_dropped_state: spec.restore.allow_dropped_state,
         holder: holder(),

@@ -105,6 +105,9 @@ pub struct RunSpec {
     pub initial: Option<Reference>,
     /// Bytes of state files that a subtask takes over at a time, about: [`SLICE_BYTES`].
     pub slice_bytes: u64,
+    /// Bytes that a channel between subtasks holds before its sender waits:
+    /// [`CHANNEL_BYTES_MAX`](floodmark_dataflow::channel::CHANNEL_BYTES_MAX).
+    pub channel_bytes: usize,
     /// What to do when the job fails for a reason that it may not meet again.
     pub restarts: RestartStrategy,
     /// Whether state may be dropped that no operator of the graph takes.

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use floodmark_dataflow::JobGraph;
+use floodmark_dataflow::{JobGraph, channel::CHANNEL_BYTES_MAX};
 use floodmark_snapshot::{JobId, coordination::BarrierKind, restore::Reference};
 use floodmark_state::{StateBackend, StateSettings};
 use floodmark_worker::{
@@ -161,6 +161,7 @@ pub fn run_graph(
         restore: start.restore.clone(),
         initial: None,
         slice_bytes: 512,
+        channel_bytes: CHANNEL_BYTES_MAX,
         restarts: floodmark_worker::RestartStrategy::None,
         allow_dropped_state: false,
         state: StateSettings { backend: start.backend.clone(), ..StateSettings::default() },

@@ -58,6 +58,7 @@ pub(crate) fn spec(process: &Arc<Process>, start: usize, from: Start) -> Result<
         restore: from.restore,
         initial: from.initial,
         slice_bytes: plan.slice_bytes,
+        channel_bytes: plan.channel_bytes,
         restarts: RestartStrategy::None,
         allow_dropped_state: false,
         holder: format!("process:{}", process.pid),

@@ -3,6 +3,7 @@
 
 use std::{fmt, time::Duration};
 
+use floodmark_dataflow::channel::CHANNEL_BYTES_MAX;
 use floodmark_snapshot::{Step, coordination::BarrierKind};
 use floodmark_worker::{CheckpointMode, SLICE_BYTES};
 
@@ -177,8 +178,8 @@ pub(crate) struct Plan {
     pub(crate) delay_ms: i64,
     /// Bytes of state that a subtask takes over at a time.
     pub(crate) slice_bytes: u64,
-    /// What a channel holds, bytes; `None` for as much as in production.
-    pub(crate) channel_bytes: Option<usize>,
+    /// What a channel holds, bytes.
+    pub(crate) channel_bytes: usize,
     pub(crate) faults: Faults,
     pub(crate) faults_until: Duration,
     /// In order.
@@ -243,7 +244,7 @@ impl Plan {
             keeper: if topology.is_sql() || random.chance(0.6) { Keeper::Heap } else { Keeper::Own },
             delay_ms: *random.pick(if topology.takes_late_rows() { &DELAYS_MS } else { &DELAYS_MS[..1] }),
             slice_bytes: if random.chance(0.5) { SLICE_BYTES } else { random.between(1, 2000) },
-            channel_bytes: random.chance(0.3).then(|| random.between(1, 2000) as usize),
+            channel_bytes: if random.chance(0.4) { random.between(1, 2000) as usize } else { CHANNEL_BYTES_MAX },
             faults,
             faults_until: (span + random.spread(ms(100), ms(20_000))).min(FAULTS_UNTIL_MAX),
             actions,
@@ -306,7 +307,7 @@ impl Plan {
         plan.incremental = true;
         plan.keeper = if topology.is_sql() { Keeper::Heap } else { Keeper::Own };
         plan.delay_ms = DISORDER_MS;
-        plan.channel_bytes = None;
+        plan.channel_bytes = CHANNEL_BYTES_MAX;
         plan.slice_bytes = 1;
         plan
     }
@@ -352,7 +353,7 @@ impl fmt::Display for Plan {
         )?;
         write!(
             f,
-            "state kept by {:?} and restored by {} bytes, channels of {:?} bytes",
+            "state kept by {:?} and restored by {} bytes, channels of {} bytes",
             self.keeper, self.slice_bytes, self.channel_bytes
         )?;
         let late = self.topology.takes_late_rows();

@@ -3,7 +3,7 @@
 //! Invariant: nothing is announced, committed or deleted before the log entry that allows it is durable.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     time::Duration,
 };
 
@@ -36,7 +36,7 @@ pub(super) struct Shell {
     state: LogState,
     numbers: HashMap<CommitterId, usize>,
     /// Who waits for a savepoint.
-    asked: HashMap<SavepointId, SavepointRequest>,
+    asked: BTreeMap<SavepointId, SavepointRequest>,
     next_asked: u64,
     /// Checkpoints whose savepoints are copied, or have failed.
     exported: (mpsc::UnboundedSender<Epoch>, mpsc::UnboundedReceiver<Epoch>),
@@ -75,7 +75,7 @@ impl Shell {
             log,
             state,
             numbers,
-            asked: HashMap::new(),
+            asked: BTreeMap::new(),
             next_asked: 0,
             exported: mpsc::unbounded_channel(),
             settled: 0,

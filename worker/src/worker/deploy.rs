@@ -226,7 +226,7 @@ impl Building<'_> {
             for index in 0..graph.width(TaskId(t), parallelism) {
                 if deployment.is_here(SubtaskId { task: TaskId(t), index }) {
                     let signal = Arc::new(Signal::default());
-                    let inbox = Inbox::new(signal.clone());
+                    let inbox = Inbox::bounded(signal.clone(), spec.channel_bytes);
                     all.insert((t, index), Ends { signal, inbox, channels: Vec::new(), outputs: Vec::new() });
                 }
             }
