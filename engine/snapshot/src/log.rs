@@ -384,6 +384,21 @@ impl CheckpointLog {
     /// # Errors
     /// When the storage can't be read or written.
     pub async fn open(storage: Arc<dyn Storage>, env: Env, job: &JobId, holder: &str) -> Result<(Self, LogState)> {
+        Self::open_after(None, storage, env, job, holder).await
+    }
+
+    /// As [`CheckpointLog::open`], for a process that has run the job before: `held` is its last reign. Without one, it is the
+    /// same.
+    ///
+    /// # Errors
+    /// As [`CheckpointLog::open`]; `Fenced` if another process has begun a reign since. It does not take the job back.
+    pub async fn open_after(
+        held: Option<Generation>,
+        storage: Arc<dyn Storage>,
+        env: Env,
+        job: &JobId,
+        holder: &str,
+    ) -> Result<(Self, LogState)> {
         let folder = JobFolder::of(job);
         for _ in 0..OPEN_RACES_MAX {
             let state = read(&*storage, &folder).await?;
@@ -397,6 +412,10 @@ impl CheckpointLog {
                 attempt: state.attempt.next(),
                 next_seq: state.next_seq,
             };
+            if let Some(held) = held.filter(|held| *held != state.generation) {
+                log.generation = held;
+                return Err(log.fenced().await);
+            }
             let (path, bytes) = log.encode_next(Event::Opened)?;
             if log.create(&path, bytes).await?.is_some() {
                 return Ok((log, state));
@@ -643,6 +662,23 @@ mod tests {
         let error = old.append(Event::Completed { manifest: manifest(1) }).await.unwrap_err();
         assert_eq!(error.disposition(), Disposition::Fenced);
         assert!(error.to_string().contains("new:2 (generation 2) has taken the job over"), "{error}");
+        new.append(Event::Completed { manifest: manifest(1) }).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_coordinator_that_begins_anew_does_not_take_the_job_back() {
+        let storage = storage::open("memory://").unwrap();
+        let again = async |held: &CheckpointLog| {
+            let held = Some(held.generation());
+            CheckpointLog::open_after(held, storage.clone(), Env::system(), &job(), "old:1").await
+        };
+        let (first, _) = open(&storage, "old:1").await;
+        let (second, _) = again(&first).await.unwrap();
+        assert_eq!(second.generation(), Generation(2));
+        let (mut new, _) = open(&storage, "new:2").await;
+        let error = again(&second).await.err().unwrap();
+        assert_eq!(error.disposition(), Disposition::Fenced);
+        assert!(error.to_string().contains("new:2 (generation 3) has taken the job over"), "{error}");
         new.append(Event::Completed { manifest: manifest(1) }).await.unwrap();
     }
 

@@ -10,7 +10,7 @@ mod starting;
 use std::{collections::BTreeSet, sync::Arc};
 
 use floodmark_dataflow::{TaskId, graph::NodeKind, task::Command};
-use floodmark_snapshot::{Env, Epoch, Error, Result, restore::Rejected};
+use floodmark_snapshot::{Env, Epoch, Error, Generation, Result, restore::Rejected};
 use tokio::sync::watch;
 
 pub(crate) use self::{crew::Crew, joining::listen};
@@ -34,10 +34,12 @@ pub(crate) async fn run(
     mut crew: Crew,
 ) -> Result<Summary, RunError> {
     let (mut damaged, mut restarts) = (Vec::new(), Restarts::new(spec.restarts.clone()));
+    // Who has taken the job over since then keeps it.
+    let mut held = None;
     let mut first = true;
     loop {
         let completed = progress.view().checkpoints.completed;
-        let attempted = attempt(&spec, &env, &mut controls, &progress, &mut crew, &damaged).await;
+        let attempted = attempt(&spec, &env, &mut controls, &progress, &mut crew, &damaged, &mut held).await;
         let error = match attempted {
             Ok(Attempted::Ended(summary)) => return Ok(summary),
             // Nothing has been snapshotted or committed: the next older checkpoint is as good as if it had been chosen first.
@@ -88,9 +90,10 @@ async fn attempt(
     progress: &Arc<Progress>,
     crew: &mut Crew,
     damaged: &[Rejected],
+    held: &mut Option<Generation>,
 ) -> Result<Attempted, RunError> {
     crew.assemble(spec.parallelism).await.map_err(RunError::Failed)?;
-    let started = starting::start(spec, env, crew, damaged).await;
+    let started = starting::start(spec, env, crew, damaged, held).await;
     let Ready { built, log, state, restored } = match started {
         Ok(Start::Ready(ready)) => *ready,
         Ok(Start::AlreadyFinished(epoch)) => {

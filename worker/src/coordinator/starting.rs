@@ -10,7 +10,7 @@ use std::{
 
 use floodmark_dataflow::{JobGraph, Node, graph::NodeKind};
 use floodmark_snapshot::{
-    Attempt, Disposition, Env, Epoch, Error, Manifest, OperatorUid, Result, SplitState,
+    Attempt, Disposition, Env, Epoch, Error, Generation, Manifest, OperatorUid, Result, SplitState,
     log::{self, CheckpointLog, Event, JobFolder, LogState},
     restore::{self, Candidate, Origin, Reference, Rejected, Scope, StatePlan, Taker},
     storage,
@@ -40,12 +40,14 @@ pub(super) enum Start {
     AlreadyFinished(Epoch),
 }
 
-/// Makes a job ready. `damaged` are checkpoints that this process has found damaged, and passes over.
+/// Makes a job ready. `damaged` are checkpoints that this process has found damaged, and passes over; `held` is its last reign,
+/// and becomes its new one.
 pub(super) async fn start(
     spec: &Arc<RunSpec>,
     env: &Env,
     crew: &mut Crew,
     damaged: &[Rejected],
+    held: &mut Option<Generation>,
 ) -> Result<Start, RunError> {
     if spec.checkpoints.mode == CheckpointMode::Disabled {
         let splits = connect(spec, env, None).await.map_err(RunError::Connector)?;
@@ -68,8 +70,9 @@ pub(super) async fn start(
     if let Some(epoch) = finished(spec, &state) {
         return Ok(Start::AlreadyFinished(epoch));
     }
-    let opened = CheckpointLog::open(spec.storage.clone(), env.clone(), &spec.job, &spec.holder).await;
+    let opened = CheckpointLog::open_after(*held, spec.storage.clone(), env.clone(), &spec.job, &spec.holder).await;
     let (log, state) = opened.map_err(storage_error)?;
+    *held = Some(log.generation());
     // Who ran the job may have finished it in between.
     if let Some(epoch) = finished(spec, &state) {
         return Ok(Start::AlreadyFinished(epoch));
@@ -141,7 +144,7 @@ impl Starter<'_> {
             return Err(storage_error(nothing.unwrap_or_else(|| Error::corrupt("no checkpoint is intact"))));
         };
         let (epoch, built) = (candidate.snapshot.manifest.epoch, built?);
-        let note = note.or_else(|| self.note_fallback(epoch, !rejected.is_empty()));
+        let note = note.or_else(|| self.note_fallback(epoch, rejected.iter().any(|r| r.epoch > epoch)));
         self.ready(built, Some(epoch), note).await
     }
 
