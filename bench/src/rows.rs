@@ -186,6 +186,20 @@ impl Took {
     pub(crate) fn and(self, then: Self) -> Self {
         Self { wall: self.wall + then.wall, net: self.net + then.net }
     }
+
+    /// What is more than usual of it.
+    pub(crate) fn beyond(self, usual: Self) -> Self {
+        Self { wall: self.wall.saturating_sub(usual.wall), net: self.net.saturating_sub(usual.net) }
+    }
+
+    /// The middle ones of several.
+    pub(crate) fn median(of: &[Self]) -> Self {
+        let middle = |mut all: Vec<Duration>| {
+            all.sort_unstable();
+            all.get(all.len() / 2).copied().unwrap_or_default()
+        };
+        Self { wall: middle(of.iter().map(|t| t.wall).collect()), net: middle(of.iter().map(|t| t.net).collect()) }
+    }
 }
 
 /// Does some work and says what it took.
@@ -474,6 +488,15 @@ mod tests {
         let changes = filled.checkpoint().unwrap();
         assert_eq!((changes.reused, changes.shards.len()), (1, 1));
         assert!((500 * ROW_BYTES..1_000 * ROW_BYTES).contains(&changes.bytes), "{} bytes", changes.bytes);
+    }
+
+    #[test]
+    fn only_what_is_more_than_usual_counts_beyond_it() {
+        let took = |wall: u64, net: u64| Took { wall: Duration::from_millis(wall), net: Duration::from_millis(net) };
+        let usual = Took::median(&[took(9, 1), took(3, 2), took(5, 3)]);
+        assert_eq!((usual.ms(), usual.net_ms()), (5.0, 2.0));
+        let beyond = took(7, 1).beyond(usual);
+        assert_eq!((beyond.ms(), beyond.net_ms()), (2.0, 0.0));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use self::{
-    job::Built,
+    job::{Built, Snapshot},
     start::{Measured, Start},
 };
 use crate::{
@@ -124,9 +124,8 @@ fn processes(args: &Args, backend: Backend, report: &mut Report) -> Result<()> {
         for to in &args.to {
             let setting = match from {
                 From::Nothing => format!("{backend}, {from}, {to} subtasks"),
-                From::Checkpoint | From::Savepoint => {
-                    format!("{backend}, {} keys, {from}, {PARALLELISM} -> {to}", args.keys)
-                }
+                From::Checkpoint => built.words(*from, &built.checkpoint, *to),
+                From::Savepoint => built.words(*from, &built.savepoint, *to),
             };
             report.doing(&format!("{RESTORE}: {setting}"));
             let mut all = Vec::new();
@@ -146,6 +145,14 @@ fn processes(args: &Args, backend: Backend, report: &mut Report) -> Result<()> {
         }
     }
     Ok(())
+}
+
+impl Built {
+    /// What is restored how.
+    fn words(&self, from: From, snapshot: &Snapshot, to: u32) -> String {
+        let Self { backend, keys, .. } = self;
+        format!("{backend}, {keys} keys, {from} of {} files, {PARALLELISM} -> {to}", snapshot.files)
+    }
 }
 
 fn start(built: &Built, from: From, to: u32, rate: u64) -> Result<Measured> {
