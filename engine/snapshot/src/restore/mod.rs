@@ -13,7 +13,7 @@ use std::{fmt::Write as _, sync::Arc};
 pub use self::{
     origin::Origin,
     plan::{Fate, Line, StatePlan, Taker},
-    reference::{located, Found, Reference, Scope, at, find},
+    reference::{Found, Reference, Scope, at, find, located},
     source::Snapshot,
 };
 use crate::{
