@@ -13,6 +13,9 @@ use crate::executor::Pid;
 /// The identity under which a subtask of a sink writes.
 pub(crate) type ProducerId = (String, u32);
 
+/// A process, and the number of its attempt.
+pub(crate) type Writer = (Pid, u64);
+
 /// Why a request was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
@@ -44,7 +47,7 @@ pub(crate) struct Broker {
     log: Vec<(usize, String)>,
     transactions: Vec<Fate>,
     /// Who has written outside of transactions, by the number of what stands for one.
-    writers: BTreeMap<usize, Pid>,
+    writers: BTreeMap<usize, Writer>,
     pub(crate) fenced: u64,
 }
 
@@ -110,10 +113,10 @@ impl Broker {
         }
     }
 
-    /// Records of process `pid`, outside of any transaction.
-    pub(crate) fn append(&mut self, pid: Pid, records: Vec<String>) {
+    /// Records outside of any transaction.
+    pub(crate) fn append(&mut self, writer: Writer, records: Vec<String>) {
         let number = self.transactions.len();
-        self.writers.insert(number, pid);
+        self.writers.insert(number, writer);
         self.transactions.push(Fate::Committed);
         self.log.extend(records.into_iter().map(|r| (number, r)));
     }
@@ -134,9 +137,14 @@ impl Broker {
         self.log.iter().filter(|(t, _)| visible(*t)).map(|(_, record)| record.clone()).collect()
     }
 
-    /// What process `pid` has written outside of transactions.
+    /// What the last attempt of process `pid` has written outside of transactions.
     pub(crate) fn written_by(&self, pid: Pid) -> Vec<String> {
-        self.log.iter().filter(|(t, _)| self.writers.get(t) == Some(&pid)).map(|(_, record)| record.clone()).collect()
+        let last = self.writers.values().filter(|(by, _)| *by == pid).max();
+        self.log
+            .iter()
+            .filter(|(t, _)| last.is_some() && self.writers.get(t) == last)
+            .map(|(_, record)| record.clone())
+            .collect()
     }
 
     /// Records of transactions that did not come to be.

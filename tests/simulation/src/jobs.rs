@@ -5,7 +5,7 @@ use std::sync::Arc;
 use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{JobId, Result, restore::Reference};
 use floodmark_state::{Heap, StateBackend, Whole};
-use floodmark_worker::{CheckpointSettings, RestartStrategy, RunSpec};
+use floodmark_worker::{CheckpointSettings, RunSpec};
 
 use crate::{plan::Keeper, process::Process, world::Client};
 
@@ -59,7 +59,7 @@ pub(crate) fn spec(process: &Arc<Process>, start: usize, from: Start) -> Result<
         initial: from.initial,
         slice_bytes: plan.slice_bytes,
         channel_bytes: plan.channel_bytes,
-        restarts: RestartStrategy::None,
+        restarts: plan.restarts.clone(),
         allow_dropped_state: false,
         holder: format!("process:{}", process.pid),
     })

@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 
 use floodmark_dataflow::channel::CHANNEL_BYTES_MAX;
 use floodmark_snapshot::{Step, coordination::BarrierKind};
-use floodmark_worker::{CheckpointMode, SLICE_BYTES};
+use floodmark_worker::{CheckpointMode, RestartStrategy, SLICE_BYTES};
 
 use crate::{inputs::DISORDER_MS, random::Random, topology::Topology, world::LATE_MAX};
 
@@ -186,7 +186,9 @@ pub(crate) struct Plan {
     pub(crate) actions: Vec<(Duration, Action)>,
     /// What happens when the protocol comes to a step for the nth time (counted from 0, over all processes).
     pub(crate) at_steps: Vec<(Step, u64, Action)>,
-    /// From a failure to the next start.
+    /// What a process does by itself when its job fails.
+    pub(crate) restarts: RestartStrategy,
+    /// From a process's end to the next one's start.
     pub(crate) restart_delay: Duration,
     /// How long the broker lets a transaction stand open.
     pub(crate) transaction_timeout: Duration,
@@ -249,6 +251,11 @@ impl Plan {
             faults_until: (span + random.spread(ms(100), ms(20_000))).min(FAULTS_UNTIL_MAX),
             actions,
             at_steps,
+            restarts: match random.below(4) {
+                0 => RestartStrategy::default(),
+                1 => RestartStrategy::FixedDelay { attempts: 3, delay: random.spread(ms(1), ms(2000)) },
+                _ => RestartStrategy::None,
+            },
             restart_delay: random.spread(ms(5), ms(3000)),
             transaction_timeout: random.spread(ms(1000), ms(60_000)),
         };
@@ -309,6 +316,7 @@ impl Plan {
         plan.delay_ms = DISORDER_MS;
         plan.channel_bytes = CHANNEL_BYTES_MAX;
         plan.slice_bytes = 1;
+        plan.restarts = RestartStrategy::None;
         plan
     }
 
@@ -358,6 +366,7 @@ impl fmt::Display for Plan {
         )?;
         let late = self.topology.takes_late_rows();
         writeln!(f, "{}", if late { format!(", rows late after {} ms", self.delay_ms) } else { String::new() })?;
+        writeln!(f, "after a failure: {:?}", self.restarts)?;
         writeln!(f, "until {:?}: {:?}", self.faults_until, self.faults)?;
         for (at, action) in &self.actions {
             writeln!(f, "at {at:?}: {action}")?;

@@ -15,6 +15,7 @@ use floodmark_snapshot::{
 use futures::future::{BoxFuture, select};
 
 use crate::{
+    broker::Writer,
     executor::{Pid, yield_now},
     world::World,
 };
@@ -32,6 +33,7 @@ pub(crate) struct Process {
     started: Duration,
     wall_offset_ms: AtomicI64,
     names: AtomicU64,
+    attempts: AtomicU64,
 }
 
 impl Process {
@@ -43,11 +45,22 @@ impl Process {
             started: world.core.now(),
             wall_offset_ms: AtomicI64::new(1_800_000_000_000),
             names: AtomicU64::new(0),
+            attempts: AtomicU64::new(0),
         })
     }
 
     pub(crate) fn env(self: &Arc<Self>) -> Env {
         Env { clock: self.clone(), ids: self.clone(), probe: self.clone(), runtime: self.clone() }
+    }
+
+    /// Another attempt begins: each looks at its sink first.
+    pub(crate) fn attempts_anew(&self) {
+        self.attempts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Who writes: the process, and which of its attempts.
+    pub(crate) fn writer(&self) -> Writer {
+        (self.pid, self.attempts.load(Ordering::Relaxed))
     }
 
     /// The present step blocks for this long.

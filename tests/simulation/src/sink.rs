@@ -18,7 +18,7 @@ use floodmark_worker::CheckpointMode;
 
 use crate::{
     Mutation,
-    broker::{ProducerId, Refusal},
+    broker::{ProducerId, Refusal, Writer},
     process::Process,
     world::Strike,
 };
@@ -36,6 +36,7 @@ impl SinkFactory for Sink {
     }
 
     fn check(&self) -> Result<()> {
+        self.process.attempts_anew();
         self.process.look_up()
     }
 
@@ -43,7 +44,9 @@ impl SinkFactory for Sink {
         let process = self.process.clone();
         Ok(match process.world.plan.checkpoints.mode {
             CheckpointMode::ExactlyOnce => Box::new(Stage { process, index: context.index, lines: String::new() }),
-            CheckpointMode::AtLeastOnce | CheckpointMode::Disabled => Box::new(Write { process, lines: String::new() }),
+            CheckpointMode::AtLeastOnce | CheckpointMode::Disabled => {
+                Box::new(Write { writer: process.writer(), process, lines: String::new() })
+            }
         })
     }
 
@@ -76,6 +79,7 @@ fn add_lines(to: &mut String, batch: &Batch) -> Result<()> {
 /// Writes what comes, at the latest when a barrier passes: at least once.
 struct Write {
     process: Arc<Process>,
+    writer: Writer,
     lines: String,
 }
 
@@ -90,7 +94,7 @@ impl Operator for Write {
         }
         self.process.look_up()?;
         let lines = std::mem::take(&mut self.lines);
-        self.process.world.broker().append(self.process.pid, lines.lines().map(str::to_owned).collect());
+        self.process.world.broker().append(self.writer, lines.lines().map(str::to_owned).collect());
         Ok(())
     }
 }
