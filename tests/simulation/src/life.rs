@@ -320,7 +320,8 @@ impl Life {
                     self.world.core.kill(process.pid);
                 }
             }
-            if stopped && left.is_empty() && newest == Some(process.pid) {
+            // What one that has been taken over has left is not where the job is.
+            if stopped && left.is_empty() && process.pid == self.starts as Pid {
                 self.go_on_from(process.pid);
             }
             if newest == Some(process.pid) && self.finished.is_none() && self.next_start.is_none() {
