@@ -209,9 +209,9 @@ fn drive(
     let screen = if prints_rows(&spec.graph) { screen.shared_with_rows() } else { screen.clone() };
     signals::listen(stop, screen.clone(), "taking a last checkpoint, then stopping")?;
     let display = Display::start(progress.clone(), env.clone(), screen).map_err(|e| failed("start the display", &e))?;
-    let (controls, savepoints) = Controls::new(stopped);
+    let (controls, requests) = Controls::new(stopped);
     let (job, holder, storage) = (spec.job.clone(), spec.holder.clone(), spec.storage.clone());
-    let router = api::router(JobApi { job, holder, progress: progress.clone(), savepoints, storage });
+    let router = api::router(JobApi { job, holder, progress: progress.clone(), requests, storage });
     let (end, ended) = watch::channel(false);
     let ran = runtime.block_on(async {
         let job = async {

@@ -14,9 +14,9 @@ use axum::{
 };
 use floodmark_snapshot::{Epoch, JobId, coordination::BarrierKind, log::JobFolder, savepoint, storage::Storage};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
-use crate::{CheckpointCounts, CheckpointStatus, JobPhase, Progress, SavepointRequest};
+use crate::{CheckpointCounts, CheckpointStatus, JobPhase, Progress, Requests, SavepointRequest};
 
 /// Longest body of a request, bytes.
 const BODY_MAX: usize = 16 << 10;
@@ -30,7 +30,7 @@ pub struct JobApi {
     /// What it shows of itself.
     pub progress: Arc<Progress>,
     /// Where it listens.
-    pub savepoints: mpsc::Sender<SavepointRequest>,
+    pub requests: Requests,
     /// Where its snapshots are.
     pub storage: Arc<dyn Storage>,
 }
@@ -177,7 +177,7 @@ async fn take_savepoint(
     };
     let ended = || refuse(StatusCode::SERVICE_UNAVAILABLE, "the job ended before it took the savepoint");
     let (reply, answer) = oneshot::channel();
-    api.savepoints.send(SavepointRequest { name, then, reply }).await.map_err(|_| ended())?;
+    api.requests.savepoints.send(SavepointRequest { name, then, reply }).await.map_err(|_| ended())?;
     let made = answer.await.map_err(|_| ended())?.map_err(|reason| refuse(StatusCode::CONFLICT, &reason))?;
     Ok(Json(SavepointView { location: made.location, epoch: made.epoch, size: made.size }))
 }
@@ -192,17 +192,18 @@ mod tests {
     use floodmark_snapshot::storage;
     use http_body_util::BodyExt;
     use serde_json::{Value, json};
+    use tokio::sync::{mpsc, watch};
     use tower::ServiceExt;
 
     use super::*;
-    use crate::SavepointMade;
+    use crate::{Controls, SavepointMade};
 
     fn api() -> (Router, mpsc::Receiver<SavepointRequest>) {
-        let (savepoints, requests) = mpsc::channel(1);
+        let (controls, requests) = Controls::new(watch::channel(false).1);
         let job = JobId { namespace: "default".into(), name: "hot".into(), uid: "local".into() };
         let storage = storage::open("memory://").unwrap();
-        let api = JobApi { job, holder: "here:1".into(), progress: Arc::default(), savepoints, storage };
-        (router(api), requests)
+        let api = JobApi { job, holder: "here:1".into(), progress: Arc::default(), requests, storage };
+        (router(api), controls.savepoints)
     }
 
     async fn ask(router: Router, method: &str, path: &str, body: String) -> (u16, Value) {
@@ -270,15 +271,15 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_that_is_taken_is_refused_before_anything_stops() {
-        let (savepoints, mut requests) = mpsc::channel(1);
+        let (mut controls, requests) = Controls::new(watch::channel(false).1);
         let job = JobId { namespace: "default".into(), name: "hot".into(), uid: "local".into() };
         let storage = storage::open("memory://").unwrap();
         let manifest = format!("{}/{}", savepoint::folder(&JobFolder::of(&job), "a"), savepoint::MANIFEST_FILE);
         storage.put(&manifest, "{}".into()).await.unwrap();
-        let api = JobApi { job, holder: "here:1".into(), progress: Arc::default(), savepoints, storage };
+        let api = JobApi { job, holder: "here:1".into(), progress: Arc::default(), requests, storage };
         let body = json!({ "name": "a", "then": "Stop" }).to_string();
         let (status, answer) = ask(router(api), "POST", "/savepoints", body).await;
         assert_eq!(status, 409, "{answer}");
-        assert!(requests.try_recv().is_err());
+        assert!(controls.savepoints.try_recv().is_err());
     }
 }

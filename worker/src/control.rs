@@ -1,4 +1,4 @@
-//! How others steer a running job: ask it to stop, or for savepoints.
+//! How others steer a running job: ask it to stop, for savepoints, or for another parallelism.
 
 use floodmark_snapshot::{Epoch, coordination::BarrierKind};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -28,20 +28,52 @@ pub struct SavepointMade {
     pub size: u64,
 }
 
+/// Asks for another parallelism, with the job's processes kept.
+#[derive(Debug)]
+pub struct RescaleRequest {
+    /// Subtasks per task from then on; at least 1 and at most the job's maximum.
+    pub parallelism: u32,
+    /// Is told once: what has been done, or why nothing has.
+    pub reply: oneshot::Sender<Result<Rescaled, String>>,
+}
+
+/// A job that runs at another parallelism.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rescaled {
+    /// Subtasks per task before.
+    pub from: u32,
+    /// Subtasks per task now.
+    pub to: u32,
+    /// The checkpoint that it went on from; `None` if nothing had to change.
+    pub epoch: Option<Epoch>,
+}
+
+/// Where others ask. Closed once the job has ended.
+#[derive(Clone, Debug)]
+pub struct Requests {
+    /// For savepoints.
+    pub savepoints: mpsc::Sender<SavepointRequest>,
+    /// For another parallelism.
+    pub rescales: mpsc::Sender<RescaleRequest>,
+}
+
 /// Where a job listens.
 pub struct Controls {
     /// Turns true when the job shall stop with a last checkpoint.
     pub stop: watch::Receiver<bool>,
     /// Savepoints asked for.
     pub savepoints: mpsc::Receiver<SavepointRequest>,
+    /// Other parallelisms asked for.
+    pub rescales: mpsc::Receiver<RescaleRequest>,
 }
 
 impl Controls {
     /// Controls, and what steers them.
     #[must_use]
-    pub fn new(stop: watch::Receiver<bool>) -> (Self, mpsc::Sender<SavepointRequest>) {
-        let (sender, savepoints) = mpsc::channel(REQUESTS_MAX);
-        (Self { stop, savepoints }, sender)
+    pub fn new(stop: watch::Receiver<bool>) -> (Self, Requests) {
+        let (ask_savepoints, savepoints) = mpsc::channel(REQUESTS_MAX);
+        let (ask_rescales, rescales) = mpsc::channel(REQUESTS_MAX);
+        (Self { stop, savepoints, rescales }, Requests { savepoints: ask_savepoints, rescales: ask_rescales })
     }
 }
 

@@ -27,7 +27,7 @@ use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, restore::Referen
 use floodmark_state::StateSettings;
 use tokio::sync::{mpsc, watch};
 
-pub use control::{Controls, SavepointMade, SavepointRequest};
+pub use control::{Controls, Requests, RescaleRequest, Rescaled, SavepointMade, SavepointRequest};
 pub use coordinator::{RestartStrategy, takers};
 pub use progress::{CheckpointCounts, CheckpointStatus, JobPhase, OperatorStatus, Progress, ProgressView};
 

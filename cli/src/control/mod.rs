@@ -78,10 +78,10 @@ mod tests {
 
     use floodmark_snapshot::{Env, storage};
     use floodmark_worker::{
-        Controls, SavepointMade,
+        Controls, Requests, SavepointMade,
         api::{JobApi, JobView, SavepointOrder, SavepointView, Then, router},
     };
-    use tokio::sync::{mpsc, watch};
+    use tokio::sync::watch;
 
     use super::*;
 
@@ -89,9 +89,9 @@ mod tests {
         JobId { namespace: "default".into(), name: "hot".into(), uid: "local".into() }
     }
 
-    fn api(savepoints: mpsc::Sender<floodmark_worker::SavepointRequest>) -> JobApi {
+    fn api(requests: Requests) -> JobApi {
         let storage = storage::open("memory://").unwrap();
-        JobApi { job: job(), holder: "here:1".into(), progress: Arc::default(), savepoints, storage }
+        JobApi { job: job(), holder: "here:1".into(), progress: Arc::default(), requests, storage }
     }
 
     async fn view(place: &Place) -> Answer<JobView> {
@@ -143,12 +143,12 @@ mod tests {
         assert!(matches!(view(&place).await, Answer::NobodyListens));
 
         let (stop, stopped) = watch::channel(false);
-        let (mut controls, savepoints) = Controls::new(stopped);
+        let (mut controls, requests) = Controls::new(stopped);
         let (end, ended) = watch::channel(false);
         let (end_other, other_ended) = watch::channel(false);
         let env = Env::system();
-        let serving = serve(router(api(savepoints.clone())), &place, &env, ended);
-        let other = serve(router(api(savepoints)), &place, &env, other_ended);
+        let serving = serve(router(api(requests.clone())), &place, &env, ended);
+        let other = serve(router(api(requests)), &place, &env, other_ended);
         let asking = async {
             until_it_listens(&place).await;
             assert_eq!(fs::metadata(place.socket()).unwrap().permissions().mode() & 0o777, 0o600);

@@ -140,8 +140,9 @@ pub fn run_graph(
     mut watch: impl FnMut(&mut Reins) -> bool,
 ) -> Left {
     let (_stop, stop) = watch::channel(false);
-    let (controls, savepoints) = Controls::new(stop);
-    let mut reins = Reins { storage: storage.clone(), topic: topic.clone(), savepoints, answers: Vec::new() };
+    let (controls, requests) = Controls::new(stop);
+    let mut reins =
+        Reins { storage: storage.clone(), topic: topic.clone(), savepoints: requests.savepoints, answers: Vec::new() };
     let spec = RunSpec {
         job: start.job.clone(),
         graph,

@@ -158,7 +158,7 @@ impl Life {
         self.world.trace.line(pid, || format!("starts from {} at parallelism {}", spec.restore, spec.parallelism));
         self.world.monitor().count("starts");
         let (stop, stopping) = watch::channel(false);
-        let (controls, savepoints) = Controls::new(stopping);
+        let (controls, requests) = Controls::new(stopping);
         let ended = Slot::default();
         let (slot, core, env) = (ended.clone(), self.world.core.clone(), process.env());
         self.executor.add(
@@ -169,7 +169,7 @@ impl Life {
                 core.interrupt();
             }),
         );
-        self.running.push(Running { pid, stop, savepoints, ended });
+        self.running.push(Running { pid, stop, savepoints: requests.savepoints, ended });
     }
 
     fn start_later(&mut self) {
