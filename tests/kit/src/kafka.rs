@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fmt::Write as _,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
     process::{Command, Stdio},
     sync::Mutex,
@@ -28,6 +29,8 @@ use crate::{
 
 /// 16 bytes in base 64, as the broker wants it.
 const CLUSTER_ID: &str = "Zmxvb2RtYXJrLXRlc3QtMQ";
+/// Nobody else talks to the node's own controller.
+const CONTROLLER_HOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const STARTS_MAX: u32 = 3;
 /// Longest that a client's request may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -70,7 +73,7 @@ impl Record {
 pub struct Kafka {
     server: Option<Server>,
     folder: TempDir,
-    port: u16,
+    address: SocketAddr,
 }
 
 impl Kafka {
@@ -79,15 +82,23 @@ impl Kafka {
     /// # Errors
     /// When `setup.sh` has not run, or the broker doesn't start.
     pub fn start() -> Result<Self> {
+        Self::start_at(Ipv4Addr::LOCALHOST.into())
+    }
+
+    /// Starts an empty broker at an address of this machine, by which it is reached from wherever that address is.
+    ///
+    /// # Errors
+    /// See [`Kafka::start`].
+    pub fn start_at(host: IpAddr) -> Result<Self> {
         let mut tries = 0;
         loop {
             let folder = scratch::folder("kafka-")?;
-            let port = free_port()?;
-            let properties = properties(folder.path(), port, free_port()?);
+            let address = SocketAddr::new(host, free_port(host)?);
+            let properties = properties(folder.path(), address, free_port(CONTROLLER_HOST)?);
             std::fs::write(folder.path().join("server.properties"), properties)?;
             tries += 1;
-            match format(folder.path()).and_then(|()| launch(folder.path(), port)) {
-                Ok(server) => return Ok(Self { server: Some(server), folder, port }),
+            match format(folder.path()).and_then(|()| launch(folder.path(), address)) {
+                Ok(server) => return Ok(Self { server: Some(server), folder, address }),
                 // Somebody may have taken a port meanwhile.
                 Err(_) if tries < STARTS_MAX => {}
                 Err(error) => return Err(error),
@@ -95,10 +106,10 @@ impl Kafka {
         }
     }
 
-    /// `127.0.0.1:…`.
+    /// Its address: `127.0.0.1:…`.
     #[must_use]
     pub fn bootstrap(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        self.address.to_string()
     }
 
     /// Ends the broker; its data stays.
@@ -117,7 +128,7 @@ impl Kafka {
     /// # Errors
     /// When it doesn't start.
     pub fn up(&mut self) -> Result<()> {
-        self.server = Some(launch(self.folder.path(), self.port)?);
+        self.server = Some(launch(self.folder.path(), self.address)?);
         Ok(())
     }
 
@@ -464,11 +475,11 @@ fn format(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn launch(folder: &Path, port: u16) -> Result<Server> {
+fn launch(folder: &Path, address: SocketAddr) -> Result<Server> {
     let mut command = java("kafka.Kafka", "512m")?;
     command.arg(folder.join("server.properties"));
     let client: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", format!("127.0.0.1:{port}"))
+        .set("bootstrap.servers", address.to_string())
         .set("reconnect.backoff.max.ms", "100")
         .set_log_level(rdkafka::config::RDKafkaLogLevel::Emerg)
         .create()?;
@@ -477,13 +488,13 @@ fn launch(folder: &Path, port: u16) -> Result<Server> {
     })
 }
 
-fn properties(folder: &Path, port: u16, controller: u16) -> String {
+fn properties(folder: &Path, address: SocketAddr, controller: u16) -> String {
     let settings = [
         ("process.roles", "broker,controller".to_owned()),
         ("node.id", "1".to_owned()),
-        ("controller.quorum.voters", format!("1@127.0.0.1:{controller}")),
-        ("listeners", format!("PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}")),
-        ("advertised.listeners", format!("PLAINTEXT://127.0.0.1:{port}")),
+        ("controller.quorum.voters", format!("1@{CONTROLLER_HOST}:{controller}")),
+        ("listeners", format!("PLAINTEXT://{address},CONTROLLER://{CONTROLLER_HOST}:{controller}")),
+        ("advertised.listeners", format!("PLAINTEXT://{address}")),
         ("controller.listener.names", "CONTROLLER".to_owned()),
         ("inter.broker.listener.name", "PLAINTEXT".to_owned()),
         ("log.dirs", folder.join("data").display().to_string()),

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    net::TcpListener,
+    net::{IpAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -43,9 +43,9 @@ pub(crate) fn cached(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A port that nobody listens on at this moment.
-pub(crate) fn free_port() -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0").context("find a free port")?;
+/// A port of this host's address that nobody listens on at this moment.
+pub(crate) fn free_port(host: IpAddr) -> Result<u16> {
+    let listener = TcpListener::bind((host, 0)).context("find a free port")?;
     Ok(listener.local_addr()?.port())
 }
 

@@ -1,7 +1,7 @@
 //! A real S3 server: versitygw over a folder.
 
 use std::{
-    net::TcpStream,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -22,7 +22,7 @@ const STARTS_MAX: u32 = 3;
 pub struct S3 {
     server: Server,
     folder: TempDir,
-    port: u16,
+    address: SocketAddr,
     access_key: String,
     secret: String,
 }
@@ -33,6 +33,14 @@ impl S3 {
     /// # Errors
     /// When `setup.sh` has not run, or the server doesn't start.
     pub fn start() -> Result<Self> {
+        Self::start_at(Ipv4Addr::LOCALHOST.into())
+    }
+
+    /// The same at an address of this machine.
+    ///
+    /// # Errors
+    /// See there.
+    pub fn start_at(host: IpAddr) -> Result<Self> {
         let folder = scratch::folder("s3-")?;
         for path in [folder.path().join("data").join(BUCKET), folder.path().join("sidecar")] {
             std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
@@ -40,10 +48,10 @@ impl S3 {
         let (access_key, secret) = (ulid::Ulid::generate().to_string(), ulid::Ulid::generate().to_string());
         let mut tries = 0;
         loop {
-            let port = free_port()?;
+            let address = SocketAddr::new(host, free_port(host)?);
             tries += 1;
-            match launch(folder.path(), port, &access_key, &secret) {
-                Ok(server) => return Ok(Self { server, folder, port, access_key, secret }),
+            match launch(folder.path(), address, &access_key, &secret) {
+                Ok(server) => return Ok(Self { server, folder, address, access_key, secret }),
                 // Somebody may have taken the port meanwhile.
                 Err(_) if tries < STARTS_MAX => {}
                 Err(error) => return Err(error),
@@ -57,14 +65,14 @@ impl S3 {
     /// When it doesn't end, or doesn't start again.
     pub fn restart(&mut self, how: Stop) -> Result<()> {
         self.server.stop(how)?;
-        self.server = launch(self.folder.path(), self.port, &self.access_key, &self.secret)?;
+        self.server = launch(self.folder.path(), self.address, &self.access_key, &self.secret)?;
         Ok(())
     }
 
-    /// `http://127.0.0.1:…`.
+    /// `http://…`: its address.
     #[must_use]
     pub fn endpoint(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        format!("http://{}", self.address)
     }
 
     /// The bucket's name.
@@ -104,16 +112,16 @@ impl S3 {
     }
 }
 
-fn launch(folder: &Path, port: u16, access_key: &str, secret: &str) -> Result<Server> {
+fn launch(folder: &Path, address: SocketAddr, access_key: &str, secret: &str) -> Result<Server> {
     let mut command = Command::new(cached("versitygw")?);
     command
         // By the environment: the command line is there for all to see.
         .env("ROOT_ACCESS_KEY", access_key)
         .env("ROOT_SECRET_KEY", secret)
-        .args(["--port", &format!("127.0.0.1:{port}"), "--region", "us-east-1", "--quiet", "posix"])
+        .args(["--port", &address.to_string(), "--region", "us-east-1", "--quiet", "posix"])
         // Metadata beside the data: not every file system for temporary files has extended attributes.
         .arg("--sidecar")
         .arg(folder.join("sidecar"))
         .arg(folder.join("data"));
-    Server::start(command, folder, || TcpStream::connect(("127.0.0.1", port)).is_ok())
+    Server::start(command, folder, || TcpStream::connect(address).is_ok())
 }

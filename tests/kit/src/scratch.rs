@@ -1,7 +1,7 @@
-//! What must not stay behind: folders for tests, and the servers' processes.
+//! What must not stay behind: folders for tests, the servers' processes, and networks.
 //!
-//! Invariant: all folders are in one, and a guard, a process of its own, ends the servers and removes that folder when this
-//! process ends, in whatever way: a test run that is interrupted or killed leaves nothing behind either.
+//! Invariant: all folders are in one, and a guard, a process of its own, ends the servers, takes the networks down and removes
+//! that folder when this process ends, in whatever way: a test run that is interrupted or killed leaves nothing behind either.
 
 use std::{
     io::Write as _,
@@ -18,13 +18,22 @@ use tempfile::TempDir;
 const GUARD: &str = r#"
 trap '' INT TERM HUP
 pids=' '
+namespaces=
+links=
 while read -r event pid; do
   case $event in
     started) pids="$pids$pid " ;;
     ended) pids="${pids%% $pid *} ${pids#* $pid }" ;;
+    namespace) namespaces="$namespaces $pid" ;;
+    link) links="$links $pid" ;;
   esac
 done
 for pid in $pids; do kill -9 "$pid"; done
+for namespace in $namespaces; do
+  for pid in $(ip netns pids "$namespace"); do kill -9 "$pid"; done
+  ip netns del "$namespace"
+done
+for link in $links; do ip link del "$link"; done
 for pause in 0 0.2 0.5 1 3; do
   sleep $pause
   alive=
@@ -69,6 +78,23 @@ impl Drop for Watched {
         // A guard that is gone has nothing to end.
         let _ = with_guard(|guarded| writeln!(guarded.guard, "ended {}", self.0).context("tell the guard"));
     }
+}
+
+/// What of a network the guard takes down, if it is still there by then. Names are never used again.
+pub(crate) enum Laid<'a> {
+    /// A network namespace, with all processes in it.
+    Namespace(&'a str),
+    /// A network interface.
+    Link(&'a str),
+}
+
+/// Tells the guard, before it is laid.
+pub(crate) fn watch_network(laid: &Laid<'_>) -> Result<()> {
+    let line = match laid {
+        Laid::Namespace(name) => format!("namespace {name}"),
+        Laid::Link(name) => format!("link {name}"),
+    };
+    with_guard(|guarded| writeln!(guarded.guard, "{line}").context("tell the guard"))
 }
 
 fn with_guard<T>(act: impl FnOnce(&mut Guarded) -> Result<T>) -> Result<T> {
