@@ -137,7 +137,11 @@ impl Job {
 
     fn write_manifest(&self) -> Result<PathBuf> {
         let path = self.folder.join(format!("{}.yaml", self.name));
-        fs::write(&path, self.manifest()).with_context(|| format!("write {}", path.display()))?;
+        let manifest = self.manifest();
+        // Left alone as long as it is right: another process of the job may just be reading it.
+        if fs::read_to_string(&path).ok().as_ref() != Some(&manifest) {
+            fs::write(&path, manifest).with_context(|| format!("write {}", path.display()))?;
+        }
         Ok(path)
     }
 
@@ -154,8 +158,20 @@ impl Job {
     /// # Errors
     /// When it can't be started.
     pub fn start_command(&self, words: &[&str]) -> Result<Run> {
+        self.start_under(&[], &format!("{}-command", self.name), words)
+    }
+
+    /// As [`Job::start_command`], behind the words of another program that runs it, and with a name for its log.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn start_under(&self, prefix: &[String], name: &str, words: &[&str]) -> Result<Run> {
         let manifest = self.write_manifest()?.display().to_string();
-        let mut command = leashed(&floodmark()?);
+        let floodmark = floodmark()?;
+        let mut command = leashed(prefix.first().map_or(floodmark.as_path(), Path::new));
+        if let Some((_, others)) = prefix.split_first() {
+            command.args(others).arg(&floodmark);
+        }
         let words = words.iter().map(|word| match *word {
             "JOB" => manifest.as_str(),
             "STORAGE" => self.storage.as_str(),
@@ -163,7 +179,7 @@ impl Job {
         });
         command.args(words).current_dir(&self.folder).envs(&self.env).env_remove("FLOODMARK_CRASH");
         let number = self.runs.fetch_add(1, Ordering::Relaxed);
-        Paths::of(&self.folder, &format!("{}-command", self.name), number).start(command)
+        Paths::of(&self.folder, name, number).start(command)
     }
 
     /// Starts the job.
@@ -523,6 +539,13 @@ impl CheckpointLog {
     pub fn completed(&self) -> impl DoubleEndedIterator<Item = (&Path, &Value)> {
         let completed = self.entries.iter().filter(|(_, entry)| entry["event"]["type"] == "completed");
         completed.map(|(path, entry)| (path.as_path(), &entry["event"]["manifest"]))
+    }
+
+    /// Epoch of the newest checkpoint whose output is known to be visible; 0 if there is none.
+    #[must_use]
+    pub fn last_committed(&self) -> u64 {
+        let committed = self.entries.iter().filter(|(_, entry)| entry["event"]["type"] == "committed");
+        committed.filter_map(|(_, entry)| entry["event"]["epoch"].as_u64()).max().unwrap_or(0)
     }
 
     /// Epoch of the newest completed checkpoint; 0 if there is none.

@@ -2,11 +2,12 @@
 //! without the engine, and comparisons that show what differs.
 //!
 //! Boundary: nothing here links the engine's operators, planner or protocol. What is shared with the product is the Nexmark
-//! generator (input) and the names of the protocol's steps (where to crash).
+//! generator (input), the names of the protocol's steps (where to crash), and the authority that makes certificates.
 
 #![allow(clippy::disallowed_methods, reason = "these tests drive real processes in real time")]
 
 pub mod chaos;
+pub mod cluster;
 pub mod compare;
 pub mod events;
 pub mod feeder;

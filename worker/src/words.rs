@@ -115,8 +115,6 @@ pub(crate) struct Restored {
     pub(crate) location: String,
     /// Whether its files are the job's own.
     pub(crate) owned: bool,
-    /// Whether tasks may begin before all of it is read: if it turns out to be damaged then, another can stand in for it.
-    pub(crate) streams: bool,
     /// Everything staged up to here is visible, by the job's log.
     pub(crate) committed: Epoch,
 }

@@ -451,6 +451,12 @@ impl CheckpointLog {
         }
     }
 
+    /// The number of the entry that is appended next.
+    #[must_use]
+    pub fn next_seq(&self) -> u64 {
+        self.next_seq
+    }
+
     /// The reign of this coordinator.
     #[must_use]
     pub fn generation(&self) -> Generation {

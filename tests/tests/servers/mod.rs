@@ -3,6 +3,8 @@
 #![allow(dead_code, reason = "not every executable needs both servers")]
 #![allow(unreachable_pub, reason = "each executable has its own copy of this module")]
 
+pub mod orders;
+
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::Result;

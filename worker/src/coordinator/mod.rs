@@ -94,7 +94,7 @@ async fn attempt(
 ) -> Result<Attempted, RunError> {
     crew.assemble(spec.parallelism).await.map_err(RunError::Failed)?;
     let started = starting::start(spec, env, crew, damaged, held).await;
-    let Ready { built, log, state, restored } = match started {
+    let Ready { built, log, state, note, restored } = match started {
         Ok(Start::Ready(ready)) => *ready,
         Ok(Start::AlreadyFinished(epoch)) => {
             progress.phase(JobPhase::Done);
@@ -120,11 +120,8 @@ async fn attempt(
         damage: None,
         crew,
     };
-    running.crew.tell(ToWorker::Run);
-    running.commit_if_restored();
-    progress.phase(JobPhase::Running);
     let outcome = match log {
-        Some(log) => Shell::new(&running, log, state, restored).run(&mut running, controls).await,
+        Some(log) => Shell::new(&running, log, state, note, restored).run(&mut running, controls).await,
         None => running.without_snapshots(controls).await.map(|outcome| (outcome, None)),
     };
     let damage = running.damage.take().zip(restored);
@@ -179,6 +176,8 @@ impl Running<'_> {
     /// Runs until every task has ended by itself.
     async fn without_snapshots(&mut self, controls: &mut Controls) -> Result<Outcome> {
         let mut outcome = Outcome::Finished;
+        self.run();
+        self.commit();
         while !self.unended.is_empty() {
             tokio::select! {
                 biased;
@@ -211,7 +210,6 @@ impl Running<'_> {
             }
             FromWorker::Restored(id) => {
                 self.arriving.remove(&id);
-                self.commit_if_restored();
             }
             FromWorker::Ended(id) => {
                 self.unended.remove(&id);
@@ -228,12 +226,16 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Lets the committers begin if all state is there. Not before: should the snapshot be damaged, what it holds staged is
-    /// not to be written, because an older one stands in for it.
-    fn commit_if_restored(&self) {
-        if self.arriving.is_empty() {
-            self.crew.tell(ToWorker::Commit);
-        }
+    /// Lets what is built run.
+    fn run(&self) {
+        self.crew.tell(ToWorker::Run);
+        self.progress.phase(JobPhase::Running);
+    }
+
+    /// Lets the committers begin. Not before all state is there: should the snapshot be damaged, what it holds staged is not to
+    /// be written, because it is no start, or an older one stands in for it.
+    fn commit(&self) {
+        self.crew.tell(ToWorker::Commit);
     }
 
     /// To the tasks and committers that it concerns.

@@ -34,6 +34,8 @@ pub(super) struct Shell {
     machine: Coordinator,
     log: CheckpointLog,
     state: LogState,
+    /// What the log is to say of this start once all state is there; `state` knows it already.
+    note: Option<LogEvent>,
     numbers: HashMap<CommitterId, usize>,
     /// Who waits for a savepoint.
     asked: BTreeMap<SavepointId, SavepointRequest>,
@@ -45,7 +47,13 @@ pub(super) struct Shell {
 
 impl Shell {
     /// `restored` is the checkpoint that the tasks have started from.
-    pub(super) fn new(running: &Running<'_>, log: CheckpointLog, state: LogState, restored: Option<Epoch>) -> Self {
+    pub(super) fn new(
+        running: &Running<'_>,
+        log: CheckpointLog,
+        state: LogState,
+        note: Option<LogEvent>,
+        restored: Option<Epoch>,
+    ) -> Self {
         let spec = &running.spec;
         let numbers: HashMap<_, _> = running.committers.iter().cloned().zip(0..).collect();
         let who = Participants {
@@ -74,6 +82,7 @@ impl Shell {
             machine,
             log,
             state,
+            note,
             numbers,
             asked: BTreeMap::new(),
             next_asked: 0,
@@ -91,10 +100,24 @@ impl Shell {
         running: &mut Running<'_>,
         controls: &mut Controls,
     ) -> Result<(Outcome, Option<Epoch>)> {
-        self.sweep_orphans(running);
+        let mut restored = running.arriving.is_empty();
+        if restored {
+            self.note().await?;
+        }
+        running.run();
+        if restored {
+            running.commit();
+            self.sweep_orphans(running);
+        }
         let mut stopping = false;
         let mut pending = vec![coordination::Event::Tick];
         loop {
+            if !restored && running.arriving.is_empty() {
+                restored = true;
+                self.note().await?;
+                running.commit();
+                self.sweep_orphans(running);
+            }
             while let Some(event) = pending.pop() {
                 let decisions = self.machine.step(event, now(&running.env));
                 for decision in decisions {
@@ -120,6 +143,14 @@ impl Shell {
                 report = running.crew.next() => pending.extend(self.report(report?, running)?),
             }
         }
+    }
+
+    /// Says in the log where the job goes on from.
+    async fn note(&mut self) -> Result<()> {
+        if let Some(event) = self.note.take() {
+            self.log.append(event).await?;
+        }
+        Ok(())
     }
 
     /// Takes a request for a savepoint in.

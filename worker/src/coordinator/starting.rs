@@ -1,7 +1,8 @@
 //! From a log to a job that is ready to run: picks the snapshot to start from, checks that it fits, has it read into new tasks,
 //! and passes over one that turns out to be damaged.
 //!
-//! Invariant: the log says where the job goes on from before anything of it runs.
+//! Invariant: the log says where the job goes on from before anything of it is snapshotted or committed, and says it of no
+//! snapshot that has not been read to its end.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -29,6 +30,8 @@ pub(super) struct Ready {
     pub(super) log: Option<CheckpointLog>,
     /// Where the job stands, this start included.
     pub(super) state: LogState,
+    /// What the log must say of this start once all state is there; `state` knows it already.
+    pub(super) note: Option<Event>,
     /// The checkpoint that it starts from, as the job's own log numbers it.
     pub(super) restored: Option<Epoch>,
 }
@@ -63,7 +66,7 @@ pub(super) async fn start(
             worker: WorkerId(0),
         };
         let built = crew.deploy(deployment).await.map_err(not_built)?;
-        return Ok(Start::Ready(Box::new(Ready { built, log: None, state, restored: None })));
+        return Ok(Start::Ready(Box::new(Ready { built, log: None, state, note: None, restored: None })));
     }
     storage::check_writable(&*spec.storage, env).await.map_err(storage_error)?;
     let state = log::read(&*spec.storage, &JobFolder::of(&spec.job)).await.map_err(storage_error)?;
@@ -123,11 +126,11 @@ impl Starter<'_> {
             if let Some(error) = fall_back.then(|| self.nothing_intact(&[])).flatten() {
                 return Err(storage_error(error));
             }
-            let built = self.build(crew, None, false).await.map_err(not_built)?;
-            return self.ready(built, None, note).await;
+            let built = self.build(crew, None).await.map_err(not_built)?;
+            return Ok(self.ready(built, None, note));
         }
         // What is wrong elsewhere than in the checkpoint is wrong with the next one, too.
-        let build = async |candidate: &Candidate| match self.build(&mut *crew, Some(candidate), fall_back).await {
+        let build = async |candidate: &Candidate| match self.build(&mut *crew, Some(candidate)).await {
             Ok(built) => Ok(Ok(built)),
             Err(NotBuilt::Snapshot(error)) => Err(error),
             Err(elsewhere) => Ok(Err(not_built(elsewhere))),
@@ -145,7 +148,7 @@ impl Starter<'_> {
         };
         let (epoch, built) = (candidate.snapshot.manifest.epoch, built?);
         let note = note.or_else(|| self.note_fallback(epoch, rejected.iter().any(|r| r.epoch > epoch)));
-        self.ready(built, Some(epoch), note).await
+        Ok(self.ready(built, Some(epoch), note))
     }
 
     async fn choose(&self) -> Result<Choice> {
@@ -214,8 +217,7 @@ impl Starter<'_> {
         Some(Event::Restored { epoch: Some(epoch), asked: None })
     }
 
-    /// `streams`: the state may be read while tasks run, because another snapshot can stand in for it.
-    async fn build(&self, crew: &mut Crew, candidate: Option<&Candidate>, streams: bool) -> Result<Built, NotBuilt> {
+    async fn build(&self, crew: &mut Crew, candidate: Option<&Candidate>) -> Result<Built, NotBuilt> {
         let Self { spec, env, damaged: _, log, state } = self;
         let manifest = candidate.map(|c| c.snapshot.manifest.clone());
         if let Some(manifest) = &manifest {
@@ -227,7 +229,6 @@ impl Starter<'_> {
             manifest: c.snapshot.manifest.clone(),
             location: c.snapshot.location(),
             owned: c.owned,
-            streams,
             committed: state.committed,
         });
         let splits = connect(spec, env, manifest).await.map_err(NotBuilt::of_snapshot_or(NotBuilt::Connector))?;
@@ -244,8 +245,8 @@ impl Starter<'_> {
         crew.deploy(deployment).await
     }
 
-    /// Says in the log where the job goes on from.
-    async fn ready(mut self, built: Built, epoch: Option<Epoch>, note: Option<Event>) -> Result<Ready, RunError> {
+    /// What is built, and what the log must say of where the job goes on from.
+    fn ready(mut self, built: Built, epoch: Option<Epoch>, note: Option<Event>) -> Ready {
         let committed = self.state.committed;
         let adopted = matches!(note, Some(Event::Adopted { .. }));
         if let Some(epoch) =
@@ -255,12 +256,12 @@ impl Starter<'_> {
                 "output after checkpoint {epoch} may have been committed already, and will then be written a second time"
             );
         }
-        if let Some(event) = note {
-            let seq = self.log.append(event.clone()).await.map_err(storage_error)?;
-            self.state.take(seq, event);
+        if let Some(event) = &note {
+            // Nobody else writes entries of this reign: the next is this one's.
+            self.state.take(self.log.next_seq(), event.clone());
         }
         let Self { log, state, .. } = self;
-        Ok(Ready { built, log: Some(log), state, restored: epoch })
+        Ready { built, log: Some(log), state, note, restored: epoch }
     }
 }
 

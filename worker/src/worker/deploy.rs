@@ -330,7 +330,6 @@ impl Builder<'_> {
                 let shards = concerning(restored, node, context.key_groups);
                 let by_slices = chain.is_empty()
                     && source.is_none()
-                    && restored.said.streams
                     && !shards.is_empty()
                     && operator.restores_by_key_group()
                     && shards.iter().all(|s| s.kind == ShardKind::Keyed);
