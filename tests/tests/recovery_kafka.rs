@@ -7,7 +7,6 @@
 #![allow(clippy::disallowed_methods, reason = "these tests drive real processes in real time")]
 
 use std::{
-    collections::BTreeMap,
     path::Path,
     sync::Arc,
     thread::sleep,
@@ -15,22 +14,21 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use floodmark_testkit::{Kafka, Stop, scratch};
+use floodmark_testkit::{Kafka, Stop};
 use floodmark_tests::{
     chaos::{Kill, at_every_step, at_random_moments, finish, kill_again_and_again, shuffled},
     compare::{Column, Row, multiset, row_of_json},
-    events::{Order, Orders, TABLE_COLUMNS},
-    feeder::{Feeder, Writer},
+    events::{Order, Orders},
+    feeder::Writer,
     job::{Job, PATIENCE},
-    oracle::{Repeats, RunningTotals, Total, turnover},
+    oracle::Repeats,
 };
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
 mod servers;
 
 use servers::{
-    kafka, location,
+    location,
     orders::{BOUNDED, PARTITIONS, Scenario},
     s3,
 };
