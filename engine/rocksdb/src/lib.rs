@@ -11,6 +11,7 @@
 //! | `outgoing`, `writer`, `database` | what is on its way to the database; the thread that writes; the database |
 //! | `checkpoint`, `lineage`, `meta` | snapshots: files, which of them are named again, what is said beside them |
 //! | `restoring`, `piece`, `manifest` | starting from files, at any parallelism: no more of them than have rows that are wanted |
+//! | `files` | many rows at once into a database |
 //! | `neutral`, `reading` | rows in the format of all back ends; reading files without the job that wrote them |
 //! | `key`, `row` | the encodings |
 //! | `options`, `folder`, `failure` | RocksDB's settings; the local folder; errors |
@@ -23,6 +24,7 @@ mod checkpoint;
 mod database;
 mod eviction;
 mod failure;
+mod files;
 mod folder;
 mod key;
 mod lineage;

@@ -1,11 +1,12 @@
-//! Rows in the format that any back end reads ([`floodmark_state::neutral`]): out of a checkpoint, and through the cache in again.
+//! Rows in the format that any back end reads ([`floodmark_state::neutral`]): out of a checkpoint, and in again. Rows that
+//! don't fit into memory go to files that the database takes in; others, and layers that replace some, go through the cache.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use floodmark_snapshot::{Error, KeyGroup, KeyGroupRange, Result, ShardKind};
 use floodmark_state::{
-    KeyGroupWatermarks, KeyedState, NO_SLOT, PendingShard, RestoredShard, RowKeys, Rows, StateSpec,
+    KeyGroupWatermarks, KeyedState, NO_SLOT, PendingShard, RestoredShard, RowKeys, Rows, StateSpec, Table,
     neutral::{PAGE_ROWS, Page as NeutralPage, Pages, RowWriter},
     shard::Header,
 };
@@ -14,8 +15,10 @@ use rocksdb::DB;
 
 use crate::{
     Process, database,
+    files::Files,
     folder::Folder,
     key, options,
+    restoring::common,
     row::Form,
     state::{Page, State},
 };
@@ -140,6 +143,15 @@ pub(crate) fn take_in(state: &mut State, shard: &RestoredShard) -> Result<()> {
     let of = &shard.shard;
     state.restoring.watermarks.shard(of.subtask, of.layer, of.key_groups, header.watermarks()?);
     let theirs = of.key_groups.unwrap_or(spec.key_groups);
+    let of_slice = shard.slice.unwrap_or(spec.key_groups);
+    let Some(theirs) = common(theirs, of_slice) else { return Ok(()) };
+    // What fits stays in memory, with room for others.
+    let fits = state.cached_bytes + shard.bytes.len() <= state.share.bytes() / 2;
+    if of.layer == 0 && !fits {
+        let mut files = Files::new(state);
+        pages.each(|page| state.write_page(&page, &mut files))?;
+        return state.ingest(files);
+    }
     for namespace in &header.dropped {
         state.drop_part(*namespace, theirs)?;
     }
@@ -165,6 +177,31 @@ impl State {
                 rows.retain(|row| !self.expired(written.value(*row as usize), now));
             }
             self.put_rows(namespace, page, &rows)?;
+        }
+        Ok(())
+    }
+
+    /// Writes rows to files. Nothing is below them.
+    fn write_page(&self, page: &NeutralPage, files: &mut Files) -> Result<()> {
+        let now = self.now();
+        let written = |row: u32| page.written.as_ref().map_or(now, |w| w.value(row as usize));
+        for (namespace, mut rows) in page.by_namespace(false) {
+            rows.retain(|row| !self.expired(written(*row), now));
+            let (hashes, keys) = picked(&page.keys, &rows);
+            let mut table = Table::new(self.form.types.clone());
+            let slots = table.add(&hashes, &keys);
+            self.spec.layout.fill(&page.taken(&rows)?, &mut table, &slots)?;
+            for (at, slot) in slots.iter().enumerate() {
+                let (chunk, place) = table.rows().read(*slot as usize);
+                files.put(
+                    namespace,
+                    |out| key::write(out, self.group(hashes[at]), namespace, keys[at]),
+                    |out| {
+                        self.form.write(chunk, place, written(rows[at]), out);
+                        Ok(())
+                    },
+                )?;
+            }
         }
         Ok(())
     }

@@ -3,35 +3,31 @@
 //! The files of one earlier subtask are a *piece* ([`crate::piece`]): a database as it was at the barrier. If there is one piece
 //! and it has exactly our key groups, it becomes ours as it is. Otherwise the piece that has most of our key groups becomes ours
 //! without the rows of others (what is theirs is told to be removed, and goes with the next compactions), and our rows in the
-//! other pieces are read out in order, written to files and taken in as those. Neutral rows go through the cache like any others.
+//! other pieces are read out in order, written to files and taken in as those.
 //! Invariant: a row of others' key groups is never read, nor counted.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     fs,
-    path::PathBuf,
 };
 
 use floodmark_snapshot::{Context, Error, KeyGroup, KeyGroupRange, Result, ShardKind};
 use floodmark_state::{KeyGroupWatermarks, RestoredShard, watermarks::RestoredWatermarks};
-use rocksdb::{SstFileWriter, WriteBatch};
+use rocksdb::WriteBatch;
 
 use crate::{
     checkpoint,
     database::{self, Database, PLACE},
-    failure,
+    files::Files,
     folder::failed,
     key,
     lineage::Lineage,
-    neutral, options,
+    neutral,
     piece::{Checked, Piece},
     row::Form,
     space::Space,
     state::State,
 };
-
-/// Imported rows are written to files of about this many bytes.
-const IMPORT_FILE_BYTES: u64 = options::FILE_BYTES;
 
 /// What has been taken in so far.
 #[derive(Default)]
@@ -147,84 +143,33 @@ impl State {
     fn import(&mut self, piece: Checked) -> Result<()> {
         let Some(common) = common(piece.key_groups, self.spec.key_groups) else { return Ok(()) };
         let old = database::open_to_read(&self.process.shared, piece.folder.path())?;
-        let mut files = Files::new(self.process.shared.files(), self.database.folder().path().to_owned());
+        let mut files = Files::new(self);
         let (old_form, now) = (Form { types: self.form.types.clone(), timed: piece.meta.timed }, self.now());
-        let mut counts: BTreeMap<i64, u64> = BTreeMap::new();
         let mut value = Vec::new();
         let (start, end) = (key::group_start(common.first), key::group_end(common.last));
         database::scan(&old, &start, end, |row_key, old_value| {
             let (_, namespace, _) = key::parse(row_key).ok_or_else(neutral::not_ours)?;
-            *counts.entry(namespace).or_default() += 1;
-            if old_form.timed == self.form.timed {
-                files.put(row_key, old_value)?;
-            } else {
+            let same = old_form.timed == self.form.timed;
+            if !same {
                 old_form.convert(old_value, &self.form, now, &mut value)?;
-                files.put(row_key, &value)?;
             }
+            let value = if same { old_value } else { &value[..] };
+            files.put(
+                namespace,
+                |out| out.extend_from_slice(row_key),
+                |out| {
+                    out.extend_from_slice(value);
+                    Ok(())
+                },
+            )?;
+            files.cut_if_full()?;
             Ok(true)
         })?;
-        let paths = files.finish()?;
-        let ingest = move |db: &rocksdb::DB| {
-            if paths.is_empty() {
-                return Ok(());
-            }
-            db.ingest_external_file_opts(&options::ingest(), paths).map_err(|e| failure::failed("take in files", &e))
-        };
-        self.outgoing.send_job(&self.database, Box::new(ingest))?;
-        self.outgoing.wait(&self.database, self.outgoing.given())?;
-        for (namespace, rows) in counts {
-            self.spaces.entry(namespace).or_default().stored += rows;
-            self.account(namespace);
-        }
-        Ok(())
+        self.ingest(files)
     }
 }
 
-fn common(a: KeyGroupRange, b: KeyGroupRange) -> Option<KeyGroupRange> {
+/// The key groups that two ranges have in common.
+pub(crate) fn common(a: KeyGroupRange, b: KeyGroupRange) -> Option<KeyGroupRange> {
     a.overlaps(&b).then(|| KeyGroupRange { first: a.first.max(b.first), last: a.last.min(b.last) })
-}
-
-/// Writes rows, in order, to files that a database can take in.
-struct Files {
-    options: rocksdb::Options,
-    folder: PathBuf,
-    rows: Vec<(Vec<u8>, Vec<u8>)>,
-    bytes: u64,
-    paths: Vec<PathBuf>,
-}
-
-impl Files {
-    fn new(options: rocksdb::Options, folder: PathBuf) -> Self {
-        Self { options, folder, rows: Vec::new(), bytes: 0, paths: Vec::new() }
-    }
-
-    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        self.rows.push((key.to_vec(), value.to_vec()));
-        self.bytes += (key.len() + value.len()) as u64;
-        if self.bytes >= IMPORT_FILE_BYTES { self.cut() } else { Ok(()) }
-    }
-
-    fn cut(&mut self) -> Result<()> {
-        if self.rows.is_empty() {
-            return Ok(());
-        }
-        // A file that has been taken in is no longer here, so names need be new only among these.
-        let path = self.folder.join(format!("import-{}.sst", self.paths.len()));
-        let mut writer = SstFileWriter::create(&self.options);
-        let mut write = || {
-            writer.open(&path)?;
-            self.rows.drain(..).try_for_each(|(key, value)| writer.put(key, value))?;
-            writer.finish()
-        };
-        write().map_err(|e| failure::failed("write rows to a file", &e))?;
-        drop(writer);
-        self.bytes = 0;
-        self.paths.push(path);
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<Vec<PathBuf>> {
-        self.cut()?;
-        Ok(self.paths)
-    }
 }

@@ -349,6 +349,15 @@ impl KeyedState for State {
         self.take_in(shard)
     }
 
+    /// Neutral rows can come so; files of a database come as a whole.
+    fn restores_by_key_group(&self) -> bool {
+        true
+    }
+
+    fn arrived(&mut self) -> Result<KeyGroupWatermarks> {
+        Ok(self.restoring.watermarks.within(self.spec.key_groups))
+    }
+
     fn restored(&mut self) -> Result<KeyGroupWatermarks> {
         self.finish_restore()
     }

@@ -251,7 +251,7 @@ pub trait KeyedState: Send {
         shards.iter().try_for_each(|shard| self.restore(shard))
     }
 
-    /// Whether the state can be used before all of it is there. Then it may come in slices of key groups
+    /// Whether the state can be used before all of it is there. Then shards in the neutral format may come in slices of key groups
     /// ([`RestoredShard::slice`]), in ascending order: for each, all shards (a cut may be without rows), by earlier subtask and
     /// layer, then [`KeyedState::arrived`] or, behind the last, [`KeyedState::restored`]. In between, rows of the key groups that are
     /// there may be read, written and removed; all other calls wait. Such rows count as changed since what is restored.

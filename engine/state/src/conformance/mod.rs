@@ -686,7 +686,12 @@ pub fn rows_are_used_while_others_still_arrive(make: Make<'_>) {
         job.write(1, &values(100..200));
         job.write(0, &values(1400..1600));
         job.remove(1, &[150]);
-        let stored = if round % 5 == 4 { job.savepoint() } else { job.checkpoint() };
+        let mut stored = job.checkpoint();
+        // Files of the back end's own come as a whole.
+        let neutral = stored.shards.iter().all(|s| s.kind == ShardKind::Keyed);
+        if round % 5 == 4 || !neutral {
+            stored = job.savepoint();
+        }
         let parallelism = 1 + (round / 2) % 3;
         let mut model = stored.model.clone();
         job.restore_in_slices(&stored, parallelism, &mut random, &mut model);
@@ -698,12 +703,8 @@ pub fn rows_are_used_while_others_still_arrive(make: Make<'_>) {
             let paths: BTreeSet<&str> = next.shards.iter().map(|s| &*s.path).collect();
             assert_eq!(paths.len(), next.shards.len(), "no shard is named twice: {:?}", next.shards);
             let unchanged = parallelism == 1 + round % 2;
-            assert_eq!(
-                next.uploaded.len() < next.shards.len(),
-                unchanged || change > 0,
-                "round {round}: {:?}",
-                next.shards
-            );
+            let again = next.uploaded.len() < next.shards.len();
+            assert!(!neutral || again == (unchanged || change > 0), "round {round}: {:?}", next.shards);
             assert_eq!(job.restored(&next, 1 + round % 3), next.model, "round {round}");
         }
     }
