@@ -10,7 +10,7 @@ mod starting;
 use std::{collections::BTreeSet, sync::Arc};
 
 use floodmark_dataflow::{TaskId, graph::NodeKind, task::Command};
-use floodmark_snapshot::{Env, Epoch, Error, Generation, Result, restore::Rejected};
+use floodmark_snapshot::{Disposition, Env, Epoch, Error, Generation, Result, restore::Rejected};
 use tokio::sync::watch;
 
 pub(crate) use self::{crew::Crew, joining::listen};
@@ -48,6 +48,10 @@ pub(crate) async fn run(
                 damaged.push(rejected);
                 continue;
             }
+            Ok(Attempted::TakenOver(error)) if restarts.taken_over(env.clock.monotonic()) => {
+                RunError::Failed(Error::retry(error.cause().to_string()))
+            }
+            Ok(Attempted::TakenOver(error)) => error,
             // What is wrong before anything has run is for whoever has started the job.
             Err(error @ (RunError::Connector(_) | RunError::Storage(_))) if first => return Err(error),
             Err(error) => error,
@@ -81,6 +85,9 @@ enum Attempted {
     Ended(Summary),
     /// The snapshot that it started from turned out to be damaged before all of it was there.
     Damaged(Rejected),
+    /// Somebody has taken over outputs. That may be what is left of an earlier attempt, on a worker that was cut off for a while:
+    /// who runs the job only the log says, when the next attempt opens it.
+    TakenOver(RunError),
 }
 
 async fn attempt(
@@ -118,16 +125,18 @@ async fn attempt(
         committers: built.committers,
         arriving: built.arriving,
         damage: None,
+        taken_over: false,
         crew,
     };
     let outcome = match log {
         Some(log) => Shell::new(&running, log, state, note, restored).run(&mut running, controls).await,
         None => running.without_snapshots(controls).await.map(|outcome| (outcome, None)),
     };
-    let damage = running.damage.take().zip(restored);
+    let (damage, taken_over) = (running.damage.take().zip(restored), running.taken_over);
     match (running.end(outcome).await, damage) {
         (Ok(summary), _) => Ok(Attempted::Ended(summary)),
         (Err(_), Some((reason, epoch))) => Ok(Attempted::Damaged(Rejected { epoch, reason })),
+        (Err(error), None) if taken_over => Ok(Attempted::TakenOver(error)),
         (Err(error), None) => Err(error),
     }
 }
@@ -158,6 +167,8 @@ struct Running<'a> {
     arriving: BTreeSet<SubtaskId>,
     /// Why the attempt has failed, if it is that its snapshot is damaged.
     damage: Option<String>,
+    /// Whether it has failed because somebody has taken over an output.
+    taken_over: bool,
 }
 
 impl Running<'_> {
@@ -206,6 +217,7 @@ impl Running<'_> {
                 if damaged {
                     self.damage = Some(error.to_string());
                 }
+                self.taken_over = error.disposition() == Disposition::Fenced;
                 return Err(error);
             }
             FromWorker::Restored(id) => {

@@ -4,6 +4,11 @@ use std::{collections::VecDeque, time::Duration};
 
 use floodmark_snapshot::Disposition;
 
+/// So many takeovers of outputs within [`TAKEOVERS_WITHIN`] may come from what is left of earlier attempts: each can come late
+/// once. More come from somebody who writes under the same identity, and with whom this job would take turns for ever.
+const TAKEOVERS_MAX: usize = 20;
+const TAKEOVERS_WITHIN: Duration = Duration::from_secs(600);
+
 /// What to do when an attempt fails for a reason that another attempt may not meet.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RestartStrategy {
@@ -63,16 +68,25 @@ pub(super) struct Restarts {
     /// When the last failures came, as many as the strategy asks for.
     failures: VecDeque<Duration>,
     in_a_row: u32,
+    /// When outputs were taken over, of late.
+    takeovers: VecDeque<Duration>,
 }
 
 impl Restarts {
     pub(super) fn new(strategy: RestartStrategy) -> Self {
-        Self { strategy, failures: VecDeque::new(), in_a_row: 0 }
+        Self { strategy, failures: VecDeque::new(), in_a_row: 0, takeovers: VecDeque::new() }
     }
 
     /// A checkpoint is complete: what fails now is a new failure.
     pub(super) fn progressed(&mut self) {
         self.in_a_row = 0;
+    }
+
+    /// Outputs have been taken over at `now`. Whether that may have been an earlier attempt of this reign's.
+    pub(super) fn taken_over(&mut self, now: Duration) -> bool {
+        self.takeovers.push_back(now);
+        self.takeovers.retain(|at| now.saturating_sub(*at) < TAKEOVERS_WITHIN);
+        self.takeovers.len() <= TAKEOVERS_MAX
     }
 
     /// An attempt has failed at `now`, by the monotonic clock.
@@ -171,6 +185,14 @@ mod tests {
         for _ in 0..3000 {
             assert_eq!(failed(&mut restarts, 300), Verdict::Again(max), "without an overflow");
         }
+    }
+
+    #[test]
+    fn outputs_may_be_taken_over_now_and_then_but_not_for_ever() {
+        let mut restarts = Restarts::new(RestartStrategy::default());
+        assert!((0..100).all(|n| restarts.taken_over(SECOND * 60 * n)), "one a minute");
+        let close = (0..100).filter(|n| restarts.taken_over(SECOND * (20_000 + n))).count();
+        assert_eq!(close, TAKEOVERS_MAX, "one a second");
     }
 
     #[test]

@@ -178,13 +178,16 @@ struct Driven {
 impl Machine for Driven {
     /// Carries one effect out, or takes one event in.
     fn step(&mut self) -> Turn {
-        let (event, closed) = {
+        let event = {
             let mut letters = self.mailbox.lock();
-            if !letters.begun {
-                return if letters.closed { Turn::Done } else { Turn::Waiting { until: None } };
+            // What is not done yet is another attempt's to do: to open now would take the output over from that one.
+            if letters.closed {
+                return Turn::Done;
             }
-            let event = if self.effect.is_none() { letters.events.pop_front() } else { None };
-            (event, letters.closed)
+            if !letters.begun {
+                return Turn::Waiting { until: None };
+            }
+            if self.effect.is_none() { letters.events.pop_front() } else { None }
         };
         if let Some(effect) = self.effect.take() {
             return self.carry_out(effect);
@@ -193,9 +196,6 @@ impl Machine for Driven {
             self.effect = self.machine.step(event);
             debug_assert!(self.effect.is_none() || self.waits_until.is_none(), "no effect while waiting");
             return Turn::Ready;
-        }
-        if closed {
-            return Turn::Done;
         }
         let Some(end) = self.waits_until else { return Turn::Waiting { until: None } };
         let left = end.saturating_sub(self.env.clock.monotonic());
@@ -260,8 +260,11 @@ impl Driven {
     }
 
     fn failed(&self, what: &str, error: Error) -> Event {
-        if error.disposition() == Disposition::Retry {
-            tracing::warn!(committer = %self.id, %error, "{what} failed; trying again");
+        match error.disposition() {
+            Disposition::Retry => tracing::warn!(committer = %self.id, %error, "{what} failed; trying again"),
+            // The attempt may be over, and nobody else left to tell it to.
+            Disposition::Fenced => tracing::warn!(committer = %self.id, %error, "{what} was refused"),
+            Disposition::Abort | Disposition::Corrupt => {}
         }
         Event::Failed(error.context(what))
     }
