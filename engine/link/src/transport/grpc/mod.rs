@@ -291,9 +291,20 @@ fn is_of_acceptor(status: &Status) -> bool {
 fn error_of(status: &Status) -> Error {
     match DISPOSITIONS.iter().find(|(_, code)| *code == status.code()) {
         Some((disposition, _)) => Error::new(*disposition, status.message()),
-        None => {
-            let cause = status.source().map(|cause| format!(": {}", with_causes(cause))).unwrap_or_default();
-            Error::retry(format!("the connection is broken: {}{cause}", status.message()))
-        }
+        None => Error::retry(format!("the connection is broken: {}", why_broken(status))),
     }
+}
+
+/// What is at the bottom of it: what is above only repeats it.
+fn why_broken(status: &Status) -> String {
+    let mut bottom: &dyn StdError = status;
+    while let Some(cause) = bottom.source() {
+        bottom = cause;
+    }
+    let text = match bottom.downcast_ref::<Status>() {
+        Some(status) => status.message().to_owned(),
+        None => bottom.to_string(),
+    };
+    // A link to a library's manual helps nobody here.
+    text.split_once(": https://").map_or(text.as_str(), |(text, _)| text).to_owned()
 }
