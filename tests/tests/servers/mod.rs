@@ -4,6 +4,7 @@
 #![allow(unreachable_pub, reason = "each executable has its own copy of this module")]
 
 pub mod orders;
+pub mod world;
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
