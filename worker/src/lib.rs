@@ -201,7 +201,7 @@ pub async fn coordinate(
     let listener = coordinator::listen(&network, &env, plan, news).await.map_err(RunError::Failed)?;
     listening(&listener.endpoint());
     let crew = coordinator::Crew::new(&env, progress.counters.clone(), from_workers);
-    let outcome = coordinator::run(spec, env, controls.into(), progress, crew).await;
+    let outcome = coordinator::run(spec, env, controls.into(), progress, crew, false).await;
     listener.close().await;
     outcome
 }
@@ -234,5 +234,5 @@ pub async fn run(
 ) -> Result<Summary, RunError> {
     let spec = Arc::new(spec);
     let crew = coordinator::Crew::local(&spec, &env, progress.counters.clone());
-    coordinator::run(spec, env, controls.into(), progress, crew).await
+    coordinator::run(spec, env, controls.into(), progress, crew, false).await
 }

@@ -19,7 +19,9 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Attempt, Context, Disposition, Env, Epoch, Error, Generation, JobId, Manifest, Result, sealed,
+    Attempt, Context, Disposition, Env, Epoch, Error, Generation, JobId, Manifest, Result,
+    manifest::Rescaled,
+    sealed,
     storage::{PutNew, Storage},
 };
 
@@ -216,6 +218,10 @@ pub struct LogState {
     pub finished: Option<Epoch>,
     /// What somebody last asked the job to start from, as it was named.
     pub asked: Option<String>,
+    /// The parallelism that somebody has chosen for the running job; `None` if it is the spec's.
+    pub rescaled: Option<Rescaled>,
+    /// Set if the job was stopped; cleared when somebody runs it again.
+    pub stopped: Option<Epoch>,
     /// Entries that can't be read.
     pub damaged: Vec<Damaged>,
 }
@@ -244,7 +250,7 @@ impl LogState {
             self.finished = None;
         }
         match event {
-            Event::Opened => {}
+            Event::Opened => self.stopped = None,
             Event::Restored { epoch, asked } => {
                 self.abandon_after(epoch);
                 if let Some(epoch) = epoch {
@@ -260,6 +266,7 @@ impl LogState {
             }
             Event::Completed { manifest } => {
                 self.asked = manifest.origin.clone();
+                self.rescaled = manifest.rescaled;
                 self.last_epoch = self.last_epoch.max(manifest.epoch);
                 self.retained.push(Retained { seq, manifest: *manifest, from: None });
             }
@@ -270,7 +277,7 @@ impl LogState {
                 self.damaged.retain(|d| d.seq >= oldest_seq);
             }
             Event::Finished { epoch } => self.finished = Some(epoch),
-            Event::Stopped { epoch: _ } => {}
+            Event::Stopped { epoch } => self.stopped = Some(epoch),
         }
     }
 
@@ -658,6 +665,27 @@ mod tests {
             events.zip(0..).for_each(|(event, seq)| state.take(seq, event));
             assert_eq!(state.finished, expected, "{behind:?}");
         }
+    }
+
+    #[test]
+    fn a_chosen_parallelism_is_what_the_newest_checkpoint_says_and_a_stop_holds_until_the_next_reign() {
+        let chosen = Rescaled { spec: 2, to: 4 };
+        let rescaled = |epoch| Box::new(Manifest { rescaled: Some(chosen), ..*manifest(epoch) });
+        let mut state = LogState::default();
+        let mut then = |event| {
+            let seq = state.next_seq;
+            state.take(seq, event);
+            (state.rescaled, state.stopped)
+        };
+        assert_eq!(then(Event::Opened), (None, None));
+        assert_eq!(then(Event::Completed { manifest: rescaled(1) }), (Some(chosen), None));
+        assert_eq!(then(Event::Released { epochs: vec![Epoch(1)], oldest_seq: 2 }), (Some(chosen), None));
+        assert_eq!(then(Event::Stopped { epoch: Epoch(1) }), (Some(chosen), Some(Epoch(1))));
+        assert_eq!(then(Event::Opened), (Some(chosen), None));
+        // Another job's choice is not this one's.
+        let adopted = Event::Adopted { from: "/a".into(), asked: "/a".into(), manifest: manifest(2) };
+        assert_eq!(then(adopted), (Some(chosen), None));
+        assert_eq!(then(Event::Completed { manifest: manifest(3) }), (None, None));
     }
 
     #[tokio::test]

@@ -51,11 +51,24 @@ pub struct Manifest {
     /// What somebody last asked the job to start from, as it was named; `None` if nobody ever did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
+    /// The parallelism that somebody has chosen for the running job; `None` if it is the spec's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rescaled: Option<Rescaled>,
     /// True if the job's inputs had all ended before the barrier: nothing comes after this snapshot.
     #[serde(default)]
     pub end_of_input: bool,
     /// The state of each operator that has any.
     pub operators: BTreeMap<OperatorUid, OperatorSnapshot>,
+}
+
+/// A parallelism that was chosen for a running job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Rescaled {
+    /// What the job's spec said then. The choice holds for as long as the spec says so.
+    pub spec: u32,
+    /// Subtasks per task since then.
+    pub to: u32,
 }
 
 impl Manifest {
@@ -74,6 +87,7 @@ impl Manifest {
             max_parallelism: 1,
             plan: String::new(),
             origin: None,
+            rescaled: None,
             end_of_input: false,
             operators: BTreeMap::new(),
         }

@@ -51,6 +51,29 @@ pub(super) fn place(
     kept.into_iter().map(&mut place).collect::<Option<Vec<_>>>().map(Placement)
 }
 
+/// Moves slices to free slots, one by one from the worker with the fewest to the one with the most, as long as that makes a
+/// difference. `None` if it makes none, or if some slice has no worker.
+pub(super) fn even_out(slots: &BTreeMap<WorkerId, u32>, present: &Placement) -> Option<Placement> {
+    let mut free: BTreeMap<WorkerId, i64> = slots.iter().map(|(w, all)| (*w, i64::from(*all))).collect();
+    for worker in &present.0 {
+        *free.get_mut(worker)? -= 1;
+    }
+    let mut placement = present.clone();
+    // Each slice moves at most once: the least free slots never become fewer.
+    for _ in 0..present.0.len() {
+        let (least, few) = placement.0.iter().map(|w| (*w, free[w])).min_by_key(|(w, free)| (*free, *w))?;
+        let (most, many) = free.iter().map(|(w, f)| (*w, *f)).max_by_key(|(w, f)| (*f, std::cmp::Reverse(*w)))?;
+        if many <= 0 || many < few + 2 {
+            break;
+        }
+        let last = placement.0.iter().rposition(|w| *w == least)?;
+        placement.0[last] = most;
+        *free.get_mut(&least)? += 1;
+        *free.get_mut(&most)? -= 1;
+    }
+    (placement != *present).then_some(placement)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,6 +109,28 @@ mod tests {
         assert_eq!(placed(4, &[(1, 2), (4, 2), (5, 2)], &[1, 2, 1, 2], false), Some(vec![1, 4, 1, 5]));
         assert_eq!(placed(3, &[(1, 1), (3, 1)], &[1, 2, 3], true), Some(vec![1, 1, 3]));
         assert_eq!(placed(6, &[(1, 2), (3, 2)], &[1, 2, 3, 1, 2, 3], true), Some(vec![1, 1, 3, 1, 3, 3]));
+    }
+
+    #[test]
+    fn slices_move_to_free_slots_only_if_that_spreads_them_better() {
+        let evened = |slots: &[(u32, u32)], present: &[u32]| {
+            let present = Placement(present.iter().map(|id| WorkerId(*id)).collect());
+            even_out(&workers(slots), &present).map(|p| p.0.into_iter().map(|w| w.0).collect::<Vec<_>>())
+        };
+        // A worker that comes back, behind a crowded one and behind one that was only full.
+        assert_eq!(evened(&[(1, 1), (3, 1), (4, 1)], &[1, 1, 3]), Some(vec![1, 4, 3]));
+        assert_eq!(evened(&[(1, 2), (3, 2), (4, 2)], &[1, 1, 3, 3]), Some(vec![1, 4, 3, 3]));
+        assert_eq!(evened(&[(1, 2), (2, 2)], &[1, 1, 1, 1]), Some(vec![1, 1, 2, 2]));
+        assert_eq!(evened(&[(1, 4), (2, 4)], &[1, 1, 1, 1]), Some(vec![1, 1, 2, 2]));
+        // Nothing is free, or nothing is gained.
+        assert_eq!(evened(&[(1, 1), (3, 1)], &[1, 1, 3]), None);
+        assert_eq!(evened(&[(1, 2), (2, 2)], &[1, 1, 2]), None);
+        assert_eq!(evened(&[(1, 2), (2, 1)], &[1, 1]), None);
+        assert_eq!(evened(&[(1, 4)], &[1, 1]), None);
+        assert_eq!(evened(&[(1, u32::MAX)], &[1, 1, 1]), None);
+        // What is lost is not for this to place.
+        assert_eq!(evened(&[(1, 2)], &[1, 2]), None);
+        assert_eq!(evened(&[(1, 2)], &[]), None);
     }
 
     #[test]

@@ -13,16 +13,13 @@ use floodmark_link::transport::Endpoint;
 use floodmark_snapshot::{Env, Error, Result};
 use tokio::sync::mpsc;
 
-use super::assignment::{Placement, place};
+use super::assignment::{Placement, even_out, place};
 use crate::{
     RunSpec,
     progress::Counters,
     words::{Built, Deployment, FromWorker, NotBuilt, ToWorker, WorkerId},
     worker,
 };
-
-/// How long a lost worker's replacement is waited for before those that are left take over its part.
-const REPLACEMENT_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A worker that can be told something.
 pub(crate) struct Member {
@@ -50,6 +47,8 @@ pub(crate) struct Crew {
     members: BTreeMap<WorkerId, Member>,
     news: mpsc::UnboundedReceiver<News>,
     placement: Placement,
+    /// Since when slices could be spread better, by the monotonic clock.
+    uneven_since: Option<Duration>,
     /// Where what workers have counted is told.
     counters: Arc<Counters>,
 }
@@ -57,7 +56,8 @@ pub(crate) struct Crew {
 impl Crew {
     /// Workers that come and go, as the news say.
     pub(crate) fn new(env: &Env, counters: Arc<Counters>, news: mpsc::UnboundedReceiver<News>) -> Self {
-        Self { env: env.clone(), members: BTreeMap::new(), news, placement: Placement::default(), counters }
+        let (members, placement) = (BTreeMap::new(), Placement::default());
+        Self { env: env.clone(), members, news, placement, uneven_since: None, counters }
     }
 
     /// One worker, in this process, with room for everything.
@@ -79,23 +79,28 @@ impl Crew {
         Self::new(env, counters, ours)
     }
 
-    /// Decides where subtasks run, once there are workers enough.
+    /// Decides where subtasks run, once there are workers enough. Those that are there share out what is left over if for so
+    /// long no other has come.
     ///
     /// # Errors
     /// When there never will be.
-    pub(crate) async fn assemble(&mut self, parallelism: u32) -> Result<()> {
-        let recovering = !self.placement.0.is_empty();
-        let patience = self.env.runtime.sleep(REPLACEMENT_PATIENCE);
-        let mut patience =
-            std::pin::pin!(async move { if recovering { patience.await } else { std::future::pending().await } });
-        let mut crowd = false;
+    pub(crate) async fn assemble(&mut self, parallelism: u32, crowd_after: Option<Duration>) -> Result<()> {
         while let Ok(news) = self.news.try_recv() {
             self.take(news);
         }
+        let mut crowd = crowd_after == Some(Duration::ZERO);
+        let runtime = self.env.runtime.clone();
+        let patience = || match crowd_after {
+            Some(patience) => runtime.sleep(patience),
+            None => Box::pin(std::future::pending()),
+        };
+        let mut quiet = patience();
         loop {
-            let slots = self.members.iter().map(|(id, m)| (*id, m.slots)).collect();
+            let slots = self.slots();
             if let Some(placement) = place(parallelism, &slots, &self.placement, crowd) {
                 self.placement = placement;
+                self.uneven_since = None;
+                self.look_at_the_spread();
                 return Ok(());
             }
             let free: u64 = slots.values().map(|s| u64::from(*s)).sum();
@@ -103,12 +108,48 @@ impl Crew {
             tokio::select! {
                 biased;
                 news = self.news.recv() => {
+                    let news = news.ok_or_else(no_more)?;
+                    if matches!(news, News::Joined(..)) {
+                        (crowd, quiet) = (false, patience());
+                    }
                     // What comes from attempts that are over is of no interest.
-                    self.take(news.ok_or_else(no_more)?);
+                    self.take(news);
                 }
-                () = &mut patience, if !crowd => crowd = true,
+                () = &mut quiet, if !crowd => crowd = true,
             }
         }
+    }
+
+    fn slots(&self) -> BTreeMap<WorkerId, u32> {
+        self.members.iter().map(|(id, m)| (*id, m.slots)).collect()
+    }
+
+    /// Subtasks per task where [`Crew::assemble`] has placed them.
+    pub(crate) fn parallelism(&self) -> u32 {
+        self.placement.0.len() as u32
+    }
+
+    /// Whether so many subtasks per task can only run if some share a slot.
+    pub(crate) fn crowds(&self, parallelism: u32) -> bool {
+        place(parallelism, &self.slots(), &Placement::default(), false).is_none()
+    }
+
+    /// For how long slices could have been spread better over the workers that are there.
+    pub(crate) fn uneven_for(&self) -> Duration {
+        self.uneven_since.map_or(Duration::ZERO, |since| self.env.clock.monotonic().saturating_sub(since))
+    }
+
+    /// Has the next attempt begin with its slices spread as well as can be.
+    pub(crate) fn even_out(&mut self) {
+        if let Some(placement) = even_out(&self.slots(), &self.placement) {
+            self.placement = placement;
+        }
+        self.uneven_since = None;
+    }
+
+    fn look_at_the_spread(&mut self) {
+        let better = even_out(&self.slots(), &self.placement);
+        self.uneven_since = better.map(|_| self.uneven_since.unwrap_or_else(|| self.env.clock.monotonic()));
     }
 
     /// Tells all workers.
@@ -135,6 +176,7 @@ impl Crew {
             News::Joined(id, member) => {
                 tracing::debug!("{id} is there");
                 self.members.insert(id, member);
+                self.look_at_the_spread();
                 None
             }
             News::Report(id, FromWorker::Counted(counted)) => {
@@ -146,6 +188,7 @@ impl Crew {
                 self.members.remove(&id)?;
                 let error = Error::retry(format!("{id} is lost: {reason}"));
                 tracing::warn!("{error}");
+                self.look_at_the_spread();
                 self.placement.0.contains(&id).then_some((id, FromWorker::Failed { error, damaged: false }))
             }
         }

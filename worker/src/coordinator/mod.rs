@@ -3,52 +3,72 @@
 mod assignment;
 mod crew;
 mod joining;
+mod rescaling;
 mod restarts;
 mod shell;
 mod starting;
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use floodmark_dataflow::{TaskId, graph::NodeKind, task::Command};
 use floodmark_snapshot::{Disposition, Env, Epoch, Error, Generation, Result, restore::Rejected};
 use tokio::sync::watch;
 
 pub(crate) use self::{crew::Crew, joining::listen};
-pub use self::{restarts::RestartStrategy, starting::takers};
 use self::{
+    rescaling::Rescaling,
     restarts::{Restarts, Verdict},
     shell::Shell,
-    starting::{Ready, Start},
+    starting::{Look, Ready, Start},
 };
+pub use self::{restarts::RestartStrategy, starting::takers};
 use crate::{
     Controls, JobPhase, Outcome, Progress, RunError, RunSpec, Summary,
     words::{CommitterId, FromWorker, SubtaskId, ToWorker},
 };
 
-/// See [`crate::run`].
+/// How long a lost worker's replacement is waited for before those that are left take over its part.
+const REPLACEMENT_PATIENCE: Duration = Duration::from_millis(500);
+/// The same for a coordinator that begins to run a job which has run before: its workers find it one after the other.
+const TAKEOVER_PATIENCE: Duration = Duration::from_secs(3);
+
+/// See [`crate::run`]. `stood_by`: another process has run the job until now; if that one has stopped it, it stays so.
 pub(crate) async fn run(
     spec: Arc<RunSpec>,
     env: Env,
     mut controls: Controls,
     progress: Arc<Progress>,
     mut crew: Crew,
+    stood_by: bool,
 ) -> Result<Summary, RunError> {
-    let (mut damaged, mut restarts) = (Vec::new(), Restarts::new(spec.restarts.clone()));
-    // Who has taken the job over since then keeps it.
-    let mut held = None;
+    let mut restarts = Restarts::new(spec.restarts.clone());
+    let mut job = Job {
+        spec,
+        env,
+        progress,
+        stood_by,
+        damaged: Vec::new(),
+        held: None,
+        next: Next { parallelism: 0, crowd_after: None },
+        rescaling: None,
+    };
     let mut first = true;
     loop {
-        let completed = progress.view().checkpoints.completed;
-        let attempted = attempt(&spec, &env, &mut controls, &progress, &mut crew, &damaged, &mut held).await;
-        let error = match attempted {
+        let completed = job.progress.view().checkpoints.completed;
+        let error = match job.attempt(&mut controls, &mut crew).await {
             Ok(Attempted::Ended(summary)) => return Ok(summary),
-            // Nothing has been snapshotted or committed: the next older checkpoint is as good as if it had been chosen first.
-            Ok(Attempted::Damaged(rejected)) => {
-                progress.phase(JobPhase::Restoring);
-                damaged.push(rejected);
+            Ok(Attempted::Again) => {
+                job.progress.phase(JobPhase::Restoring);
+                first = false;
                 continue;
             }
-            Ok(Attempted::TakenOver(error)) if restarts.taken_over(env.clock.monotonic()) => {
+            // Nothing has been snapshotted or committed: the next older checkpoint is as good as if it had been chosen first.
+            Ok(Attempted::Damaged(rejected)) => {
+                job.progress.phase(JobPhase::Restoring);
+                job.damaged.push(rejected);
+                continue;
+            }
+            Ok(Attempted::TakenOver(error)) if restarts.taken_over(job.env.clock.monotonic()) => {
                 RunError::Failed(Error::retry(error.cause().to_string()))
             }
             Ok(Attempted::TakenOver(error)) => error,
@@ -57,23 +77,26 @@ pub(crate) async fn run(
             Err(error) => error,
         };
         first = false;
-        if progress.view().checkpoints.completed > completed {
+        if let Some(rescaling) = &mut job.rescaling {
+            rescaling.failed(error.to_string());
+        }
+        if job.progress.view().checkpoints.completed > completed {
             restarts.progressed();
         }
         let disposition = error.cause().disposition();
-        match restarts.failed(disposition, env.clock.monotonic()) {
+        match restarts.failed(disposition, job.env.clock.monotonic()) {
             Verdict::GiveUp(reason) => {
                 tracing::debug!(%error, "no other attempt: {reason}");
                 return Err(error);
             }
             Verdict::Again(delay) => {
-                progress.phase(JobPhase::Restoring);
+                job.progress.phase(JobPhase::Restoring);
                 tracing::warn!(%error, "the attempt has failed; the next begins in {delay:?}");
                 tokio::select! {
                     biased;
                     // Whoever stops a job that does not run is told why it does not.
                     () = stopped(&mut controls.stop) => return Err(error),
-                    () = env.runtime.sleep(delay) => {}
+                    () = job.env.runtime.sleep(delay) => {}
                 }
             }
         }
@@ -83,6 +106,8 @@ pub(crate) async fn run(
 /// What an attempt came to.
 enum Attempted {
     Ended(Summary),
+    /// The job goes on at once.
+    Again,
     /// The snapshot that it started from turned out to be damaged before all of it was there.
     Damaged(Rejected),
     /// Somebody has taken over outputs. That may be what is left of an earlier attempt, on a worker that was cut off for a while:
@@ -90,61 +115,119 @@ enum Attempted {
     TakenOver(RunError),
 }
 
-async fn attempt(
-    spec: &Arc<RunSpec>,
-    env: &Env,
-    controls: &mut Controls,
-    progress: &Arc<Progress>,
-    crew: &mut Crew,
-    damaged: &[Rejected],
-    held: &mut Option<Generation>,
-) -> Result<Attempted, RunError> {
-    crew.assemble(spec.parallelism).await.map_err(RunError::Failed)?;
-    let started = starting::start(spec, env, crew, damaged, held).await;
-    let Ready { built, log, state, note, restored } = match started {
-        Ok(Start::Ready(ready)) => *ready,
-        Ok(Start::AlreadyFinished(epoch)) => {
-            progress.phase(JobPhase::Done);
-            let (outcome, progress) = (Outcome::AlreadyFinished, progress.view());
-            return Ok(Attempted::Ended(Summary { outcome, progress, last_epoch: Some(epoch) }));
+/// How the tasks of an attempt came to their end, if not by a failure.
+enum Ended {
+    /// The job has ended, with this as its newest checkpoint.
+    Job(Outcome, Option<Epoch>),
+    /// Behind a checkpoint that the next attempt goes on from.
+    Rescaled,
+    /// The sources have, behind a checkpoint that has failed.
+    Unfinished,
+}
+
+/// How the next attempt is placed.
+#[derive(Clone, Copy)]
+struct Next {
+    /// Subtasks per task.
+    parallelism: u32,
+    /// See [`Crew::assemble`].
+    crowd_after: Option<Duration>,
+}
+
+/// A job, over its attempts.
+struct Job {
+    spec: Arc<RunSpec>,
+    env: Env,
+    progress: Arc<Progress>,
+    /// Whether another process has run the job until now.
+    stood_by: bool,
+    /// Checkpoints that this process has found damaged, and passes over.
+    damaged: Vec<Rejected>,
+    /// The newest reign of this process: who has taken the job over since then keeps it.
+    held: Option<Generation>,
+    next: Next,
+    /// The rescale that the next attempt is for.
+    rescaling: Option<Rescaling>,
+}
+
+impl Job {
+    async fn attempt(&mut self, controls: &mut Controls, crew: &mut Crew) -> Result<Attempted, RunError> {
+        if self.held.is_none()
+            && let Some((outcome, epoch)) = self.look().await?
+        {
+            return Ok(self.nothing_to_do(outcome, epoch));
         }
-        Err(error) => {
-            // Some may have built their part.
-            let _ = crew.end(true).await;
-            return Err(error);
+        let Next { parallelism, crowd_after } = self.next;
+        crew.assemble(parallelism, crowd_after).await.map_err(RunError::Failed)?;
+        self.next.crowd_after = Some(REPLACEMENT_PATIENCE);
+        let started = starting::start(&self.spec, &self.env, crew, &self.damaged, &mut self.held).await;
+        let Ready { built, log, state, note, restored } = match started {
+            Ok(Start::Ready(ready)) => *ready,
+            Ok(Start::AlreadyFinished(epoch)) => return Ok(self.nothing_to_do(Outcome::AlreadyFinished, epoch)),
+            Err(error) => {
+                // Some may have built their part.
+                let _ = crew.end(true).await;
+                return Err(error);
+            }
+        };
+        if let Some(epoch) = restored {
+            self.progress.restored_from(epoch);
         }
-    };
-    if let Some(epoch) = restored {
-        progress.restored_from(epoch);
+        let mut running = Running {
+            spec: self.spec.clone(),
+            env: self.env.clone(),
+            progress: self.progress.clone(),
+            unended: subtasks(&self.spec, crew.parallelism()).collect(),
+            committers: built.committers,
+            arriving: built.arriving,
+            damage: None,
+            taken_over: false,
+            crew,
+        };
+        let ended = match log {
+            Some(log) => {
+                let mut shell = Shell::new(&running, log, state, note, restored, self.rescaling.take());
+                let ended = shell.run(&mut running, controls).await;
+                let (state, rescaling) = shell.left();
+                let crowded = rescaling.as_ref().is_some_and(|r| r.crowded);
+                let patience = if crowded { Duration::ZERO } else { REPLACEMENT_PATIENCE };
+                let parallelism = starting::parallelism(&self.spec, &state);
+                self.next = Next { parallelism, crowd_after: Some(patience) };
+                self.rescaling = rescaling;
+                ended
+            }
+            None => running.without_snapshots(controls).await.map(|outcome| Ended::Job(outcome, None)),
+        };
+        let (damage, taken_over) = (running.damage.take().zip(restored), running.taken_over);
+        match (running.end(ended).await, damage) {
+            (Err(_), Some((reason, epoch))) => Ok(Attempted::Damaged(Rejected { epoch, reason })),
+            (Err(error), None) if taken_over => Ok(Attempted::TakenOver(error)),
+            (attempted, _) => attempted,
+        }
     }
-    let mut running = Running {
-        spec: spec.clone(),
-        env: env.clone(),
-        progress: progress.clone(),
-        unended: subtasks(spec).collect(),
-        committers: built.committers,
-        arriving: built.arriving,
-        damage: None,
-        taken_over: false,
-        crew,
-    };
-    let outcome = match log {
-        Some(log) => Shell::new(&running, log, state, note, restored).run(&mut running, controls).await,
-        None => running.without_snapshots(controls).await.map(|outcome| (outcome, None)),
-    };
-    let (damage, taken_over) = (running.damage.take().zip(restored), running.taken_over);
-    match (running.end(outcome).await, damage) {
-        (Ok(summary), _) => Ok(Attempted::Ended(summary)),
-        (Err(_), Some((reason, epoch))) => Ok(Attempted::Damaged(Rejected { epoch, reason })),
-        (Err(error), None) if taken_over => Ok(Attempted::TakenOver(error)),
-        (Err(error), None) => Err(error),
+
+    /// Finds out where the job stands. Answers if there is nothing to do.
+    async fn look(&mut self) -> Result<Option<(Outcome, Epoch)>, RunError> {
+        Ok(match starting::look(&self.spec, &self.env).await? {
+            Look::At { parallelism, has_history, stopped } => {
+                let crowd_after = has_history.then_some(TAKEOVER_PATIENCE);
+                self.next = Next { parallelism, crowd_after };
+                stopped.filter(|_| self.stood_by).map(|epoch| (Outcome::Stopped, epoch))
+            }
+            Look::AlreadyFinished(epoch) => Some((Outcome::AlreadyFinished, epoch)),
+        })
+    }
+
+    fn nothing_to_do(&self, outcome: Outcome, epoch: Epoch) -> Attempted {
+        self.progress.phase(JobPhase::Done);
+        Attempted::Ended(Summary { outcome, progress: self.progress.view(), last_epoch: Some(epoch) })
     }
 }
 
 /// All subtasks of a job.
-fn subtasks(spec: &RunSpec) -> impl Iterator<Item = SubtaskId> {
+fn subtasks(spec: &RunSpec, parallelism: u32) -> impl Iterator<Item = SubtaskId> {
     let of_task =
-        |task: TaskId| (0..spec.graph.width(task, spec.parallelism)).map(move |index| SubtaskId { task, index });
+        move |task: TaskId| (0..spec.graph.width(task, parallelism)).map(move |index| SubtaskId { task, index });
     (0..spec.graph.vertices.len()).map(TaskId).flat_map(of_task)
 }
 
@@ -172,14 +255,21 @@ struct Running<'a> {
 }
 
 impl Running<'_> {
-    async fn end(self, outcome: Result<(Outcome, Option<Epoch>)>) -> Result<Summary, RunError> {
-        let left = self.crew.end(outcome.is_err()).await;
-        match outcome {
-            Ok((outcome, last_epoch)) => {
+    async fn end(self, ended: Result<Ended>) -> Result<Attempted, RunError> {
+        let cancel = !matches!(ended, Ok(Ended::Job(..) | Ended::Rescaled));
+        let left = self.crew.end(cancel).await;
+        match ended {
+            Ok(Ended::Job(outcome, last_epoch)) => {
                 left.map_err(RunError::failed)?;
                 self.progress.phase(JobPhase::Done);
-                Ok(Summary { outcome, progress: self.progress.view(), last_epoch })
+                Ok(Attempted::Ended(Summary { outcome, progress: self.progress.view(), last_epoch }))
             }
+            // What may be left is fenced by the next attempt, as behind a failure.
+            Ok(Ended::Rescaled) => {
+                self.crew.even_out();
+                Ok(Attempted::Again)
+            }
+            Ok(Ended::Unfinished) => Ok(Attempted::Again),
             Err(error) => Err(RunError::failed(error)),
         }
     }
@@ -200,6 +290,10 @@ impl Running<'_> {
                 Some(request) = controls.savepoints.recv() => {
                     // One that no longer listens has no need of the answer.
                     let _ = request.reply.send(Err("the job takes no snapshots: spec.checkpoints.mode is Disabled".to_owned()));
+                }
+                Some(request) = controls.rescales.recv() => {
+                    let reason = "the job takes no snapshots (spec.checkpoints.mode is Disabled): stop it, and start it anew";
+                    rescaling::answer(request, Err(reason.to_owned()));
                 }
                 event = self.crew.next() => self.plain_event(event?)?,
             }

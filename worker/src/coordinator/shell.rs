@@ -14,20 +14,23 @@ use floodmark_snapshot::{
         self, Coordinator, Decision, End, Participants, SavepointId, Schedule, StartingPoint, Subtask, Time,
     },
     log::{CheckpointLog, Event as LogEvent, LogState},
-    manifest::ShardStatus,
+    manifest::{Rescaled, ShardStatus},
     restore::Snapshot,
     retention, savepoint,
 };
 use tokio::sync::mpsc;
 
-use super::{Running, heads_source, stopped};
+use super::{Ended, Running, heads_source, rescaling::Rescaling, starting, stopped};
 use crate::{
-    CheckpointStatus, Controls, JobPhase, Outcome, SavepointMade, SavepointRequest,
+    CheckpointStatus, Controls, JobPhase, Outcome, RescaleRequest, SavepointMade, SavepointRequest,
     words::{CommitterId, FromWorker, SubtaskId},
 };
 
 /// Settled checkpoints from one look for orphaned files to the next.
 const SWEEP_EVERY: u64 = 16;
+
+/// How long a better place for subtasks must have been there before they move to it: workers that come often come together.
+const MOVE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The I/O around the coordination machine.
 pub(super) struct Shell {
@@ -43,16 +46,21 @@ pub(super) struct Shell {
     /// Checkpoints whose savepoints are copied, or have failed.
     exported: (mpsc::UnboundedSender<Epoch>, mpsc::UnboundedReceiver<Epoch>),
     settled: u64,
+    /// The checkpoint that the tasks have started from.
+    restored: Option<Epoch>,
+    /// The rescale that is under way.
+    rescaling: Option<Rescaling>,
 }
 
 impl Shell {
-    /// `restored` is the checkpoint that the tasks have started from.
+    /// `restored` is the checkpoint that the tasks have started from, `rescaling` what they have started anew for.
     pub(super) fn new(
         running: &Running<'_>,
         log: CheckpointLog,
         state: LogState,
         note: Option<LogEvent>,
         restored: Option<Epoch>,
+        rescaling: Option<Rescaling>,
     ) -> Self {
         let spec = &running.spec;
         let numbers: HashMap<_, _> = running.committers.iter().cloned().zip(0..).collect();
@@ -66,6 +74,7 @@ impl Shell {
             max_parallelism: spec.max_parallelism,
             plan: spec.graph.fingerprint.clone(),
             origin: state.asked.clone(),
+            rescaled: starting::rescaled(spec, &state),
         };
         let settings = &spec.checkpoints;
         let schedule = Schedule {
@@ -88,23 +97,29 @@ impl Shell {
             next_asked: 0,
             exported: mpsc::unbounded_channel(),
             settled: 0,
+            restored,
+            rescaling,
         }
     }
 
-    /// Runs the job to its end. Answers how it ended, and with its newest checkpoint.
+    /// Where the job stands, and the rescale that the next attempt is for.
+    pub(super) fn left(self) -> (LogState, Option<Rescaling>) {
+        (self.state, self.rescaling)
+    }
+
+    /// Runs the attempt to its end.
     ///
     /// # Errors
-    /// Whatever fails the job.
-    pub(super) async fn run(
-        mut self,
-        running: &mut Running<'_>,
-        controls: &mut Controls,
-    ) -> Result<(Outcome, Option<Epoch>)> {
+    /// Whatever fails it.
+    pub(super) async fn run(&mut self, running: &mut Running<'_>, controls: &mut Controls) -> Result<Ended> {
         let mut restored = running.arriving.is_empty();
         if restored {
             self.note().await?;
         }
         running.run();
+        if let Some(rescaling) = self.rescaling.take() {
+            rescaling.runs(running.crew.parallelism(), self.restored);
+        }
         if restored {
             running.commit();
             self.sweep_orphans(running);
@@ -124,7 +139,7 @@ impl Shell {
                     match self.carry_out(decision, running).await? {
                         After::GoOn => {}
                         After::Tell(event) => pending.push(event),
-                        After::End(outcome) => return Ok((outcome, Some(self.state.last_epoch))),
+                        After::End(ended) => return Ok(ended),
                     }
                 }
             }
@@ -138,7 +153,11 @@ impl Shell {
                     tracing::info!("stopping with a last checkpoint");
                     pending.push(coordination::Event::StopRequested);
                 }
-                Some(request) = controls.savepoints.recv() => pending.extend(self.ask(request)),
+                // While a rescale is under way, others wait.
+                Some(request) = controls.rescales.recv(), if self.rescaling.is_none() => {
+                    pending.extend(self.ask_rescale(request, running));
+                }
+                Some(request) = controls.savepoints.recv(), if self.rescaling.is_none() => pending.extend(self.ask(request)),
                 Some(epoch) = self.exported.1.recv() => pending.push(coordination::Event::Exported(epoch)),
                 report = running.crew.next() => pending.extend(self.report(report?, running)?),
             }
@@ -165,6 +184,28 @@ impl Shell {
         let then = request.then;
         self.asked.insert(id, request);
         Some(coordination::Event::SavepointRequested { id, then })
+    }
+
+    /// Takes a request for another parallelism in.
+    fn ask_rescale(&mut self, request: RescaleRequest, running: &Running<'_>) -> Option<coordination::Event> {
+        let (spec, from) = (&running.spec, running.crew.parallelism());
+        let crowds = |parallelism| running.crew.crowds(parallelism);
+        let rescaling = Rescaling::asked(request, from, spec.max_parallelism, crowds)?;
+        let to = rescaling.to();
+        self.rescaling = Some(rescaling);
+        let rescaled = (to != spec.parallelism).then_some(Rescaled { spec: spec.parallelism, to });
+        Some(coordination::Event::RescaleRequested { rescaled, prepared: false })
+    }
+
+    /// A checkpoint is settled: now is the time to move subtasks, if others have had free slots for them for long enough.
+    fn move_to_free_slots(&mut self, running: &Running<'_>) -> Option<coordination::Event> {
+        if self.rescaling.is_some() || running.crew.uneven_for() < MOVE_PATIENCE {
+            return None;
+        }
+        tracing::info!("moving subtasks to workers with free slots");
+        self.rescaling = Some(Rescaling::to_free_slots(running.crew.parallelism()));
+        let rescaled = starting::rescaled(&running.spec, &self.state);
+        Some(coordination::Event::RescaleRequested { rescaled, prepared: true })
     }
 
     /// What a report means to the machine.
@@ -219,7 +260,7 @@ impl Shell {
         tracing::debug!("{decision}");
         match decision {
             Decision::Trigger(barrier) => {
-                if barrier.stops() {
+                if barrier.stops() && self.rescaling.is_none() {
                     running.progress.phase(JobPhase::Stopping);
                 }
                 running.tell(Command::Trigger(barrier));
@@ -242,7 +283,12 @@ impl Shell {
                 self.delete(orphans, running);
             }
             Decision::Discard(orphans) => self.delete(orphans, running),
-            Decision::Settled(_) => self.settled(running).await?,
+            Decision::Settled(_) => {
+                self.settled(running).await?;
+                if let Some(event) = self.move_to_free_slots(running) {
+                    return Ok(After::Tell(event));
+                }
+            }
             Decision::Export { epoch, savepoints } => self.export(epoch, savepoints, running),
             Decision::Refuse { savepoints, reason } => {
                 for request in savepoints.iter().filter_map(|id| self.asked.remove(id)) {
@@ -250,9 +296,27 @@ impl Shell {
                     let _ = request.reply.send(Err(reason.clone()));
                 }
             }
+            Decision::Stay(reason) => {
+                if let Some(rescaling) = self.rescaling.take() {
+                    rescaling.stays(reason);
+                }
+            }
+            Decision::Restart(reason) => {
+                tracing::warn!("{reason}; the job goes on from the checkpoint before");
+                if let Some(rescaling) = &mut self.rescaling {
+                    rescaling.failed(reason);
+                }
+                return Ok(After::End(Ended::Unfinished));
+            }
             Decision::Fail(cause) => return Err(Error::abort(cause)),
-            Decision::Done(End::Finished) => return Ok(After::End(Outcome::Finished)),
-            Decision::Done(End::Stopped) => return Ok(After::End(Outcome::Stopped)),
+            Decision::Done(end) => {
+                let newest = Some(self.state.last_epoch);
+                return Ok(After::End(match end {
+                    End::Finished => Ended::Job(Outcome::Finished, newest),
+                    End::Stopped => Ended::Job(Outcome::Stopped, newest),
+                    End::Rescaled => Ended::Rescaled,
+                }));
+            }
         }
         Ok(After::GoOn)
     }
@@ -360,7 +424,7 @@ impl Shell {
 enum After {
     GoOn,
     Tell(coordination::Event),
-    End(Outcome),
+    End(Ended),
 }
 
 fn subtask(id: SubtaskId) -> Subtask {

@@ -13,11 +13,12 @@ use floodmark_dataflow::{JobGraph, Node, graph::NodeKind};
 use floodmark_snapshot::{
     Attempt, Disposition, Env, Epoch, Error, Generation, Manifest, OperatorUid, Result, SplitState,
     log::{self, CheckpointLog, Event, JobFolder, LogState},
+    manifest::Rescaled,
     restore::{self, Candidate, Origin, Reference, Rejected, Scope, StatePlan, Taker},
     storage,
 };
 
-use super::Crew;
+use super::{Crew, TAKEOVER_PATIENCE};
 use crate::{
     CheckpointMode, RunError, RunSpec,
     words::{Built, Deployment, NotBuilt, Restored, WorkerId},
@@ -34,6 +35,46 @@ pub(super) struct Ready {
     pub(super) note: Option<Event>,
     /// The checkpoint that it starts from, as the job's own log numbers it.
     pub(super) restored: Option<Epoch>,
+}
+
+/// Where a job stands before this process has done anything.
+pub(super) enum Look {
+    /// It can be started.
+    At {
+        /// Subtasks per task.
+        parallelism: u32,
+        /// Whether it has run before.
+        has_history: bool,
+        /// Its last checkpoint, if it was stopped and nobody has run it since.
+        stopped: Option<Epoch>,
+    },
+    /// The job has finished before, at this checkpoint.
+    AlreadyFinished(Epoch),
+}
+
+/// Looks at a job's storage and at its log, changing nothing there.
+pub(super) async fn look(spec: &RunSpec, env: &Env) -> Result<Look, RunError> {
+    if spec.checkpoints.mode == CheckpointMode::Disabled {
+        return Ok(Look::At { parallelism: spec.parallelism, has_history: false, stopped: None });
+    }
+    storage::check_writable(&*spec.storage, env).await.map_err(storage_error)?;
+    let state = log::read(&*spec.storage, &JobFolder::of(&spec.job)).await.map_err(storage_error)?;
+    if let Some(epoch) = finished(spec, &state) {
+        return Ok(Look::AlreadyFinished(epoch));
+    }
+    let parallelism = parallelism(spec, &state);
+    Ok(Look::At { parallelism, has_history: state.has_history(), stopped: state.stopped })
+}
+
+/// What somebody has chosen for the running job, if that still holds.
+pub(super) fn rescaled(spec: &RunSpec, state: &LogState) -> Option<Rescaled> {
+    let possible = 1..=u32::from(spec.max_parallelism);
+    state.rescaled.filter(|r| r.spec == spec.parallelism && possible.contains(&r.to))
+}
+
+/// Subtasks per task of the next attempt.
+pub(super) fn parallelism(spec: &RunSpec, state: &LogState) -> u32 {
+    rescaled(spec, state).map_or(spec.parallelism, |r| r.to)
 }
 
 /// What a start comes to.
@@ -68,17 +109,16 @@ pub(super) async fn start(
         let built = crew.deploy(deployment).await.map_err(not_built)?;
         return Ok(Start::Ready(Box::new(Ready { built, log: None, state, note: None, restored: None })));
     }
-    storage::check_writable(&*spec.storage, env).await.map_err(storage_error)?;
-    let state = log::read(&*spec.storage, &JobFolder::of(&spec.job)).await.map_err(storage_error)?;
-    if let Some(epoch) = finished(spec, &state) {
-        return Ok(Start::AlreadyFinished(epoch));
-    }
     let opened = CheckpointLog::open_after(*held, spec.storage.clone(), env.clone(), &spec.job, &spec.holder).await;
     let (log, state) = opened.map_err(storage_error)?;
     *held = Some(log.generation());
-    // Who ran the job may have finished it in between.
+    // Who ran the job may have finished it in between, or have changed its parallelism.
     if let Some(epoch) = finished(spec, &state) {
         return Ok(Start::AlreadyFinished(epoch));
+    }
+    let parallelism = parallelism(spec, &state);
+    if parallelism != crew.parallelism() {
+        crew.assemble(parallelism, Some(TAKEOVER_PATIENCE)).await.map_err(RunError::Failed)?;
     }
     let starter = Starter { spec, env, damaged, log, state };
     starter.start(crew).await.map(|ready| Start::Ready(Box::new(ready)))

@@ -6,6 +6,10 @@
 //! `Settled`. One that somebody wants as a savepoint is then exported: copied to where no job deletes it. By then nothing in
 //! it waits for a commit, so a savepoint never holds output.
 //!
+//! A rescale ends the attempt: an ordinary checkpoint first, so that state is uploaded while the job runs, then one behind which
+//! the sources stop. That one says at which parallelism the next attempt goes on: before it is complete the old one holds, and
+//! from then on the new one.
+//!
 //! Invariants: no more than `max_concurrent` checkpoints are under way or uncommitted; they complete in the order of their
 //! epochs (one that is overtaken by a later is given up); an epoch's number is never used twice; a checkpoint is aborted at
 //! most once; barriers that stop the job or make a savepoint go out alone.
@@ -26,7 +30,7 @@ pub use self::vocabulary::{
 use crate::{
     Epoch, Manifest, OperatorSnapshot, OperatorUid, Shard,
     log::Event as LogEvent,
-    manifest::{MANIFEST_FORMAT, ShardStatus},
+    manifest::{MANIFEST_FORMAT, Rescaled, ShardStatus},
 };
 
 /// Aborted checkpoints whose late acknowledgements are still told apart; those of older ones are left for a sweep.
@@ -53,6 +57,19 @@ struct Completed {
     epoch: Epoch,
     savepoints: Vec<SavepointId>,
     end: Option<End>,
+}
+
+/// How far a rescale is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rescaling {
+    /// The checkpoint before the last is to go out.
+    Asked,
+    /// It is under way.
+    Preparing(Epoch),
+    /// The last is to go out.
+    Prepared,
+    /// It is under way.
+    Last(Epoch),
 }
 
 /// The log entry that is being written.
@@ -102,6 +119,8 @@ pub struct Coordinator {
     exhausted: BTreeSet<Subtask>,
     stop: Option<BarrierKind>,
     wanted: Vec<SavepointId>,
+    /// A rescale, and what it is to.
+    rescale: Option<(Rescaling, Option<Rescaled>)>,
 }
 
 impl Coordinator {
@@ -130,6 +149,7 @@ impl Coordinator {
             exhausted: BTreeSet::new(),
             stop: None,
             wanted: Vec::new(),
+            rescale: None,
         }
     }
 
@@ -198,7 +218,12 @@ impl Coordinator {
             Event::Exported(epoch) => {
                 self.exporting.remove(&epoch);
             }
+            Event::RescaleRequested { rescaled, prepared } => {
+                let step = if prepared { Rescaling::Prepared } else { Rescaling::Asked };
+                self.rescale.get_or_insert((step, rescaled));
+            }
         }
+        self.end_before_rescale(out);
         self.confirm(out);
         self.end_if_due(out);
         self.watch_the_time(now, out);
@@ -227,13 +252,22 @@ impl Coordinator {
         self.ask_to_stop(then);
     }
 
+    /// A job that ends has no use for another parallelism.
+    fn end_before_rescale(&mut self, out: &mut Vec<Decision>) {
+        let ending = self.stop.is_some() || self.end_of_input() || self.life != Life::Running;
+        if ending && !matches!(self.rescale, None | Some((Rescaling::Last(_), _))) {
+            self.rescale = None;
+            out.push(Decision::Stay("it is ending".to_owned()));
+        }
+    }
+
     fn end_of_input(&self) -> bool {
         self.exhausted.len() == self.who.sources.len()
     }
 
-    /// Whether the next barrier goes out alone and at once: the last one, or one for a savepoint.
+    /// Whether the next barrier goes out alone and at once: the last one, or one for a savepoint or a rescale.
     fn urgent(&self) -> bool {
-        self.stop.is_some() || self.end_of_input() || !self.wanted.is_empty()
+        self.stop.is_some() || self.end_of_input() || !self.wanted.is_empty() || self.rescale.is_some()
     }
 
     /// When the next barrier goes out, if nothing else must happen first.
@@ -241,7 +275,13 @@ impl Coordinator {
         let open = self.flights.len() + self.uncommitted.len();
         // What the restored checkpoint staged may be a subtask's that is no more: no later checkpoint would hold it.
         let restoring = self.uncommitted.iter().any(|c| Some(c.epoch) == self.restored);
-        if self.life != Life::Running || self.writing.is_some() || restoring {
+        // The next attempt would not know which files are still being copied.
+        let held_up = match self.rescale {
+            Some((Rescaling::Preparing(_) | Rescaling::Last(_), _)) => true,
+            Some((Rescaling::Prepared, _)) => !self.exporting.is_empty(),
+            Some((Rescaling::Asked, _)) | None => false,
+        };
+        if self.life != Life::Running || self.writing.is_some() || restoring || held_up {
             return None;
         }
         if self.urgent() {
@@ -256,13 +296,22 @@ impl Coordinator {
         if self.triggers_at().is_none_or(|at| now.monotonic < at) {
             return;
         }
-        let kind = match self.stop {
-            Some(kind) => kind,
-            None if self.end_of_input() => BarrierKind::Stop,
-            None => BarrierKind::Checkpoint,
-        };
         let savepoints = std::mem::take(&mut self.wanted);
         self.last_epoch = self.last_epoch.next();
+        let end_of_input = self.end_of_input();
+        let kind = match (self.stop, &mut self.rescale) {
+            (Some(kind), _) => kind,
+            (None, _) if end_of_input => BarrierKind::Stop,
+            (None, Some((step @ Rescaling::Asked, _))) if savepoints.is_empty() => {
+                *step = Rescaling::Preparing(self.last_epoch);
+                BarrierKind::Checkpoint
+            }
+            (None, Some((step @ Rescaling::Prepared, _))) if savepoints.is_empty() => {
+                *step = Rescaling::Last(self.last_epoch);
+                BarrierKind::Stop
+            }
+            (None, _) => BarrierKind::Checkpoint,
+        };
         self.last_trigger = now.monotonic;
         let barrier = Barrier { epoch: self.last_epoch, kind, whole: !savepoints.is_empty() };
         out.push(Decision::Trigger(barrier));
@@ -271,7 +320,7 @@ impl Coordinator {
             Flight {
                 barrier,
                 base: self.newest_base,
-                end_of_input: self.end_of_input(),
+                end_of_input,
                 savepoints,
                 triggered: now,
                 unaligned: false,
@@ -348,8 +397,10 @@ impl Coordinator {
             self.give_up(earlier, format!("overtaken by checkpoint {epoch}"), true, out);
         }
         let Some(flight) = self.flights.remove(&epoch) else { return };
+        let rescale = self.rescale.filter(|(step, _)| *step == Rescaling::Last(epoch));
         let end = match (flight.barrier.stops(), flight.end_of_input) {
             (false, _) => None,
+            (true, _) if rescale.is_some() => Some(End::Rescaled),
             (true, true) => Some(End::Finished),
             (true, false) => Some(End::Stopped),
         };
@@ -370,6 +421,7 @@ impl Coordinator {
             max_parallelism: self.who.max_parallelism,
             plan: self.who.plan.clone(),
             origin: self.who.origin.clone(),
+            rescaled: rescale.map_or(self.who.rescaled, |(_, rescaled)| rescaled),
             end_of_input: flight.end_of_input && flight.barrier.stops(),
             operators,
         };
@@ -418,6 +470,10 @@ impl Coordinator {
         self.last_end = now.monotonic;
         let (settled, left) = std::mem::take(&mut self.uncommitted).into_iter().partition(|c| c.epoch <= epoch);
         self.uncommitted = left;
+        if let Some((step @ Rescaling::Preparing(_), _)) = &mut self.rescale {
+            // Nothing else was under way.
+            *step = Rescaling::Prepared;
+        }
         let settled: Vec<Completed> = settled;
         for Completed { epoch, savepoints, end } in settled {
             if !savepoints.is_empty() {
@@ -437,11 +493,18 @@ impl Coordinator {
         if self.writing.is_some() || !self.exporting.is_empty() {
             return;
         }
-        self.writing = Some(Writing::End(end));
-        out.push(Decision::Append(match end {
+        let entry = match end {
             End::Finished => LogEvent::Finished { epoch },
             End::Stopped => LogEvent::Stopped { epoch },
-        }));
+            // The checkpoint has said it.
+            End::Rescaled => {
+                self.life = Life::Over;
+                out.push(Decision::Done(end));
+                return;
+            }
+        };
+        self.writing = Some(Writing::End(end));
+        out.push(Decision::Append(entry));
     }
 
     /// Takes a flight back: everybody forgets it, and who wanted a savepoint of it is told.
@@ -464,6 +527,20 @@ impl Coordinator {
     fn abort(&mut self, epoch: Epoch, reason: String, now: Time, out: &mut Vec<Decision>) {
         let Some(barrier) = self.give_up(epoch, reason.clone(), false, out) else { return };
         self.last_end = now.monotonic;
+        match self.rescale {
+            Some((Rescaling::Last(last), _)) if last == epoch => {
+                self.life = Life::Over;
+                out.push(Decision::Restart(format!("the last checkpoint before a rescale ({epoch}) failed: {reason}")));
+                return;
+            }
+            Some((Rescaling::Preparing(first), _)) if first == epoch => {
+                self.rescale = None;
+                // Who asked for it knows; the job's own checkpoints have not failed.
+                out.push(Decision::Stay(format!("the checkpoint before a rescale ({epoch}) failed: {reason}")));
+                return;
+            }
+            Some(_) | None => {}
+        }
         if barrier.stops() {
             // The sources have ended behind that barrier: there is nobody left to send another.
             self.life = Life::Over;

@@ -35,6 +35,7 @@ fn scheduled(schedule: Schedule, committers: &[usize], start: StartingPoint) -> 
         max_parallelism: 128,
         plan: "p".into(),
         origin: None,
+        rescaled: None,
     };
     Coordinator::new(schedule, who, start, Time::default())
 }
@@ -44,7 +45,7 @@ fn parts(epoch: u64, subtask: Subtask) -> Vec<(OperatorUid, OperatorSnapshot)> {
     vec![("op".into(), OperatorSnapshot { shards: vec![shard], ..OperatorSnapshot::default() })]
 }
 
-/// Events: `tick`, `ack a 1`, `decline b 1`, `exhausted`, `appended`, `committed <committer> <epoch>`, `stop`, `savepoint 7`
+/// Events: `tick`, `ack a 1`, `decline b 1`, `exhausted`, `appended`, `committed <committer> <epoch>`, `stop`, `rescale`, `move`, `savepoint 7`
 /// (`and stop`, `and drain`), `exported 1`; `@12 tick` sets the clock to 12 s first.
 fn check(mut machine: Coordinator, events: &[&str], expected: Expect) {
     let mut now = Time::default();
@@ -69,6 +70,8 @@ fn check(mut machine: Coordinator, events: &[&str], expected: Expect) {
             ["appended"] => Event::Appended,
             ["committed", who, n] => Event::Committed { committer: who.parse().unwrap(), epoch: epoch(n) },
             ["stop"] => Event::StopRequested,
+            ["rescale"] => Event::RescaleRequested { rescaled: Some(Rescaled { spec: 1, to: 2 }), prepared: false },
+            ["move"] => Event::RescaleRequested { rescaled: None, prepared: true },
             ["savepoint", id, ref then @ ..] => Event::SavepointRequested {
                 id: SavepointId(id.parse().unwrap()),
                 then: match then {
@@ -543,4 +546,179 @@ fn all_that_a_checkpoint_under_way_may_name_again_stays() {
     machine.step(acknowledged(2, B), at(22));
     machine.step(Event::Appended, at(22));
     assert_eq!((machine.base(Epoch(2)), machine.pinned().min()), (None, Some(Epoch(2))));
+}
+
+#[test]
+fn a_rescale_takes_a_checkpoint_while_the_job_runs_and_another_to_end_the_attempt() {
+    check(
+        machine(&[7], StartingPoint::default()),
+        &[
+            "rescale",
+            "ack a 1",
+            "ack b 1",
+            "appended",
+            "committed 7 1",
+            "appended",
+            "ack a 2",
+            "@30 tick",
+            "ack b 2",
+            "appended",
+            "committed 7 2",
+            "appended",
+        ],
+        expect![[r#"
+            rescale -> trigger 1
+            ack a 1 -> 
+            ack b 1 -> append completed 1
+            appended -> announce 1
+            committed 7 1 -> append committed 1
+            appended -> settled 1; trigger 2 and stop
+            ack a 2 -> 
+            @30 tick -> 
+            ack b 2 -> append completed 2
+            appended -> announce 2
+            committed 7 2 -> append committed 2
+            appended -> settled 2; done: rescaled
+        "#]],
+    );
+}
+
+#[test]
+fn the_last_checkpoint_before_a_rescale_says_at_which_parallelism_the_job_goes_on() {
+    let chosen = |machine: &mut Coordinator, epoch: u64| {
+        let mut said = None;
+        for subtask in [A, B] {
+            let event = Event::Acknowledged { epoch: Epoch(epoch), subtask, parts: Vec::new() };
+            for decision in machine.step(event, Time::default()) {
+                if let Decision::Append(LogEvent::Completed { manifest }) = decision {
+                    said = Some(manifest.rescaled);
+                }
+            }
+        }
+        machine.step(Event::Appended, Time::default());
+        said.unwrap()
+    };
+    let to = Some(Rescaled { spec: 1, to: 2 });
+    let mut machine = machine(&[], StartingPoint::default());
+    machine.who.rescaled = Some(Rescaled { spec: 1, to: 3 });
+    machine.step(Event::RescaleRequested { rescaled: to, prepared: false }, Time::default());
+    assert_eq!(chosen(&mut machine, 1), machine.who.rescaled);
+    assert_eq!(chosen(&mut machine, 2), to);
+}
+
+#[test]
+fn a_rescale_waits_for_what_is_under_way_and_behind_savepoints() {
+    check(
+        scheduled(PIPELINED, &[], StartingPoint::default()),
+        &[
+            "@10 tick",
+            "savepoint 5",
+            "rescale",
+            "@20 tick",
+            "ack a 1",
+            "ack b 1",
+            "appended",
+            "ack a 2",
+            "ack b 2",
+            "appended",
+            "ack a 3",
+            "ack b 3",
+            "appended",
+            "@40 tick",
+            "exported 2",
+        ],
+        expect![[r#"
+            @10 tick -> trigger 1
+            savepoint 5 -> 
+            rescale -> 
+            @20 tick -> 
+            ack a 1 -> 
+            ack b 1 -> append completed 1
+            appended -> announce 1; settled 1; trigger 2 for a savepoint
+            ack a 2 -> 
+            ack b 2 -> append completed 2
+            appended -> announce 2; export 2 for savepoint 5; settled 2; trigger 3
+            ack a 3 -> 
+            ack b 3 -> append completed 3
+            appended -> announce 3; settled 3
+            @40 tick -> 
+            exported 2 -> trigger 4 and stop
+        "#]],
+    );
+}
+
+#[test]
+fn what_moves_right_behind_a_checkpoint_needs_no_other_before_the_last() {
+    check(
+        machine(&[], StartingPoint::default()),
+        &["move", "ack a 1", "ack b 1", "appended"],
+        expect![[r#"
+        move -> trigger 1 and stop
+        ack a 1 -> 
+        ack b 1 -> append completed 1
+        appended -> announce 1; settled 1; done: rescaled
+    "#]],
+    );
+}
+
+#[test]
+fn a_rescale_whose_first_checkpoint_fails_leaves_the_attempt_and_one_whose_last_fails_leaves_the_job() {
+    check(
+        scheduled(Schedule { tolerable_failures: 0, ..SCHEDULE }, &[], StartingPoint::default()),
+        &["rescale", "decline a 1", "@10 tick", "ack a 2", "ack b 2", "appended", "move", "decline b 3", "@60 tick"],
+        expect![[r#"
+            rescale -> trigger 1
+            decline a 1 -> abort 1 (declined by 0.0: disk full), delete []; no rescale: the checkpoint before a rescale (1) failed: declined by 0.0: disk full
+            @10 tick -> trigger 2
+            ack a 2 -> 
+            ack b 2 -> append completed 2
+            appended -> announce 2; settled 2
+            move -> trigger 3 and stop
+            decline b 3 -> abort 3 (declined by 1.0: disk full), delete []; restart: the last checkpoint before a rescale (3) failed: declined by 1.0: disk full
+            @60 tick -> 
+        "#]],
+    );
+}
+
+#[test]
+fn a_job_that_ends_is_not_rescaled() {
+    check(
+        machine(&[], StartingPoint::default()),
+        &["rescale", "stop", "ack a 1", "ack b 1", "appended", "rescale"],
+        expect![[r#"
+            rescale -> trigger 1
+            stop -> no rescale: it is ending
+            ack a 1 -> 
+            ack b 1 -> append completed 1
+            appended -> announce 1; settled 1; trigger 2 and stop
+            rescale -> no rescale: it is ending
+        "#]],
+    );
+    check(
+        machine(&[], StartingPoint::default()),
+        &["rescale", "exhausted", "ack a 1", "ack b 1", "appended", "move"],
+        expect![[r#"
+            rescale -> trigger 1
+            exhausted -> no rescale: it is ending
+            ack a 1 -> 
+            ack b 1 -> append completed 1
+            appended -> announce 1; settled 1; trigger 2 and stop
+            move -> no rescale: it is ending
+        "#]],
+    );
+}
+
+#[test]
+fn a_stop_behind_the_last_barrier_of_a_rescale_is_for_the_next_attempt() {
+    check(
+        machine(&[], StartingPoint::default()),
+        &["move", "stop", "ack a 1", "ack b 1", "appended"],
+        expect![[r#"
+        move -> trigger 1 and stop
+        stop -> 
+        ack a 1 -> 
+        ack b 1 -> append completed 1
+        appended -> announce 1; settled 1; done: rescaled
+    "#]],
+    );
 }

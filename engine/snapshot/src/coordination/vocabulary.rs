@@ -4,7 +4,9 @@ use std::{collections::BTreeSet, fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Attempt, Epoch, Generation, JobId, OperatorSnapshot, OperatorUid, log::Event as LogEvent};
+use crate::{
+    Attempt, Epoch, Generation, JobId, OperatorSnapshot, OperatorUid, log::Event as LogEvent, manifest::Rescaled,
+};
 
 /// A subtask, by the index of its task in the graph and its own index in the task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,6 +61,8 @@ pub struct Participants {
     pub plan: String,
     /// What somebody last asked the job to start from.
     pub origin: Option<String>,
+    /// The parallelism that somebody has chosen for the running job.
+    pub rescaled: Option<Rescaled>,
 }
 
 /// What an attempt starts from.
@@ -75,7 +79,7 @@ pub struct StartingPoint {
 pub enum BarrierKind {
     /// The job goes on.
     Checkpoint,
-    /// The job stops: all its inputs have ended, or somebody asked. Sources emit nothing more, and tasks end once their sinks
+    /// The job stops: all its inputs have ended, or somebody asked; or it goes on as another attempt. Sources emit nothing more, and tasks end once their sinks
     /// have committed.
     Stop,
     /// As [`BarrierKind::Stop`], but event time first goes to its end: windows fire, nothing is left over.
@@ -183,6 +187,13 @@ pub enum Event {
         /// What follows it.
         then: BarrierKind,
     },
+    /// The job is to go on as another attempt, whose subtasks are others or elsewhere. Not while this is under way.
+    RescaleRequested {
+        /// What manifests say from the last one of this attempt on.
+        rescaled: Option<Rescaled>,
+        /// True if a checkpoint has just been settled: then none goes before the last one.
+        prepared: bool,
+    },
     /// An export has ended, well or not: the shell has told the asker.
     Exported(Epoch),
 }
@@ -194,6 +205,8 @@ pub enum End {
     Finished,
     /// It was asked to stop.
     Stopped,
+    /// The attempt, not the job: another goes on from its last checkpoint, as that says.
+    Rescaled,
 }
 
 /// What the machine wants done. `Append` is answered by [`Event::Appended`] before any other event.
@@ -236,6 +249,10 @@ pub enum Decision {
         /// Why.
         reason: String,
     },
+    /// The subtasks stay as and where they are: why. The attempt goes on.
+    Stay(String),
+    /// The sources have ended behind a barrier whose checkpoint has failed: the attempt can't go on, and the job can.
+    Restart(String),
     /// The job can't go on.
     Fail(String),
     /// The job has ended; tasks end by themselves.
@@ -265,9 +282,12 @@ impl fmt::Display for Decision {
             Self::Settled(epoch) => write!(f, "settled {epoch}"),
             Self::Export { epoch, savepoints } => write!(f, "export {epoch} for savepoint {}", ids(savepoints)),
             Self::Refuse { savepoints, reason } => write!(f, "refuse savepoint {}: {reason}", ids(savepoints)),
+            Self::Stay(reason) => write!(f, "no rescale: {reason}"),
+            Self::Restart(reason) => write!(f, "restart: {reason}"),
             Self::Fail(cause) => write!(f, "fail: {cause}"),
             Self::Done(End::Finished) => f.write_str("done: finished"),
             Self::Done(End::Stopped) => f.write_str("done: stopped"),
+            Self::Done(End::Rescaled) => f.write_str("done: rescaled"),
         }
     }
 }
