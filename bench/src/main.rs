@@ -1,12 +1,15 @@
 //! `make bench`: the figures that Floodmark is held to, each measured by one command, beside its goal.
 //!
-//! `throughput` and `restore` start real processes; `pause` and `incremental` drive a back end in this one. Each figure is told
+//! `throughput`, `restore` and `footprint` start real processes; `pause` and `incremental` drive a back end in this one, `exchange`
+//! both ends of channels. Each figure is told
 //! when it is known, and all of them at the end in one table, or as JSON. Nothing here is a test: a busy machine misses goals.
 //! CPU-seconds hold on one; the wall clock does not.
 
 #![allow(clippy::disallowed_methods, reason = "a benchmark measures real time")]
 
 mod backend;
+mod exchange;
+mod footprint;
 mod incremental;
 mod pause;
 mod report;
@@ -48,6 +51,12 @@ enum Command {
     /// From the start of a process to its first output behind a restore: seconds
     #[command(long_about = restore::ABOUT)]
     Restore(restore::Args),
+    /// What a channel between two processes carries and costs, and what one that stands still holds
+    #[command(long_about = exchange::ABOUT)]
+    Exchange(exchange::Args),
+    /// Memory of a coordinator and a worker that have nothing to do: MB
+    #[command(long_about = footprint::ABOUT)]
+    Footprint(footprint::Args),
 }
 
 fn main() -> ExitCode {
@@ -70,6 +79,8 @@ fn bench(args: &Args) -> Result<Report> {
         Some(Command::Pause(args)) => pause::bench(args, &mut report),
         Some(Command::Incremental(args)) => incremental::bench(args, &mut report),
         Some(Command::Restore(args)) => restore::bench(args, &mut report),
+        Some(Command::Exchange(args)) => exchange::bench(args, &mut report),
+        Some(Command::Footprint(args)) => footprint::bench(args, &mut report),
         None => everything(&mut report),
     };
     print!("{}", report.table());
@@ -84,6 +95,8 @@ fn everything(report: &mut Report) -> Result<()> {
     pause::bench(&pause::Args::moderate(), report)?;
     incremental::bench(&incremental::Args::moderate(), report)?;
     restore::bench(&restore::Args::moderate(), report)?;
+    exchange::bench(&exchange::Args::moderate(), report)?;
+    footprint::bench(&footprint::Args::moderate(), report)?;
     throughput::everything(report)
 }
 
@@ -116,5 +129,15 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(format!("{restore:?}"), format!("{:?}", restore::Args::moderate()));
+        let exchange = match parsed(&["exchange", "--batches", "1000", "--repeat", "3"]) {
+            Ok(Some(Command::Exchange(args))) => args,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(format!("{exchange:?}"), format!("{:?}", exchange::Args::moderate()));
+        let footprint = match parsed(&["footprint", "--repeat", "3"]) {
+            Ok(Some(Command::Footprint(args))) => args,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(format!("{footprint:?}"), format!("{:?}", footprint::Args::moderate()));
     }
 }
