@@ -6,6 +6,9 @@
 //! what a committed reader sees must be what the input ledger says ([`oracle`] knows nothing of checkpoints). [`monitor`]
 //! watches, at every change of the storage and the broker, what must hold at each moment.
 //!
+//! A process is a job as a whole, or its coordinator: then workers are processes of their own ([`crew`]), on a network that delays,
+//! cuts and breaks what goes over it.
+//!
 //! [`simulate`] runs one seed; the same seed gives the same run, event for event. The scheduler runs one step of a task or a
 //! committer at a time and is never interrupted inside of one: what real threads could do to each other *within* a step is
 //! not simulated (they share nothing but channels).
@@ -13,6 +16,7 @@
 //! That the oracle can fail is shown by [`Mutation`]s: defects planted at the simulator's side of the seams.
 
 mod broker;
+mod crew;
 mod executor;
 mod inputs;
 mod jobs;
@@ -33,8 +37,8 @@ mod world;
 
 use std::{collections::BTreeMap, time::Duration};
 
+pub use crate::{crew::FIRST_WORKER, topology::Topology, world::Crash};
 use crate::{life::Life, plan::Plan};
-pub use crate::{topology::Topology, world::Crash};
 
 /// A defect that seeds must find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,8 +108,8 @@ pub struct Report {
     pub lasted: Duration,
     /// Equal if and only if (but for hash collisions) two runs were the same, event for event.
     pub digest: u64,
-    /// Changes that the first process made to storage and broker.
-    pub effects: u64,
+    /// Changes that each process made to storage and broker.
+    pub effects: BTreeMap<u32, u64>,
     /// What a committed reader sees.
     pub output: Vec<String>,
 }
@@ -118,9 +122,9 @@ pub fn simulate(seed: u64, options: Options) -> Report {
     Life::new(if options.rocksdb { plan.in_rocksdb() } else { plan }, options, None).run()
 }
 
-/// Runs a topology without faults, but for a crash of the first process.
+/// Runs a topology without faults, but for a crash of one process; with so many workers beside the coordinator.
 #[must_use]
-pub fn crash(topology: Topology, seed: u64, crash: Option<Crash>, options: Options) -> Report {
-    let plan = Plan::for_sweep(topology, seed);
+pub fn crash(topology: Topology, workers: u32, seed: u64, crash: Option<Crash>, options: Options) -> Report {
+    let plan = Plan::for_sweep(topology, workers, seed);
     Life::new(if options.rocksdb { plan.in_rocksdb() } else { plan }, options, crash).run()
 }

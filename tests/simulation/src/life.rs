@@ -7,11 +7,14 @@ use std::{
 };
 
 use floodmark_snapshot::{coordination::BarrierKind, restore::Reference};
-use floodmark_worker::{CheckpointMode, Controls, Outcome, Progress, RunError, SavepointRequest, Summary, run};
+use floodmark_worker::{
+    CheckpointMode, Controls, Outcome, Progress, RunError, SavepointRequest, Summary, coordinate, link::tls::Role, run,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     Options, Report,
+    crew::{Crew, Links},
     executor::{Executor, Pid, Stopped},
     jobs::{self, ELSEWHERE, STORAGE, Start},
     monitor::Notes,
@@ -37,6 +40,8 @@ struct Running {
     stop: watch::Sender<bool>,
     savepoints: mpsc::Sender<SavepointRequest>,
     ended: Slot,
+    /// Its workers, if they are other processes.
+    crew: Option<Crew>,
 }
 
 /// Stopping savepoints that were made: by which process, and their names.
@@ -46,6 +51,7 @@ type Made = Arc<Mutex<Vec<(Pid, String)>>>;
 pub(crate) struct Life {
     world: Arc<World>,
     executor: Executor,
+    links: Links,
     /// The newest last: it is who the job counts on.
     running: Vec<Running>,
     starts: usize,
@@ -69,6 +75,7 @@ impl Life {
         let world = World::new(plan, options.trace, options.mutation, crash);
         let executor = Executor::new(world.core.clone(), Random::new(seed, 4), task_pauses);
         Self {
+            links: Links::new(&world),
             world,
             executor,
             running: Vec::new(),
@@ -87,6 +94,8 @@ impl Life {
         let plan = self.world.plan.clone();
         self.world.trace.line(0, || format!("{plan}"));
         let mut actions = plan.actions.iter().copied().filter(|(at, _)| *at < plan.faults_until).peekable();
+        let mut worker_actions =
+            plan.worker_actions.iter().copied().filter(|(at, ..)| *at < plan.faults_until).peekable();
         let mut calm = false;
         while self.finished.is_none() && self.fine() {
             let now = self.world.core.now();
@@ -102,6 +111,11 @@ impl Life {
                     self.act(newest, action);
                 }
             }
+            while let Some((_, which, action)) = worker_actions.next_if(|(at, ..)| *at <= now) {
+                if let Some(crew) = self.running.last().and_then(|r| r.crew.as_ref()) {
+                    crew.act(which, action, &self.links);
+                }
+            }
             for (pid, action) in self.world.take_due() {
                 self.act(pid, action);
             }
@@ -110,7 +124,8 @@ impl Life {
                 break;
             }
             let end = if calm { plan.faults_until + FINISH_MAX } else { plan.faults_until };
-            let due = actions.peek().map(|(at, _)| *at).into_iter().chain(self.next_start).min();
+            let due = actions.peek().map(|(at, _)| *at).into_iter().chain(self.next_start);
+            let due = due.chain(worker_actions.peek().map(|(at, ..)| *at)).min();
             self.go(due.unwrap_or(end).min(end));
             self.listen();
         }
@@ -126,7 +141,13 @@ impl Life {
     }
 
     fn go(&mut self, until: Duration) {
-        let stopped = self.executor.run(until);
+        for crew in self.running.iter_mut().filter_map(|r| r.crew.as_mut()) {
+            if let Err(error) = crew.start_due(&mut self.links, &mut self.executor) {
+                self.world.violation(format!("a job that can't be made: {error}"));
+            }
+        }
+        let workers = self.running.iter().filter_map(|r| r.crew.as_ref()?.next_start());
+        let stopped = self.executor.run(workers.chain([until]).min().unwrap_or(until));
         for pid in std::mem::take(&mut self.executor.panics) {
             self.world.violation(format!("process {pid}: a future panicked"));
         }
@@ -141,6 +162,7 @@ impl Life {
         self.executor.calm();
         self.world.core.resume_all();
         self.world.heal_all();
+        self.links.heal_all();
     }
 
     fn start(&mut self) {
@@ -161,15 +183,22 @@ impl Life {
         let (controls, requests) = Controls::new(stopping);
         let ended = Slot::default();
         let (slot, core, env) = (ended.clone(), self.world.core.clone(), process.env());
+        let alone = self.world.plan.workers == 0;
+        let network = (!alone).then(|| self.links.join(pid, Role::Coordinator));
+        let crew = (!alone).then(|| Crew::of(&process, self.starts - 1, self.from.clone()));
         self.executor.add(
             pid,
             Box::pin(async move {
-                let outcome = run(spec, env, controls, Arc::new(Progress::default())).await;
+                let progress = Arc::new(Progress::default());
+                let outcome = match network {
+                    None => run(spec, env, controls, progress).await,
+                    Some(network) => coordinate(spec, env, controls, progress, network, |_| {}).await,
+                };
                 *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
                 core.interrupt();
             }),
         );
-        self.running.push(Running { pid, stop, savepoints: requests.savepoints, ended });
+        self.running.push(Running { pid, stop, savepoints: requests.savepoints, ended, crew });
     }
 
     fn start_later(&mut self) {
@@ -180,6 +209,8 @@ impl Life {
     fn act(&mut self, pid: Pid, action: Action) {
         let now = self.world.core.now();
         self.world.trace.line(pid, || action.to_string());
+        // Who is asked for something is the coordinator.
+        let asked = self.running.iter().find_map(|r| r.crew.as_ref()?.coordinator_of(pid)).unwrap_or(pid);
         match action {
             Action::Crash => self.world.kill(pid, "as planned"),
             Action::Pause(d) => {
@@ -188,7 +219,7 @@ impl Life {
             }
             Action::CutOff(d) => {
                 self.world.monitor().count("partitions");
-                self.world.cut_off(pid, now + d);
+                self.cut_off(pid, d);
             }
             Action::TakeOver => {
                 self.world.monitor().count("takeovers");
@@ -201,18 +232,23 @@ impl Life {
             }
             Action::CutOffZombie(d) => {
                 self.world.monitor().count("takeovers of a process cut off");
-                self.world.cut_off(pid, now + d);
+                self.cut_off(pid, d);
                 self.start();
             }
             Action::Stop => {
                 self.world.monitor().count("stops asked for");
-                for process in self.running.iter().filter(|r| r.pid == pid) {
+                for process in self.running.iter().filter(|r| r.pid == asked) {
                     // A receiver that is gone belongs to a process that is ending anyway.
                     let _ = process.stop.send(true);
                 }
             }
-            Action::Savepoint(number, then) => self.savepoint(pid, number, then),
+            Action::Savepoint(number, then) => self.savepoint(asked, number, then),
         }
+    }
+
+    fn cut_off(&self, pid: Pid, duration: Duration) {
+        self.world.cut_off(pid, self.world.core.now() + duration);
+        self.links.part(pid, duration);
     }
 
     /// Asks a process for a savepoint, and holds it to its answer.
@@ -304,7 +340,10 @@ impl Life {
     fn listen(&mut self) {
         let newest = self.running.last().map(|r| r.pid);
         let mut left = Vec::new();
-        for process in std::mem::take(&mut self.running) {
+        for mut process in std::mem::take(&mut self.running) {
+            if let Some(crew) = &mut process.crew {
+                crew.listen(&self.world);
+            }
             let outcome = process.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
             let dead = self.world.core.is_dead(process.pid);
             let stopped = matches!(&outcome, Some(Ok(Summary { outcome: Outcome::Stopped, .. })));
@@ -317,8 +356,11 @@ impl Life {
                 Some(outcome) => {
                     self.ended(process.pid, &outcome);
                     // Whatever it leaves running (deletes, mostly) is gone with the process.
-                    self.world.core.kill(process.pid);
+                    self.world.bury(process.pid);
                 }
+            }
+            if let Some(crew) = process.crew {
+                crew.dismiss(&self.world);
             }
             // What one that has been taken over has left is not where the job is.
             if stopped && left.is_empty() && process.pid == self.starts as Pid {
@@ -419,6 +461,7 @@ impl Life {
     }
 
     fn report(self) -> Report {
+        self.world.close();
         let broker = self.world.broker();
         let mut monitor = self.world.monitor();
         let orphans = monitor.orphans(&self.world.objects());
@@ -434,7 +477,7 @@ impl Life {
             polls: self.executor.polls,
             lasted: self.world.core.now(),
             digest: self.executor.digest,
-            effects: self.world.effects_of(1),
+            effects: self.world.effects(),
             output: broker.committed(),
         }
     }

@@ -14,6 +14,7 @@ use std::{
 use clap::Parser;
 use floodmark_simulation::{Options, Report, Topology, simulate};
 use floodmark_snapshot::Env;
+use tracing_subscriber::{Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 /// Failing seeds that are told; the search goes on no further.
 const FAILURES_MAX: usize = 10;
@@ -97,12 +98,10 @@ fn main() -> ExitCode {
 
 fn one(seed: u64, options: Options) -> ExitCode {
     if options.trace {
-        let subscriber = tracing_subscriber::fmt()
-            .with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG)
-            .without_time()
-            .with_ansi(false)
-            .with_writer(std::io::stdout);
-        subscriber.init();
+        // What libraries say of their insides is of no interest.
+        let ours = tracing_subscriber::filter::filter_fn(|of| of.target().starts_with("floodmark"));
+        let lines = tracing_subscriber::fmt::layer().without_time().with_ansi(false).with_writer(std::io::stdout);
+        tracing_subscriber::registry().with(lines.with_filter(ours)).init();
     }
     let report = simulate(seed, options);
     print(&report);

@@ -132,6 +132,54 @@ impl fmt::Display for Action {
     }
 }
 
+/// What happens to one of the newest coordinator's workers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum WorkerAction {
+    /// It dies.
+    Crash,
+    /// It stops running for a while, then goes on as if nothing had been.
+    Pause(Duration),
+    /// It reaches nobody and nothing for a while.
+    CutOff(Duration),
+    /// Nothing passes between it and the coordinator for a while.
+    Unheard(Duration),
+    /// Nothing passes between it and another worker for a while.
+    Apart(Duration),
+    /// Its connections to the coordinator break.
+    Sever,
+    /// Its connections to another worker break.
+    SeverChannels,
+}
+
+impl WorkerAction {
+    fn draw(random: &mut Random) -> Self {
+        let long = random.spread(Duration::from_millis(20), Duration::from_secs(30));
+        match random.below(9) {
+            0..=2 => Self::Crash,
+            3 => Self::Pause(long),
+            4 => Self::CutOff(long),
+            5 => Self::Unheard(long),
+            6 => Self::Apart(long),
+            7 => Self::Sever,
+            _ => Self::SeverChannels,
+        }
+    }
+}
+
+impl fmt::Display for WorkerAction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Crash => f.write_str("the worker dies"),
+            Self::Pause(d) => write!(f, "the worker stands still for {d:?}"),
+            Self::CutOff(d) => write!(f, "the worker is cut off for {d:?}"),
+            Self::Unheard(d) => write!(f, "the worker is not heard of by its coordinator for {d:?}"),
+            Self::Apart(d) => write!(f, "the worker and another don't reach each other for {d:?}"),
+            Self::Sever => f.write_str("the worker's connections to the coordinator break"),
+            Self::SeverChannels => f.write_str("the worker's connections to another one break"),
+        }
+    }
+}
+
 /// What keeps the operators' keyed state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Keeper {
@@ -184,6 +232,14 @@ pub(crate) struct Plan {
     pub(crate) faults_until: Duration,
     /// In order.
     pub(crate) actions: Vec<(Duration, Action)>,
+    /// Worker processes beside that of the coordinator; 0: one process is both.
+    pub(crate) workers: u32,
+    /// Slices that each of them runs.
+    pub(crate) slots: u32,
+    /// What a packet takes from process to process.
+    pub(crate) link_delay: Duration,
+    /// In order, each to one of the workers that are there.
+    pub(crate) worker_actions: Vec<(Duration, u64, WorkerAction)>,
     /// What happens when the protocol comes to a step for the nth time (counted from 0, over all processes).
     pub(crate) at_steps: Vec<(Step, u64, Action)>,
     /// What a process does by itself when its job fails.
@@ -258,11 +314,37 @@ impl Plan {
             },
             restart_delay: random.spread(ms(5), ms(3000)),
             transaction_timeout: random.spread(ms(1000), ms(60_000)),
+            workers: 0,
+            slots: 0,
+            link_delay: Duration::ZERO,
+            worker_actions: Vec::new(),
         };
         if random.chance(0.08) {
             plan.outlast_faults();
         }
+        // Without snapshots the output is that of one process, which then does everything.
+        if plan.checkpoints.mode != CheckpointMode::Disabled && random.chance(0.4) {
+            plan.spread_out(random, span);
+        }
         plan
+    }
+
+    /// Runs the subtasks in processes of their own.
+    fn spread_out(&mut self, random: &mut Random, span: Duration) {
+        self.workers = random.between(1, 3) as u32;
+        let most = self.parallelism.iter().copied().max().unwrap_or(1);
+        // Some have room for the slices of one that is lost.
+        self.slots = most.div_ceil(self.workers) + random.below(2) as u32;
+        self.link_delay = if random.chance(0.5) {
+            Duration::ZERO
+        } else {
+            random.spread(Duration::from_micros(50), Duration::from_millis(20))
+        };
+        for _ in 0..random.below(6) {
+            let at = Duration::from_nanos(random.below(span.as_nanos() as u64));
+            self.worker_actions.push((at, random.below(12), WorkerAction::draw(random)));
+        }
+        self.worker_actions.sort_by_key(|(at, ..)| *at);
     }
 
     /// Lets the input go on for many checkpoints after the faults, and after what they have left on its way: time to clean up.
@@ -281,19 +363,22 @@ impl Plan {
         self.faults = Faults::default();
         self.actions.retain(|(_, action)| harmless(action));
         self.at_steps.retain(|(_, _, action)| harmless(action));
+        self.worker_actions.clear();
         // Short timeouts are for times of trouble.
         self.checkpoints.timeout = Duration::from_secs(20);
         self
     }
 
     /// A run of this topology without a single fault, with some ten checkpoints: what crash sweeps go through.
-    pub(crate) fn for_sweep(topology: Topology, seed: u64) -> Self {
+    pub(crate) fn for_sweep(topology: Topology, workers: u32, seed: u64) -> Self {
         let ms = Duration::from_millis;
         let mut plan = Self::draw(seed, Some(topology));
         plan.faults = Faults::default();
         plan.faults_until = Duration::ZERO;
         plan.actions.clear();
         plan.at_steps.clear();
+        plan.worker_actions.clear();
+        (plan.workers, plan.slots, plan.link_delay) = (workers, 1, Duration::ZERO);
         plan.partitions = 3;
         plan.records = 60;
         plan.keys = 5;
@@ -373,6 +458,16 @@ impl fmt::Display for Plan {
         }
         for (step, nth, action) in &self.at_steps {
             writeln!(f, "at {step}, number {nth}: {action}")?;
+        }
+        if self.workers > 0 {
+            writeln!(
+                f,
+                "{} worker processes of {} slots, {:?} from each to each",
+                self.workers, self.slots, self.link_delay
+            )?;
+        }
+        for (at, which, action) in &self.worker_actions {
+            writeln!(f, "at {at:?}: {action} (number {which}, in turn)")?;
         }
         Ok(())
     }

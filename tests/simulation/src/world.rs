@@ -21,6 +21,7 @@ use floodmark_snapshot::{
     Error, Result, Step,
     storage::{ObjectInfo, PutNew, Storage},
 };
+use floodmark_worker::link::transport::memory::Host;
 use futures::future::{Either, select};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
@@ -28,6 +29,7 @@ use tokio::sync::oneshot;
 use crate::{
     Mutation,
     broker::Broker,
+    crew::Hosts,
     executor::{Core, Pid},
     inputs::Inputs,
     jobs::STORAGE,
@@ -51,7 +53,7 @@ const MEMORY_DISK: &str = "/dev/shm";
 /// At which effect of which process the process dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Crash {
-    /// 1 for the first process.
+    /// 1 for the first process, [`crate::FIRST_WORKER`] for the first worker.
     pub process: u32,
     /// Counted from 0: each change of the storage or the broker is one.
     pub effect: u64,
@@ -89,6 +91,8 @@ pub(crate) struct World {
     due: Mutex<Vec<(Pid, Action)>>,
     /// For back ends that need one.
     work_folder: Option<TempDir>,
+    /// The network's ends of processes.
+    hosts: Mutex<Hosts>,
 }
 
 /// In memory, where there is such a disk: nothing in it needs to outlive this process, and databases wait for their disk.
@@ -120,6 +124,7 @@ impl World {
             steps: Mutex::default(),
             due: Mutex::default(),
             work_folder,
+            hosts: Mutex::default(),
         })
     }
 
@@ -144,8 +149,8 @@ impl World {
         draw(&mut lock(&self.random))
     }
 
-    pub(crate) fn effects_of(&self, pid: Pid) -> u64 {
-        lock(&self.effects).get(&pid).copied().unwrap_or_default()
+    pub(crate) fn effects(&self) -> BTreeMap<Pid, u64> {
+        lock(&self.effects).clone()
     }
 
     /// Whether faults still strike.
@@ -183,8 +188,27 @@ impl World {
     pub(crate) fn kill(&self, pid: Pid, why: &str) {
         self.trace.line(pid, || format!("dies: {why}"));
         self.monitor().count("crashes");
-        self.core.kill(pid);
+        self.bury(pid);
         self.core.interrupt();
+    }
+
+    /// A process is gone, and its connections with it.
+    pub(crate) fn bury(&self, pid: Pid) {
+        self.core.kill(pid);
+        let host = lock(&self.hosts).remove(&pid);
+        if let Some(host) = host {
+            host.kill();
+        }
+    }
+
+    /// A process is on the network.
+    pub(crate) fn has_host(&self, pid: Pid, host: &Arc<Host>) {
+        lock(&self.hosts).insert(pid, host.clone());
+    }
+
+    /// Nobody is on the network any more.
+    pub(crate) fn close(&self) {
+        lock(&self.hosts).clear();
     }
 
     /// An effect of this process is about to happen.

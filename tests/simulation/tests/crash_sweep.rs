@@ -1,24 +1,32 @@
 //! A job crashed at every effect that it has on the outside: before it, and after it with the reply lost. Whatever the crash,
 //! the next process must bring the output to what it is without one: nothing lost, nothing repeated, nothing out of order.
 
-use floodmark_simulation::{Crash, Options, Topology, crash};
+use floodmark_simulation::{Crash, FIRST_WORKER, Options, Topology, crash};
 
 const SEED: u64 = 1;
 
 fn sweep(topology: Topology) {
-    let calm = crash(topology, SEED, None, Options::default());
+    sweep_of(topology, 0, 1);
+}
+
+/// Crashes one process, of a job with so many worker processes, at each of its effects.
+fn sweep_of(topology: Topology, workers: u32, process: u32) {
+    let calm = crash(topology, workers, SEED, None, Options::default());
     assert!(calm.violations.is_empty(), "{topology:?} without a crash: {:#?}", calm.violations);
     assert!(calm.counts["checkpoints completed"] >= 5, "too few checkpoints to sweep: {:?}", calm.counts);
-    assert!(calm.effects > 30, "too few effects to sweep: {}", calm.effects);
-    for effect in 0..calm.effects {
+    let effects = calm.effects.get(&process).copied().unwrap_or(0);
+    // Workers share what one process would do alone.
+    let least = if workers == 0 { 30 } else { 15 };
+    assert!(effects > least, "too few effects to sweep: {:?}", calm.effects);
+    for effect in 0..effects {
         for after in [false, true] {
-            let at = Crash { process: 1, effect, after };
-            let report = crash(topology, SEED, Some(at), Options::default());
+            let at = Crash { process, effect, after };
+            let report = crash(topology, workers, SEED, Some(at), Options::default());
             assert!(report.violations.is_empty(), "{topology:?} crashed at {at:?}: {:#?}", report.violations);
             assert_eq!(report.counts["crashes"], 1, "{topology:?} did not crash at {at:?}");
         }
     }
-    println!("{topology:?}: crashed at each of {} effects, before and after", calm.effects);
+    println!("{topology:?}: process {process} crashed at each of {effects} effects, before and after");
 }
 
 #[test]
@@ -64,4 +72,16 @@ fn a_running_aggregate_in_sql_survives_a_crash_at_every_effect() {
 #[test]
 fn a_deduplication_in_sql_survives_a_crash_at_every_effect() {
     sweep(Topology::SqlLast);
+}
+
+#[test]
+fn a_job_of_three_processes_survives_a_crash_of_its_coordinator_at_every_effect() {
+    sweep_of(Topology::Windows, 2, 1);
+    sweep_of(Topology::SqlTotals, 2, 1);
+}
+
+#[test]
+fn a_job_of_three_processes_survives_a_crash_of_a_worker_at_every_effect() {
+    sweep_of(Topology::Windows, 2, FIRST_WORKER);
+    sweep_of(Topology::SqlTotals, 2, FIRST_WORKER);
 }

@@ -51,6 +51,7 @@ fn no_seed_breaks_a_promise_and_together_they_meet_every_kind_of_fault() {
         "broker requests refused",
         "clock jumps",
         "commits late",
+        "connections severed",
         "crashes",
         "jobs taken over by another",
         "log races",
@@ -75,6 +76,11 @@ fn no_seed_breaks_a_promise_and_together_they_meet_every_kind_of_fault() {
         "takeovers of a paused process",
         "takeovers of a process cut off",
         "transactions left open",
+        "workers apart",
+        "workers cut off",
+        "workers paused",
+        "workers started",
+        "workers unheard of by their coordinator",
     ] {
         assert!(seen.get(what).is_some_and(|n| *n > 0), "no {what} in {SEEDS} seeds: {seen:#?}");
     }
