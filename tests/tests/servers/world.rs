@@ -317,11 +317,16 @@ impl World {
     }
 
     /// Waits until a condition holds; shows all logs if it doesn't for too long.
-    pub fn until(&mut self, what: &str, mut condition: impl FnMut(&Self) -> Result<bool>) -> Result<Duration> {
+    pub fn until(
+        &mut self,
+        what: &str,
+        patience: Duration,
+        mut condition: impl FnMut(&Self) -> Result<bool>,
+    ) -> Result<Duration> {
         let begun = Instant::now();
         while !condition(self)? {
-            if begun.elapsed() > RECOVERY_MAX {
-                bail!("not {what} within {RECOVERY_MAX:?}\n{}", self.logs());
+            if begun.elapsed() > patience {
+                bail!("not {what} within {patience:?}\n{}", self.logs());
             }
             self.tend_for(POLL)?;
         }
@@ -331,7 +336,7 @@ impl World {
     /// Waits until the job has made output of a checkpoint visible that was complete only after this call: how long that took.
     pub fn gets_on(&mut self) -> Result<Duration> {
         let newest = self.log()?.last_epoch();
-        self.until("new output", |world| Ok(world.log()?.last_committed() > newest))
+        self.until("new output", RECOVERY_MAX, |world| Ok(world.log()?.last_committed() > newest))
     }
 
     fn logs(&self) -> String {
