@@ -224,24 +224,14 @@ mod tests {
     use super::*;
 
     fn operator(uid: &str, rows_in: u64, rows_out: u64, watermark: Option<i64>) -> OperatorStatus {
-        OperatorStatus {
-            uid: uid.into(),
-            kind: "operator".to_owned(),
-            rows_in,
-            rows_out,
-            bytes: 0,
-            late: 0,
-            bad: 0,
-            state_rows: 0,
-            watermark,
-        }
+        OperatorStatus { rows_in, rows_out, watermark, ..OperatorStatus::new(&uid.into(), "operator") }
     }
 
     fn moment(seconds: u64, operators: Vec<OperatorStatus>) -> Moment {
         let last = CheckpointStatus { epoch: Epoch(12), triggered_at_ms: 4_000, duration_ms: 120, size: 1_500_000 };
         let checkpoints = CheckpointCounts { completed: 3, failed: 1, overtaken: 2, last: Some(last) };
         Moment {
-            view: ProgressView { phase: JobPhase::Running, restored_from: None, checkpoints, operators },
+            view: ProgressView { phase: JobPhase::Running, checkpoints, operators, ..ProgressView::default() },
             at: Duration::from_secs(seconds),
             wall_ms: 10_000,
         }

@@ -208,18 +208,7 @@ mod tests {
     use super::*;
 
     fn operator(uid: &str, rows_in: u64, rows_out: u64, bad: u64, late: u64) -> OperatorStatus {
-        let uid = uid.into();
-        OperatorStatus {
-            uid,
-            kind: String::new(),
-            rows_in,
-            rows_out,
-            bytes: 0,
-            late,
-            bad,
-            state_rows: 0,
-            watermark: None,
-        }
+        OperatorStatus { rows_in, rows_out, late, bad, ..OperatorStatus::new(&uid.into(), "") }
     }
 
     fn report() -> RunReport {
@@ -234,6 +223,7 @@ mod tests {
                 operator("sink:hot", 12, 12, 0, 0),
                 operator("sink:hot#2", 6, 5, 0, 0),
             ],
+            ..ProgressView::default()
         };
         let mut report =
             RunReport::empty("default/hot/local".to_owned(), RunOutcome::Finished).with_progress(&view, None);

@@ -11,7 +11,7 @@ use std::{
 
 use floodmark_snapshot::{Env, JobId};
 use floodmark_worker::{
-    Network,
+    Network, Progress,
     link::{
         control::Heartbeat,
         tls::{Authority, Folder, IdentitySource, Role, Subject},
@@ -67,7 +67,9 @@ pub(crate) fn worker(args: &WorkerArgs, screen: &Screen) -> Result<Exit, Failure
     signals::listen(stop, screen.clone(), "leaving the job")?;
     let runtime = run::runtime()?;
     let coordinator = Endpoint(args.coordinator.clone());
-    let served = runtime.block_on(floodmark_worker::serve(spec, env, network, coordinator, args.slots, stopped));
+    let progress = Arc::<Progress>::default();
+    let served =
+        runtime.block_on(floodmark_worker::serve(spec, env, network, coordinator, args.slots, stopped, progress));
     runtime.shutdown_timeout(run::SHUTDOWN_TIMEOUT);
     served.map(|()| Exit::Done).map_err(|e| Failure::new(Exit::JobFailed, e))
 }

@@ -29,7 +29,10 @@ use tokio::sync::{mpsc, watch};
 
 pub use control::{Controls, Requests, RescaleRequest, Rescaled, SavepointMade, SavepointRequest};
 pub use coordinator::{RestartStrategy, takers};
-pub use progress::{CheckpointCounts, CheckpointStatus, JobPhase, OperatorStatus, Progress, ProgressView};
+pub use progress::{
+    AttemptStatus, CHECKPOINTS_REMEMBERED_MAX, CheckpointCounts, CheckpointRecord, CheckpointState, CheckpointStatus,
+    FailureStatus, JobPhase, OperatorStatus, Progress, ProgressView, Shares, TaskIndex, TaskStatus, WorkerPhase,
+};
 
 /// How a job takes its snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,7 +209,7 @@ pub async fn coordinate(
     outcome
 }
 
-/// Runs subtasks of a job for the coordinator at this place, until `stop`.
+/// Runs subtasks of a job for the coordinator at this place, until `stop`. `progress` shows this process's share.
 ///
 /// # Errors
 /// When the process can't listen, or the coordinator will never take it.
@@ -217,8 +220,9 @@ pub async fn serve(
     coordinator: Endpoint,
     slots: u32,
     stop: watch::Receiver<bool>,
+    progress: Arc<Progress>,
 ) -> Result<(), Error> {
-    worker::serve(Arc::new(spec), env, network, coordinator, slots, stop).await
+    worker::serve(Arc::new(spec), env, network, coordinator, slots, stop, progress).await
 }
 
 /// Runs a job to its end, until `controls` say that it shall stop, or until it fails. With [`Env::system`] it needs a

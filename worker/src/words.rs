@@ -14,7 +14,7 @@ use floodmark_link::transport::Endpoint;
 use floodmark_snapshot::{Attempt, Disposition, Epoch, Error, Manifest, OperatorSnapshot, OperatorUid, SplitState};
 use serde::{Deserialize, Serialize};
 
-use crate::OperatorStatus;
+use crate::progress::Counted as Counts;
 
 /// Which worker of a job; a process that comes back is another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -161,8 +161,8 @@ pub(crate) enum FromWorker {
     Exhausted(SubtaskId),
     /// A subtask has sent its last frame.
     Ended(SubtaskId),
-    /// What operators have counted on this worker; now and then.
-    Counted(Vec<OperatorStatus>),
+    /// What has been counted on this worker; now and then.
+    Counted(Counts),
     /// Everything that a committer has staged up to this epoch is visible.
     Committed(CommitterId, Epoch),
     /// Something has failed, and the attempt with it.

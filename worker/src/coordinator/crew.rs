@@ -185,6 +185,7 @@ impl Crew {
             }
             News::Report(id, report) => self.members.contains_key(&id).then_some((id, report)),
             News::Lost(id, reason) => {
+                self.counters.lost(id);
                 self.members.remove(&id)?;
                 let error = Error::retry(format!("{id} is lost: {reason}"));
                 tracing::warn!("{error}");

@@ -11,7 +11,9 @@ mod starting;
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use floodmark_dataflow::{TaskId, graph::NodeKind, task::Command};
-use floodmark_snapshot::{Disposition, Env, Epoch, Error, Generation, Result, restore::Rejected};
+use floodmark_snapshot::{
+    Disposition, Env, Epoch, Error, Generation, Result, log::CheckpointLog, restore::Rejected,
+};
 use tokio::sync::watch;
 
 pub(crate) use self::{crew::Crew, joining::listen};
@@ -86,11 +88,12 @@ pub(crate) async fn run(
         let disposition = error.cause().disposition();
         match restarts.failed(disposition, job.env.clock.monotonic()) {
             Verdict::GiveUp(reason) => {
+                job.progress.attempt_failed(error.to_string(), job.env.clock.wall_ms(), false);
                 tracing::debug!(%error, "no other attempt: {reason}");
                 return Err(error);
             }
             Verdict::Again(delay) => {
-                job.progress.phase(JobPhase::Restoring);
+                job.progress.attempt_failed(error.to_string(), job.env.clock.wall_ms(), true);
                 tracing::warn!(%error, "the attempt has failed; the next begins in {delay:?}");
                 tokio::select! {
                     biased;
@@ -173,6 +176,8 @@ impl Job {
         if let Some(epoch) = restored {
             self.progress.restored_from(epoch);
         }
+        let attempt = log.as_ref().map(CheckpointLog::attempt);
+        self.progress.begins(attempt, crew.parallelism(), built.arriving.len());
         let mut running = Running {
             spec: self.spec.clone(),
             env: self.env.clone(),
@@ -316,6 +321,7 @@ impl Running<'_> {
             }
             FromWorker::Restored(id) => {
                 self.arriving.remove(&id);
+                self.progress.restoring(self.arriving.len());
             }
             FromWorker::Ended(id) => {
                 self.unended.remove(&id);

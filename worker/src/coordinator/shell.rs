@@ -50,6 +50,8 @@ pub(super) struct Shell {
     restored: Option<Epoch>,
     /// The rescale that is under way.
     rescaling: Option<Rescaling>,
+    /// When the machine has last stepped.
+    stepped: Time,
 }
 
 impl Shell {
@@ -86,7 +88,8 @@ impl Shell {
             unaligned_after: settings.unaligned_after,
         };
         let start = StartingPoint { restored, last_epoch: state.last_epoch };
-        let machine = Coordinator::new(schedule, who, start, now(&running.env));
+        let stepped = now(&running.env);
+        let machine = Coordinator::new(schedule, who, start, stepped);
         Self {
             machine,
             log,
@@ -99,6 +102,7 @@ impl Shell {
             settled: 0,
             restored,
             rescaling,
+            stepped,
         }
     }
 
@@ -134,7 +138,8 @@ impl Shell {
                 self.sweep_orphans(running);
             }
             while let Some(event) = pending.pop() {
-                let decisions = self.machine.step(event, now(&running.env));
+                self.stepped = now(&running.env);
+                let decisions = self.machine.step(event, self.stepped);
                 for decision in decisions {
                     match self.carry_out(decision, running).await? {
                         After::GoOn => {}
@@ -260,12 +265,16 @@ impl Shell {
         tracing::debug!("{decision}");
         match decision {
             Decision::Trigger(barrier) => {
+                running.progress.triggered(barrier, self.stepped);
                 if barrier.stops() && self.rescaling.is_none() {
                     running.progress.phase(JobPhase::Stopping);
                 }
                 running.tell(Command::Trigger(barrier));
             }
-            Decision::Unalign(epoch) => running.tell(Command::Unalign(epoch)),
+            Decision::Unalign(epoch) => {
+                running.progress.unaligned(epoch);
+                running.tell(Command::Unalign(epoch));
+            }
             Decision::Append(event) => {
                 self.append(event, running).await?;
                 return Ok(After::Tell(coordination::Event::Appended));
@@ -274,11 +283,10 @@ impl Shell {
             Decision::Abort { epoch, reason, overtaken, orphans } => {
                 if overtaken {
                     tracing::info!(checkpoint = %epoch, %reason, "checkpoint given up");
-                    running.progress.overtaken();
                 } else {
                     tracing::warn!(checkpoint = %epoch, %reason, "checkpoint aborted");
-                    running.progress.failed();
                 }
+                running.progress.aborted(epoch, reason, overtaken, self.stepped);
                 running.tell(Command::Abort(epoch));
                 self.delete(orphans, running);
             }

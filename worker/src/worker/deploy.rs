@@ -92,6 +92,7 @@ pub(super) async fn build(here: Here, deployment: Deployment) -> Result<Work, No
     let metrics = counters.begin(&spec.graph, deployment.parallelism(), |subtask| deployment.is_here(subtask));
     let tasks = building.tasks(&metrics).await;
     let tasks = tasks.map_err(NotBuilt::of_snapshot_or(NotBuilt::Task))?;
+    tasks.iter().for_each(|t| counters.runs(t.id, t.task.metrics()));
     Ok(Work { attempt: deployment.attempt, last_epoch: deployment.last_epoch, tasks, committers, channels })
 }
 

@@ -31,7 +31,7 @@ use self::{
     upload::{Turn, Uploader},
 };
 use crate::{
-    RunSpec,
+    RunSpec, WorkerPhase,
     progress::Counters,
     words::{Built, CommitterId, FromWorker, NotBuilt, SubtaskId, ToWorker},
 };
@@ -58,6 +58,7 @@ pub(crate) async fn run(
     let here = Here { spec, env, counters, exchange, reports: Arc::new(reports) };
     let mut stage = Stage::Idle;
     loop {
+        here.counters.enter(stage.phase());
         // Orders first: an end is not to wait behind what ends.
         tokio::select! {
             biased;
@@ -109,6 +110,16 @@ enum Next {
 }
 
 impl Stage {
+    fn phase(&self) -> WorkerPhase {
+        match self {
+            Self::Idle => WorkerPhase::Waiting,
+            Self::Building(_) | Self::Built(_) => WorkerPhase::Building,
+            Self::Running(attempt) => {
+                WorkerPhase::Running { restoring: attempt.tasks.values().filter(|t| t.arriving).count() }
+            }
+        }
+    }
+
     async fn next(&mut self) -> Next {
         match self {
             Self::Building(build) => Next::Built(build.await),
@@ -176,6 +187,7 @@ impl Stage {
                 if here.exchange.is_some() {
                     (here.reports)(FromWorker::Counted(here.counters.here()));
                 }
+                here.counters.end();
                 (here.reports)(FromWorker::Gone(error));
                 Self::Idle
             }

@@ -15,7 +15,7 @@ use floodmark_snapshot::{Disposition, Env, Error, Result};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    Network, RunSpec,
+    Network, Progress, RunSpec, WorkerPhase,
     progress::Counters,
     words::{FromWorker, Hello, ToWorker},
 };
@@ -40,6 +40,7 @@ pub(crate) async fn serve(
     coordinator: Endpoint,
     slots: u32,
     mut stop: watch::Receiver<bool>,
+    progress: Arc<Progress>,
 ) -> Result<()> {
     let current: Arc<Mutex<Option<Up>>> = Arc::default();
     let told = current.clone();
@@ -55,7 +56,7 @@ pub(crate) async fn serve(
     let listening = network.transport.listen(&network.listen, Arc::new(acceptors)).await?;
     let hello = Hello { plan: spec.graph.fingerprint.clone(), slots, endpoint: listening.endpoint() };
     let client = ControlClient::new(env.clone(), network.transport.clone(), network.heartbeat);
-    let counters = Arc::new(Counters::default());
+    let counters = progress.counters.clone();
     let mut in_vain = 0_u32;
     let serve = async {
         loop {
@@ -75,8 +76,10 @@ pub(crate) async fn serve(
             in_vain = 0;
             tracing::info!("serving the coordinator at {coordinator} with {slots} slots");
             *current.lock().unwrap_or_else(PoisonError::into_inner) = Some(up.clone());
+            counters.reset();
             let reason = follow(&spec, &env, &counters, &exchange, up, down).await;
             current.lock().unwrap_or_else(PoisonError::into_inner).take();
+            counters.enter(WorkerPhase::Looking);
             tracing::info!("the coordinator is lost: {reason}");
         }
     };

@@ -41,6 +41,7 @@ use crate::{
     channel::{Inbox, Signal},
     exchange::Router,
     inflight::{InFlight, InputChannel},
+    metrics::{Spent, TaskMetrics},
     source::{Compute, Polled, Source, WatermarkSpec},
     watermark::Combined,
 };
@@ -215,6 +216,7 @@ pub struct Task {
     parallelism: u32,
     commands: Commands,
     env: Env,
+    metrics: Arc<TaskMetrics>,
     /// While state is on its way.
     arriving: Option<Arriving>,
     /// Checkpoints whose end the operators have been told, newest last.
@@ -243,6 +245,7 @@ impl Task {
             snapshots,
             parallelism,
             commands,
+            metrics: Arc::new(TaskMetrics::new(env.clock.clone())),
             env,
             arriving: arrivals.map(Arriving::new),
             aborted: VecDeque::new(),
@@ -254,6 +257,12 @@ impl Task {
     #[must_use]
     pub fn commands(&self) -> Commands {
         self.commands.clone()
+    }
+
+    /// What the task spends its time on.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<TaskMetrics> {
+        self.metrics.clone()
     }
 
     /// The same task with another bound than [`CHANNEL_STATE_BYTES_MAX`].
@@ -270,10 +279,22 @@ impl Task {
     /// # Errors
     /// Whatever an operator, the source or an exchange reports: the attempt is over.
     pub fn step(&mut self, events: &mut Vec<TaskEvent>) -> Result<Progress> {
+        // The only reading of the clock, but for a source's: what has passed since the last step is that step, and the wait
+        // after it if it came to one.
+        self.metrics.turn(self.env.clock.monotonic(), Spent::Busy);
         let mut flushed = true;
         for router in &mut self.outputs {
             flushed &= router.flush()?;
         }
+        let progress = self.advance(flushed, events)?;
+        if matches!(progress, Progress::Waiting { .. }) {
+            self.metrics.call_it(if flushed { Spent::Idle } else { Spent::BackPressured });
+        }
+        Ok(progress)
+    }
+
+    /// The step, once what waits has been sent. `flushed`: no output waits for room.
+    fn advance(&mut self, flushed: bool, events: &mut Vec<TaskEvent>) -> Result<Progress> {
         if self.ended {
             if flushed {
                 events.push(TaskEvent::Ended);
@@ -467,22 +488,29 @@ impl Task {
         if head.exhausted {
             return Ok(Progress::Waiting { until: None });
         }
-        match head.spec.source.poll(SOURCE_POLL_MAX).map_err(|e| e.context(&head.spec.uid))? {
+        // A source that had something may have more at once; only if it has not, it is waited for: so a wait can be told from
+        // work, but for the decoding of what it ends with.
+        let wait = if head.waits { SOURCE_POLL_MAX } else { Duration::ZERO };
+        if head.waits {
+            self.metrics.call_it(Spent::Idle);
+        }
+        let polled = head.spec.source.poll(wait).map_err(|e| e.context(&head.spec.uid))?;
+        head.waits = matches!(polled, Polled::Pending);
+        let now = self.env.clock.monotonic();
+        if !wait.is_zero() {
+            self.metrics.turn(now, Spent::Busy);
+        }
+        match polled {
             Polled::Batch { split, rows } => {
-                let now = self.env.clock.monotonic();
                 let rows = head.take(split, rows, now)?;
                 self.emit(0, Batch::new(rows))?;
                 self.source_watermark(now)?;
             }
             Polled::SplitFinished { split } => {
                 head.watermarks.finished(split);
-                let now = self.env.clock.monotonic();
                 self.source_watermark(now)?;
             }
-            Polled::Pending => {
-                let now = self.env.clock.monotonic();
-                self.source_watermark(now)?;
-            }
+            Polled::Pending => self.source_watermark(now)?,
             Polled::Exhausted => {
                 head.exhausted = true;
                 self.watermark(WATERMARK_MAX)?;

@@ -13,6 +13,8 @@ pub(super) struct SourceHead {
     pub(super) spec: SourceInput,
     pub(super) watermarks: SplitWatermarks,
     pub(super) exhausted: bool,
+    /// Nothing came of the last poll.
+    pub(super) waits: bool,
     /// The positions of the checkpoints under way.
     positions: VecDeque<(Epoch, Vec<SplitState>)>,
 }
@@ -22,7 +24,7 @@ impl SourceHead {
         let restored = spec.splits.iter().map(|s| (s.watermark, s.finished));
         let idle_timeout = spec.watermark.as_ref().and_then(|w| w.idle_timeout);
         let watermarks = SplitWatermarks::new(restored, idle_timeout, now);
-        Self { spec, watermarks, exhausted: false, positions: VecDeque::new() }
+        Self { spec, watermarks, exhausted: false, waits: false, positions: VecDeque::new() }
     }
 
     /// Computed columns, counters and event time of a batch of `split`.

@@ -12,7 +12,10 @@ use floodmark_snapshot::ShardKind;
 use serde_json::json;
 
 use super::*;
-use crate::{BarrierKind, Exchange, Operator, Output, StateSnapshot};
+use crate::{
+    BarrierKind, Exchange, Operator, Output, StateSnapshot,
+    metrics::{Times, tests::ByHand},
+};
 
 /// Brings the numbers `0..end`, a few at a time.
 struct Numbers {
@@ -369,4 +372,96 @@ fn a_drain_brings_event_time_to_its_end_before_the_last_barrier() {
         panic!("{frames:?}");
     };
     assert_eq!(*last, barrier);
+}
+
+/// A source and an operator that take their time.
+struct Slow {
+    clock: Arc<ByHand>,
+    /// What the next polls bring; `None` is nothing for now.
+    polls: VecDeque<Option<i64>>,
+}
+
+impl Slow {
+    fn takes(&self, time: Duration) {
+        *self.clock.0.lock().unwrap() += time;
+    }
+}
+
+impl Source for Slow {
+    fn poll(&mut self, wait: Duration) -> Result<Polled> {
+        let Some(number) = self.polls.pop_front().flatten() else {
+            self.takes(wait);
+            return Ok(Polled::Pending);
+        };
+        self.takes(Duration::from_millis(3));
+        let column = Arc::new(Int64Array::from(vec![number]));
+        Ok(Polled::Batch { split: 0, rows: RecordBatch::try_from_iter([("n", column as _)]).unwrap() })
+    }
+
+    fn positions(&self) -> Result<Vec<SplitState>> {
+        Ok(vec![SplitState { split: "0".into(), position: json!(0), watermark: None, finished: false }])
+    }
+}
+
+impl Operator for Slow {
+    fn process(&mut self, _: Port, batch: Batch, out: &mut Output) -> Result<()> {
+        self.takes(Duration::from_millis(7));
+        out.emit(batch);
+        Ok(())
+    }
+
+    fn snapshot(&mut self, _: &Barrier) -> Result<StateSnapshot> {
+        Ok(StateSnapshot::default())
+    }
+}
+
+#[test]
+fn all_of_a_tasks_time_is_work_or_waiting_for_input_or_for_room() {
+    let clock = Arc::new(ByHand::default());
+    let slow = |polls: &[Option<i64>]| Slow { clock: clock.clone(), polls: polls.iter().copied().collect() };
+    let signal = Arc::new(Signal::default());
+    let mut next = Inbox::bounded(signal.clone(), 1);
+    let source = SourceInput {
+        uid: "slow".into(),
+        kind: "slow".into(),
+        source: Box::new(slow(&[None, None, Some(1), Some(2), None])),
+        compute: None,
+        watermark: None,
+        splits: vec![SplitState { split: "0".into(), position: json!(0), watermark: None, finished: false }],
+        metrics: Arc::default(),
+    };
+    let work = ChainedOperator {
+        uid: "work".into(),
+        kind: "work".into(),
+        state_schema: None,
+        operator: Box::new(slow(&[])),
+        metrics: Arc::default(),
+    };
+    let spec = SubtaskSpec {
+        index: 0,
+        parallelism: 1,
+        input: TaskInput::Source(source),
+        replay: Vec::new(),
+        arrivals: None,
+        chain: vec![work],
+        outputs: vec![Router::new(Exchange::Rebalance, 128, vec![next.channel(signal.clone())])],
+        snapshots: Some(AlignmentMode::ExactlyOnce),
+        signal,
+    };
+    let mut task = Task::new(spec, Env { clock: clock.clone(), ..Env::system() });
+    let pass = |ms| *clock.0.lock().unwrap() += Duration::from_millis(ms);
+    let (mut events, waiting) = (Vec::new(), Progress::Waiting { until: None });
+    let mut step = || task.step(&mut events).unwrap();
+    pass(4);
+    // Nothing at once, nothing for as long as it may wait, and then, waited for, two batches.
+    assert_eq!([(); 4].map(|()| step()), [Progress::Ready; 4]);
+    assert_eq!(step(), waiting, "the second has no room");
+    pass(20);
+    assert_eq!(step(), waiting);
+    next.try_recv(|_| false).unwrap();
+    assert_eq!(step(), Progress::Ready);
+    let ms = Duration::from_millis;
+    let expected = Times { busy: ms(7 + 3 + 7), idle: ms(4 + 10 + 3), back_pressured: ms(20) };
+    assert_eq!(task.metrics().read(), (expected, expected));
+    assert_eq!(expected.total(), *clock.0.lock().unwrap());
 }
