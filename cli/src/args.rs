@@ -42,6 +42,12 @@ pub(crate) enum Command {
     /// Ask the process that runs a job for a savepoint; prints its location
     #[command(after_help = EXIT_CODES)]
     Savepoint(SavepointArgs),
+    /// Show where a job that runs stands: its tasks and what they do, its checkpoints, its last failure
+    #[command(after_help = EXIT_CODES)]
+    Status(StatusArgs),
+    /// Ask a job that runs to go on at another parallelism, with its processes kept
+    #[command(after_help = EXIT_CODES)]
+    Rescale(RescaleArgs),
     /// Show what a snapshot's state would become in a job, without starting it; exit code 4 if it does not fit
     #[command(after_help = EXIT_CODES)]
     Plan(PlanArgs),
@@ -146,6 +152,31 @@ pub(crate) struct SavepointArgs {
     /// Stop the job with the savepoint, after event time has gone to its end: all open windows fire
     #[arg(long, conflicts_with = "stop")]
     pub(crate) drain: bool,
+
+    /// Where the job keeps its snapshots; overrides the manifest, as for `run`
+    #[arg(long, value_name = "URL")]
+    pub(crate) storage: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) of: CheckpointsArgs,
+
+    /// Print one JSON object: the answers of the job's HTTP interface to /job, /job/graph and /checkpoints
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RescaleArgs {
+    /// The manifest of the job: a file with one StreamJob, or `-` for standard input
+    #[arg(value_name = "JOB.yaml")]
+    pub(crate) job: PathBuf,
+
+    /// Subtasks per task from then on
+    #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) parallelism: u32,
 
     /// Where the job keeps its snapshots; overrides the manifest, as for `run`
     #[arg(long, value_name = "URL")]
@@ -268,6 +299,22 @@ pub(crate) struct RunArgs {
     /// its newest checkpoint. Default: all in this process
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) workers: Option<u32>,
+
+    #[command(flatten)]
+    pub(crate) http: HttpArgs,
+}
+
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct HttpArgs {
+    /// Where to answer HTTP over TCP: host:port, such as 0.0.0.0:8080. Whoever reaches it may read; see docs/api.md.
+    /// Default: only the job's Unix socket
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) listen_http: Option<String>,
+
+    /// A file with the token that changes over TCP need: one word, read anew for each, so that it can be replaced. Default:
+    /// nothing can be changed over TCP
+    #[arg(long, value_name = "FILE", requires = "listen_http")]
+    pub(crate) http_token_file: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -313,6 +360,10 @@ pub(crate) struct WorkerArgs {
     /// Where state back end RocksDB works, as for `run`
     #[arg(long, value_name = "DIR")]
     pub(crate) work_dir: Option<PathBuf>,
+
+    /// Where to answer HTTP over TCP: host:port. It has metrics and health, and nothing that changes anything; see docs/api.md
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) listen_http: Option<String>,
 
     /// End with this process, which has started it
     #[arg(long, value_name = "PID", hide = true)]

@@ -176,7 +176,7 @@ fn phase(phase: JobPhase) -> &'static str {
 }
 
 /// A number in at most four digits: `950`, `12.3 k`, `1.20 M`.
-fn count(n: f64) -> String {
+pub(crate) fn count(n: f64) -> String {
     for (unit, size) in [("G", 1e9), ("M", 1e6), ("k", 1e3)] {
         if n >= size {
             let scaled = n / size;

@@ -1,8 +1,8 @@
 //! `floodmark`: runs stream jobs from their manifests, and checks them.
 //!
 //! Reads arguments and hands over: [`job`] reads manifests and plans them, [`run`] runs them in this process, [`check`] shows
-//! what would run, [`checkpoints`] what there is to start from, [`plan`] what would become of it, [`state`] what is in it; [`savepoint`]
-//! asks a running job through [`control`]; [`workers`] are the processes that run a job's subtasks for another. Results go to standard output; logs and progress to standard error.
+//! what would run, [`checkpoints`] what there is to start from, [`plan`] what would become of it, [`state`] what is in it; [`savepoint`],
+//! [`rescale`] and [`status`] ask a running job through [`control`]; [`workers`] are the processes that run a job's subtasks for another. Results go to standard output; logs and progress to standard error.
 //!
 //! Invariant: every way out ends with one of the codes of [`exit::Exit`], and every failure with a message.
 
@@ -17,12 +17,15 @@ mod history;
 mod job;
 mod logs;
 mod plan;
+mod rescale;
 mod run;
 mod savepoint;
 mod screen;
 mod signals;
 mod state;
+mod status;
 mod summary;
+mod waiting;
 mod workers;
 
 use std::{
@@ -49,6 +52,8 @@ fn main() -> ExitCode {
             Command::Check(check) => check::check(check),
             Command::Plan(args) => plan::plan(args),
             Command::Savepoint(args) => savepoint::savepoint(args, &screen),
+            Command::Status(args) => status::status(args),
+            Command::Rescale(args) => rescale::rescale(args, &screen),
             Command::State(command) => state::state(command),
             Command::Checkpoints(command) => checkpoints::checkpoints(command),
         };

@@ -13,14 +13,14 @@ use floodmark_state::{Heap, StateBackend, StateSettings, Whole};
 use floodmark_worker::{
     CheckpointMode, CheckpointSettings, Controls, Network, Outcome, Progress, RestartStrategy, RunError, RunSpec,
     SLICE_BYTES, Summary,
-    api::{self, JobApi},
+    api::{self, JobApi, Outline},
     link::{tls::Folder, transport::Endpoint},
 };
 use nix::sys::resource::{UsageWho, getrusage};
 use tokio::sync::watch;
 
 use crate::{
-    args::{CoordinatorArgs, Output, RunArgs},
+    args::{CoordinatorArgs, HttpArgs, Output, RunArgs},
     control::{self, Place},
     crash,
     display::Display,
@@ -77,7 +77,7 @@ fn run_on(
         tracing::info!("job {}: checkpoints in {}", spec.job, spec.storage.describe());
         let place = Place::of(&spec.job, &location);
         (spec.restore, spec.initial) = restore;
-        drive(spec, &place, workers, &env, &progress, screen)
+        drive(spec, &place, &args.http, workers, &env, &progress, screen)
     });
     screen.clear();
     let (mut report, failure) = match ran {
@@ -198,6 +198,7 @@ fn checkpoint_settings(spec: &CheckpointSpec) -> CheckpointSettings {
 fn drive(
     spec: RunSpec,
     place: &Place,
+    http: &HttpArgs,
     workers: Workers,
     env: &Env,
     progress: &Arc<Progress>,
@@ -205,13 +206,23 @@ fn drive(
 ) -> Result<Summary, Failure> {
     let failed = |what: &str, e: &dyn std::fmt::Display| Failure::new(Exit::JobFailed, format!("{what}: {e}"));
     let runtime = runtime()?;
+    let listener = runtime.block_on(control::listen(http))?;
     let (stop, stopped) = watch::channel(false);
     let screen = if prints_rows(&spec.graph) { screen.shared_with_rows() } else { screen.clone() };
-    signals::listen(stop, screen.clone(), "taking a last checkpoint, then stopping")?;
+    signals::listen(stop.clone(), screen.clone(), "taking a last checkpoint, then stopping")?;
     let display = Display::start(progress.clone(), env.clone(), screen).map_err(|e| failed("start the display", &e))?;
     let (controls, requests) = Controls::new(stopped);
-    let (job, holder, storage) = (spec.job.clone(), spec.holder.clone(), spec.storage.clone());
-    let router = api::router(JobApi { job, holder, progress: progress.clone(), requests, storage });
+    let router = api::router(JobApi {
+        job: spec.job.clone(),
+        holder: spec.holder.clone(),
+        graph: Outline::of(&spec.graph),
+        parallelism: spec.parallelism,
+        max_parallelism: spec.max_parallelism,
+        progress: progress.clone(),
+        requests,
+        stop,
+        storage: spec.storage.clone(),
+    });
     let (end, ended) = watch::channel(false);
     let ran = runtime.block_on(async {
         let job = async {
@@ -227,7 +238,8 @@ fn drive(
             end.send_replace(true);
             ran
         };
-        tokio::join!(job, control::serve(router, place, env, ended)).0
+        let over_tcp = control::serve_tcp(control::guarded(router.clone(), http, env), listener, env, ended.clone());
+        tokio::join!(job, control::serve(router, place, env, ended), over_tcp).0
     });
     display.finish();
     // Whatever still blocks in the background (a library's thread, an upload of a fenced run) must not keep the process.

@@ -1,23 +1,18 @@
 //! `floodmark savepoint`: asks the process that runs a job for a savepoint, and waits for it.
 
-use std::time::Duration;
-
 use chrono::DateTime;
 use floodmark_snapshot::{Env, savepoint::check_name};
 use floodmark_worker::api::{SavepointOrder, SavepointView, Then};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
     args::SavepointArgs,
-    control::{Answer, Place, ask},
+    control::{Answer, Place, ask, nobody_listens},
     display::bytes,
     exit::{Exit, Failure},
     job,
     screen::{Screen, print},
+    waiting::Waiting,
 };
-
-/// From one drawing of the wait to the next.
-const REDRAW: Duration = Duration::from_millis(200);
 
 /// Takes the savepoint; prints its location.
 pub(crate) fn savepoint(args: &SavepointArgs, screen: &Screen) -> Result<Exit, Failure> {
@@ -33,7 +28,8 @@ pub(crate) fn savepoint(args: &SavepointArgs, screen: &Screen) -> Result<Exit, F
     let order = SavepointOrder { name: name.clone(), then };
     let place = Place::of(&job, &storage);
     let runtime = job::runtime()?;
-    let waiting = Waiting::start(screen, format!("taking savepoint {name} of {job}"));
+    let what = format!("taking savepoint {name} of {job}");
+    let waiting = Waiting::start(screen, what, "Ctrl-C stops waiting, not the savepoint");
     let asked = runtime.block_on(async {
         tokio::select! {
             biased;
@@ -59,12 +55,11 @@ pub(crate) fn savepoint(args: &SavepointArgs, screen: &Screen) -> Result<Exit, F
         Answer::Refused(reason) => {
             Err(Failure::new(Exit::JobFailed, format!("no savepoint {name} of {job}: {reason}")))
         }
-        Answer::NobodyListens => Err(Failure::new(
-            Exit::JobFailed,
-            format!(
-                "no process of yours on this machine runs job {job} with its snapshots in {storage}; a savepoint needs one. Run it \
-                 (floodmark run), or start from a checkpoint instead: floodmark checkpoints list shows what --restore takes"
-            ),
+        Answer::NobodyListens => Err(nobody_listens(
+            &job,
+            &storage,
+            "a savepoint needs one. Run it (floodmark run), or start from a checkpoint instead: floodmark checkpoints list \
+             shows what --restore takes",
         )),
     }
 }
@@ -72,30 +67,6 @@ pub(crate) fn savepoint(args: &SavepointArgs, screen: &Screen) -> Result<Exit, F
 /// The name of a savepoint that nobody has named: the time in UTC, to the second.
 fn name_at(wall_ms: i64) -> String {
     DateTime::from_timestamp_millis(wall_ms).unwrap_or_default().format("%Y-%m-%dT%H-%M-%S").to_string()
-}
-
-/// A line on the terminal that shows that something is waited for, and for how long. Without a terminal there is none.
-struct Waiting(Option<ProgressBar>);
-
-impl Waiting {
-    fn start(screen: &Screen, what: String) -> Self {
-        Self(screen.bars().map(|bars| {
-            let style =
-                ProgressStyle::with_template("{spinner} {msg}  {elapsed}  (Ctrl-C stops waiting, not the savepoint)");
-            let style = style.unwrap_or_else(|_| ProgressStyle::default_spinner());
-            let bar = bars.add(ProgressBar::new_spinner().with_style(style).with_message(what));
-            bar.enable_steady_tick(REDRAW);
-            bar
-        }))
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        if let Some(bar) = &self.0 {
-            bar.finish_and_clear();
-        }
-    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use std::{
 use floodmark_snapshot::{Env, JobId};
 use floodmark_worker::{
     Network, Progress,
+    api::{self, Outline, WorkerApi},
     link::{
         control::Heartbeat,
         tls::{Authority, Folder, IdentitySource, Role, Subject},
@@ -31,7 +32,8 @@ use nix::{
 use tokio::sync::watch;
 
 use crate::{
-    args::{RunArgs, WorkerArgs},
+    args::{HttpArgs, RunArgs, WorkerArgs},
+    control,
     exit::{Exit, Failure},
     job::Job,
     run::{self, Places},
@@ -67,9 +69,22 @@ pub(crate) fn worker(args: &WorkerArgs, screen: &Screen) -> Result<Exit, Failure
     signals::listen(stop, screen.clone(), "leaving the job")?;
     let runtime = run::runtime()?;
     let coordinator = Endpoint(args.coordinator.clone());
+    let http = HttpArgs { listen_http: args.listen_http.clone(), http_token_file: None };
+    let listener = runtime.block_on(control::listen(&http))?;
     let progress = Arc::<Progress>::default();
-    let served =
-        runtime.block_on(floodmark_worker::serve(spec, env, network, coordinator, args.slots, stopped, progress));
+    let (graph, slots) = (Outline::of(&spec.graph), args.slots);
+    let router = api::worker_router(WorkerApi { graph, slots, progress: progress.clone() });
+    let (end, ended) = watch::channel(false);
+    let served = runtime.block_on(async {
+        let serve = async {
+            let served =
+                floodmark_worker::serve(spec, env.clone(), network, coordinator, slots, stopped, progress).await;
+            end.send_replace(true);
+            served
+        };
+        let over_tcp = control::serve_tcp(control::guarded(router, &http, &env), listener, &env, ended);
+        tokio::join!(serve, over_tcp).0
+    });
     runtime.shutdown_timeout(run::SHUTDOWN_TIMEOUT);
     served.map(|()| Exit::Done).map_err(|e| Failure::new(Exit::JobFailed, e))
 }

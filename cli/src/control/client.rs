@@ -2,6 +2,7 @@
 
 use std::io;
 
+use floodmark_snapshot::JobId;
 use floodmark_worker::api::ErrorView;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Request, body::Bytes, client::conn::http1, header::CONTENT_TYPE};
@@ -24,6 +25,12 @@ pub(crate) enum Answer<T> {
     Refused(String),
     /// No process of this user on this machine runs the job.
     NobodyListens,
+}
+
+/// Says that a job can't be asked, and what to do (`then`).
+pub(crate) fn nobody_listens(job: &JobId, storage: &str, then: &str) -> Failure {
+    let message = format!("no process of yours on this machine runs job {job} with its snapshots in {storage}; {then}");
+    Failure::new(Exit::JobFailed, message)
 }
 
 /// Asks the job at `place`, and waits for the answer as long as it takes.

@@ -1,10 +1,12 @@
-//! How this user's processes reach a job that runs on this machine: a Unix socket per job and storage, in a folder that
-//! nobody else may enter. What can be asked there is [`floodmark_worker::api`].
+//! How a job that runs is reached: by this user's processes on this machine through a Unix socket per job and storage, in a
+//! folder that nobody else may enter; by others over TCP, if the job was told to listen there, with a [`guard`] before whatever
+//! changes something. What can be asked is [`floodmark_worker::api`].
 //!
 //! Invariant: at most one process at a time listens for a job; it holds the lock file beside the socket, which the system
 //! gives back however the process ends.
 
 mod client;
+mod guard;
 mod server;
 
 use std::{
@@ -16,12 +18,35 @@ use std::{
 
 use floodmark_snapshot::JobId;
 use nix::unistd::geteuid;
+use tokio::net::TcpListener;
 use xxhash_rust::xxh3::xxh3_64;
 
 pub(crate) use self::{
-    client::{Answer, ask},
-    server::serve,
+    client::{Answer, ask, nobody_listens},
+    guard::guarded,
+    server::{serve, serve_tcp},
 };
+use crate::{
+    args::HttpArgs,
+    exit::{Exit, Failure},
+};
+
+/// Listens where the arguments say, if they do. Within a runtime.
+///
+/// # Errors
+/// When it can't listen there, or the token can't be read.
+pub(crate) async fn listen(args: &HttpArgs) -> Result<Option<TcpListener>, Failure> {
+    let Some(address) = &args.listen_http else { return Ok(None) };
+    if let Some(file) = &args.http_token_file {
+        let unread = |e: io::Error| Failure::input(format!("--http-token-file {}: {e}", file.display()));
+        guard::token(file).map_err(unread)?;
+    }
+    let failed = |e: io::Error| Failure::new(Exit::JobFailed, format!("--listen-http {address}: {e}"));
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let at = listener.local_addr().map_err(failed)?;
+    tracing::info!("answering HTTP at http://{at}");
+    Ok(Some(listener))
+}
 
 /// Where a job's process listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,9 +104,13 @@ mod tests {
     use floodmark_snapshot::{Env, storage};
     use floodmark_worker::{
         Controls, Requests, SavepointMade,
-        api::{JobApi, JobView, SavepointOrder, SavepointView, Then, router},
+        api::{JobApi, JobView, Outline, SavepointOrder, SavepointView, Then, router},
     };
-    use tokio::sync::watch;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+        sync::watch,
+    };
 
     use super::*;
 
@@ -90,8 +119,17 @@ mod tests {
     }
 
     fn api(requests: Requests) -> JobApi {
-        let storage = storage::open("memory://").unwrap();
-        JobApi { job: job(), holder: "here:1".into(), progress: Arc::default(), requests, storage }
+        JobApi {
+            job: job(),
+            holder: "here:1".into(),
+            graph: Outline::default(),
+            parallelism: 1,
+            max_parallelism: 128,
+            progress: Arc::default(),
+            requests,
+            stop: watch::Sender::new(false),
+            storage: storage::open("memory://").unwrap(),
+        }
     }
 
     async fn view(place: &Place) -> Answer<JobView> {
@@ -169,5 +207,74 @@ mod tests {
         tokio::join!(serving, other, asking);
         assert!(!place.socket().exists());
         drop(stop);
+    }
+
+    /// What comes back on a connection on which this is sent.
+    async fn send(address: std::net::SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        // What the server has not read may make an error of the end.
+        let _ = stream.read_to_end(&mut answer).await;
+        String::from_utf8(answer).unwrap()
+    }
+
+    #[tokio::test]
+    async fn over_tcp_everybody_may_read_and_changes_need_the_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("token");
+        let args = HttpArgs { listen_http: Some("127.0.0.1:0".into()), http_token_file: Some(file.clone()) };
+        assert_eq!(listen(&args).await.unwrap_err().exit, Exit::BadInput);
+        fs::write(&file, "geheim").unwrap();
+        let listener = listen(&args).await.unwrap().unwrap();
+        let address = listener.local_addr().unwrap();
+        let (mut controls, requests) = Controls::new(watch::channel(false).1);
+        let (end, ended) = watch::channel(false);
+        let env = Env::system();
+        let serving = serve_tcp(guarded(router(api(requests)), &args, &env), Some(listener), &env, ended);
+        let asking = async {
+            let read = send(address, "GET /job HTTP/1.1\r\nhost: a\r\n\r\n").await;
+            assert!(read.starts_with("HTTP/1.1 200 ") && read.contains("default/hot/local"), "{read}");
+            let metrics = send(address, "GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n").await;
+            assert!(metrics.contains("\nfloodmark_job_ready 0\n"), "{metrics}");
+            let body = r#"{"name":"a"}"#;
+            let order = |headers: &str| {
+                format!(
+                    "POST /savepoints HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{headers}content-length: {}\r\n\r\n{body}",
+                    body.len()
+                )
+            };
+            for headers in ["", "authorization: Bearer another\r\n"] {
+                let refused = send(address, &order(headers)).await;
+                assert!(refused.starts_with("HTTP/1.1 401 "), "{refused}");
+            }
+            assert!(controls.savepoints.try_recv().is_err());
+            let job = async {
+                let request = controls.savepoints.recv().await.unwrap();
+                let made = SavepointMade { location: "/s/a".into(), epoch: Default::default(), size: 1 };
+                request.reply.send(Ok(made)).unwrap();
+            };
+            let order = order("authorization: Bearer geheim\r\n");
+            let (made, ()) = tokio::join!(send(address, &order), job);
+            assert!(made.starts_with("HTTP/1.1 200 ") && made.contains("/s/a"), "{made}");
+            let many: String = (0..200).map(|n| format!("x-{n}: y\r\n")).collect();
+            let long = format!("x: {}\r\n", "y".repeat(64 << 10));
+            for headers in [many, long] {
+                let refused = send(address, &format!("GET /job HTTP/1.1\r\nhost: a\r\n{headers}\r\n")).await;
+                assert!(refused.starts_with("HTTP/1.1 431 "), "{refused}");
+            }
+            end.send(true).unwrap();
+        };
+        tokio::join!(serving, asking);
+        assert!(TcpStream::connect(address).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn an_address_that_is_taken_is_named() {
+        let first = listen(&HttpArgs { listen_http: Some("127.0.0.1:0".into()), http_token_file: None }).await;
+        let taken = first.unwrap().unwrap();
+        let address = taken.local_addr().unwrap().to_string();
+        let again = listen(&HttpArgs { listen_http: Some(address.clone()), http_token_file: None }).await;
+        assert!(again.unwrap_err().message.contains(&format!("--listen-http {address}")));
     }
 }
