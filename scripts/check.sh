@@ -20,6 +20,9 @@ RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --works
 step "crds/streamjob.yaml is what the Rust types say"
 cargo run --quiet --locked -p floodmark-crds --bin crdgen -- --check crds/streamjob.yaml
 
+step "docs/openapi.json is what the Rust types say"
+cargo run --quiet --locked -p floodmark-worker --bin apigen -- --check docs/openapi.json
+
 step "shell scripts"
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 

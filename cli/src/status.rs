@@ -207,7 +207,20 @@ mod tests {
             "restoredFrom": 9, "checkpoints": { "completed": 5, "failed": 1, "overtaken": 1, "last": last },
         });
         let text = text(&parsed(job).unwrap(), &parsed(graph).unwrap(), &parsed(checkpoints).unwrap(), 100_000);
-        expect![[r#""#]].assert_eq(&text);
+        expect![[r#"
+            job default/hot/local: running, not all state is there yet; run by here:1
+            parallelism 2 of at most 128; attempt 3, 2 restarts
+            last failure 1 min ago: worker 1 is lost
+            checkpoints 5 completed, 1 failed, 1 overtaken by later ones; the last is 12: 9.9 s ago, took 120 ms, 1.4 MiB
+              checkpoint 13, triggered 10.0 s ago, is under way
+              checkpoint 11, triggered 10.0 s ago, failed: timed out
+
+            TASK  OPERATOR                ROWS IN  ROWS OUT    KEYS    STATE  WATERMARK LAG  BUSY / IDLE / WAITS  NOTES
+            0 x2  source:bid                    -    2.40 M       -        -  -              50 % / 25 % / 25 %
+                  calc                          1         2       -        -  -
+            1 x2  hot/window-aggregate-1   2.40 k        20  12.3 k  2.9 MiB  1.2 s          does not run         2 late
+                  sink:hot                     20        20       -        -  input ended
+        "#]].assert_eq(&text);
     }
 
     #[test]

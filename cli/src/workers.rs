@@ -82,7 +82,7 @@ pub(crate) fn worker(args: &WorkerArgs, screen: &Screen) -> Result<Exit, Failure
             end.send_replace(true);
             served
         };
-        let over_tcp = control::serve_tcp(control::guarded(router, &http, &env), listener, &env, ended);
+        let over_tcp = control::serve_tcp(router, listener, &env, ended);
         tokio::join!(serve, over_tcp).0
     });
     runtime.shutdown_timeout(run::SHUTDOWN_TIMEOUT);
