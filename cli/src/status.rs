@@ -19,6 +19,9 @@ use crate::{
 /// Checkpoints that failed or are under way that are shown; the others are just counted.
 const CHECKPOINTS_SHOWN: usize = 3;
 
+/// Characters of a cause that are shown.
+const CAUSE_SHOWN: usize = 200;
+
 /// Prints where the job stands.
 pub(crate) fn status(args: &StatusArgs) -> Result<Exit, Failure> {
     let (job, manifest) = job::identify(&args.of.job)?;
@@ -70,14 +73,14 @@ fn text(job: &JobView, graph: &GraphView, checkpoints: &CheckpointHistory, now_m
     };
     lines.push(format!("parallelism {} of at most {}{attempt}{restarts}", job.parallelism, job.max_parallelism));
     if let Some(failure) = &job.last_failure {
-        lines.push(format!("last failure {} ago: {}", duration(now_ms - failure.at_ms), failure.cause));
+        lines.push(format!("last failure {} ago: {}", duration(now_ms - failure.at_ms), short(&failure.cause)));
     }
     lines.push(counted(job, now_ms));
     let noteworthy = |o: CheckpointOutcome| matches!(o, CheckpointOutcome::Failed | CheckpointOutcome::UnderWay);
     for c in checkpoints.checkpoints.iter().filter(|c| noteworthy(c.state)).take(CHECKPOINTS_SHOWN) {
         let ago = duration(now_ms - c.triggered_at_ms);
         let became = match &c.reason {
-            Some(reason) => format!("failed: {reason}"),
+            Some(reason) => format!("failed: {}", short(reason)),
             None => "is under way".to_owned(),
         };
         lines.push(format!("  checkpoint {}, triggered {ago} ago, {became}", c.epoch));
@@ -85,6 +88,15 @@ fn text(job: &JobView, graph: &GraphView, checkpoints: &CheckpointHistory, now_m
     lines.push(String::new());
     lines.extend(table(graph, now_ms));
     lines.join("\n") + "\n"
+}
+
+/// A text in one line that is not too long.
+fn short(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(CAUSE_SHOWN) {
+        Some((end, _)) => format!("{}… (--json prints all of it)", &line[..end]),
+        None => line,
+    }
 }
 
 fn counted(job: &JobView, now_ms: i64) -> String {
@@ -221,6 +233,14 @@ mod tests {
             1 x2  hot/window-aggregate-1   2.40 k        20  12.3 k  2.9 MiB  1.2 s          does not run         2 late
                   sink:hot                     20        20       -        -  input ended
         "#]].assert_eq(&text);
+    }
+
+    #[test]
+    fn a_long_cause_is_cut_and_stays_on_its_line() {
+        assert_eq!(short("a\n  b"), "a b");
+        assert_eq!(short(&"ü".repeat(CAUSE_SHOWN)), "ü".repeat(CAUSE_SHOWN));
+        let cut = short(&"ü".repeat(CAUSE_SHOWN + 1));
+        assert_eq!(cut, "ü".repeat(CAUSE_SHOWN) + "… (--json prints all of it)");
     }
 
     #[test]
