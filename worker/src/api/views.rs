@@ -124,7 +124,7 @@ pub enum CheckpointKind {
     Checkpoint,
     /// Somebody has asked for a savepoint.
     Savepoint,
-    /// The last one of a job that stops.
+    /// The last before its tasks end: the job stops, or goes on at another parallelism.
     Last,
 }
 

@@ -11,9 +11,7 @@ mod starting;
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use floodmark_dataflow::{TaskId, graph::NodeKind, task::Command};
-use floodmark_snapshot::{
-    Disposition, Env, Epoch, Error, Generation, Result, log::CheckpointLog, restore::Rejected,
-};
+use floodmark_snapshot::{Disposition, Env, Epoch, Error, Generation, Result, log::CheckpointLog, restore::Rejected};
 use tokio::sync::watch;
 
 pub(crate) use self::{crew::Crew, joining::listen};
