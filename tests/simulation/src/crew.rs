@@ -154,7 +154,7 @@ impl Crew {
         executor.add(
             pid,
             Box::pin(async move {
-                let served = serve(spec, process.env(), network, coordinator, slots, stopped).await;
+                let served = serve(spec, process.env(), network, coordinator, slots, stopped, Arc::default()).await;
                 *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(served);
                 process.world.core.interrupt();
             }),
