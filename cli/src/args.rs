@@ -287,6 +287,12 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) work_dir: Option<PathBuf>,
 
+    /// Where copies of uploaded state are kept, up to 8 GiB, so that a restart of the job need not read them from a storage that is
+    /// elsewhere: on a local disk, the same as the one of --work-dir if state is kept in RocksDB. Nothing in it outlives the process.
+    /// Default: as --work-dir
+    #[arg(long, value_name = "DIR")]
+    pub(crate) local_dir: Option<PathBuf>,
+
     /// What to print at the end: `json` is one JSON object, the last line of standard output
     #[arg(long, value_enum, default_value_t = Output::Text)]
     pub(crate) output: Output,
@@ -360,6 +366,10 @@ pub(crate) struct WorkerArgs {
     /// Where state back end RocksDB works, as for `run`
     #[arg(long, value_name = "DIR")]
     pub(crate) work_dir: Option<PathBuf>,
+
+    /// Where copies of uploaded state are kept, as for `run`
+    #[arg(long, value_name = "DIR")]
+    pub(crate) local_dir: Option<PathBuf>,
 
     /// Where to answer HTTP over TCP: host:port. It has metrics and health, and nothing that changes anything; see docs/api.md
     #[arg(long, value_name = "ADDRESS")]

@@ -1,6 +1,10 @@
 //! `floodmark run`: coordinates one job, and runs its subtasks in this process or in others on this machine.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use floodmark_crds::{
     CheckpointMode as Mode, CheckpointSpec, HumanDuration, RestartSpec, RestartStrategy as Restarting,
@@ -11,8 +15,8 @@ use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
 use floodmark_state::{Heap, StateBackend, StateSettings, Whole};
 use floodmark_worker::{
-    CheckpointMode, CheckpointSettings, Controls, Network, Outcome, Progress, RestartStrategy, RunError, RunSpec,
-    SLICE_BYTES, Summary,
+    CheckpointMode, CheckpointSettings, Controls, LOCAL_COPIES_BYTES_MAX, LocalCopies, Network, Outcome, Progress,
+    RestartStrategy, RunError, RunSpec, SLICE_BYTES, Summary,
     api::{self, JobApi, Outline},
     link::{tls::Folder, transport::Endpoint},
 };
@@ -72,8 +76,15 @@ fn run_on(
         job = loaded.id.to_string();
         let workers = workers(&loaded, &env)?;
         let restore = restore(args, &loaded)?;
-        let places = Places { storage: args.storage.as_deref(), work_dir: args.work_dir.as_deref() };
+        let places = Places {
+            storage: args.storage.as_deref(),
+            work_dir: args.work_dir.as_deref(),
+            local_dir: args.local_dir.as_deref(),
+        };
         let (mut spec, location) = spec(loaded, &places, &env)?;
+        if matches!(workers, Workers::Here) {
+            spec.copies = local_copies(&spec, &places, &env)?;
+        }
         tracing::info!("job {}: checkpoints in {}", spec.job, spec.storage.describe());
         let place = Place::of(&spec.job, &location);
         (spec.restore, spec.initial) = restore;
@@ -111,6 +122,14 @@ fn run_on(
 pub(crate) struct Places<'a> {
     pub(crate) storage: Option<&'a str>,
     pub(crate) work_dir: Option<&'a Path>,
+    pub(crate) local_dir: Option<&'a Path>,
+}
+
+impl Places<'_> {
+    /// Where RocksDB works.
+    fn work_dir(&self) -> PathBuf {
+        self.work_dir.map_or_else(|| std::env::temp_dir().join(WORK_FOLDER), Path::to_owned)
+    }
 }
 
 /// What the job starts from, and what if it has no past; refused here if that does not fit.
@@ -145,16 +164,31 @@ pub(crate) fn spec(job: Job, places: &Places<'_>, env: &Env) -> Result<(RunSpec,
         restarts: restarts(&spec.restarts),
         allow_dropped_state: spec.restore.allow_dropped_state,
         holder: holder(),
+        copies: None,
     };
     Ok((spec, location))
+}
+
+/// Where a process that runs subtasks keeps copies of what they upload. There is no place if they would be read no faster than the
+/// storage.
+pub(crate) fn local_copies(
+    spec: &RunSpec,
+    places: &Places<'_>,
+    env: &Env,
+) -> Result<Option<Arc<LocalCopies>>, Failure> {
+    if spec.storage.is_local() || spec.checkpoints.mode == CheckpointMode::Disabled {
+        return Ok(None);
+    }
+    let folder = places.local_dir.map_or_else(|| places.work_dir(), Path::to_owned);
+    let copies = LocalCopies::open(&folder, LOCAL_COPIES_BYTES_MAX, env);
+    copies.map(|copies| Some(Arc::new(copies))).map_err(|e| Failure::new(Exit::Storage, e))
 }
 
 fn state_settings(places: &Places<'_>, spec: &StreamJobSpec, env: &Env) -> Result<StateSettings, Failure> {
     let backend: Arc<dyn StateBackend> = match spec.state.backend {
         Backend::Heap => Arc::new(Heap),
         Backend::RocksDb => {
-            let folder = places.work_dir.map_or_else(|| std::env::temp_dir().join(WORK_FOLDER), Path::to_owned);
-            Arc::new(RocksDb::open(&Settings::new(folder), env).map_err(|e| Failure::new(Exit::Storage, e))?)
+            Arc::new(RocksDb::open(&Settings::new(places.work_dir()), env).map_err(|e| Failure::new(Exit::Storage, e))?)
         }
     };
     let backend = if spec.checkpoints.incremental { backend } else { Arc::new(Whole(backend)) };

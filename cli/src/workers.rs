@@ -62,8 +62,13 @@ pub(crate) fn worker(args: &WorkerArgs, screen: &Screen) -> Result<Exit, Failure
     }
     let env = crate::crash::arm(Env::system())?;
     let job = Job::load(&args.job, None)?;
-    let spec =
-        run::spec(job, &Places { storage: args.storage.as_deref(), work_dir: args.work_dir.as_deref() }, &env)?.0;
+    let places = Places {
+        storage: args.storage.as_deref(),
+        work_dir: args.work_dir.as_deref(),
+        local_dir: args.local_dir.as_deref(),
+    };
+    let mut spec = run::spec(job, &places, &env)?.0;
+    spec.copies = run::local_copies(&spec, &places, &env)?;
     let network = network(&env, Folder(args.identity.clone()), &args.listen);
     let (stop, stopped) = watch::channel(false);
     signals::listen(stop, screen.clone(), "leaving the job")?;
@@ -134,6 +139,9 @@ impl LocalWorkers {
         }
         if let Some(work_dir) = &args.work_dir {
             option("work-dir", work_dir.display().to_string());
+        }
+        if let Some(local_dir) = &args.local_dir {
+            option("local-dir", local_dir.display().to_string());
         }
         Ok(Self { count, folder, arguments, coordinator })
     }

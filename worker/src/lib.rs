@@ -33,6 +33,7 @@ pub use progress::{
     AttemptStatus, CHECKPOINTS_REMEMBERED_MAX, CheckpointCounts, CheckpointRecord, CheckpointState, CheckpointStatus,
     FailureStatus, JobPhase, OperatorStatus, Progress, ProgressView, Shares, TaskIndex, TaskStatus, WorkerPhase,
 };
+pub use worker::{CopyUses, LOCAL_COPIES_BYTES_MAX, LocalCopies};
 
 /// How a job takes its snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +118,8 @@ pub struct RunSpec {
     pub allow_dropped_state: bool,
     /// Who runs it, for the log's readers: `host:pid`.
     pub holder: String,
+    /// Where this process keeps copies of what it uploads, if it does: see [`LocalCopies`].
+    pub copies: Option<Arc<LocalCopies>>,
 }
 
 /// How a run ended well.

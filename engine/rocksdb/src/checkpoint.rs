@@ -163,6 +163,7 @@ fn name_files(
         let encode = move || read_again(&folder.0.path().join(&file.name), &file);
         snapshot.pending.push(PendingShard {
             name: Some(shard_name),
+            file: Some(path),
             uploaded: Some(Box::new(move |shard| lock(&lineage).uploaded(epoch, shard))),
             // Who needs none of its key groups does without the file.
             ..PendingShard::new(

@@ -50,14 +50,10 @@ use std::{
 };
 
 pub use self::reading::StateFiles;
-use floodmark_snapshot::{Env, Result};
+use floodmark_snapshot::{Env, Result, WorkFolder};
 use floodmark_state::{KeyedState, StateBackend, StateSpec};
 
-use crate::{
-    folder::{Folder, WorkFolder},
-    options::Shared,
-    state::State,
-};
+use crate::{folder::Folder, options::Shared, state::State};
 
 /// Where databases are, and how much memory they may take.
 #[derive(Clone, Debug)]

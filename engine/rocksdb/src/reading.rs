@@ -7,13 +7,11 @@ use std::path::Path;
 
 use arrow::record_batch::RecordBatch;
 use bytes::Bytes;
-use floodmark_snapshot::{Context, Env, Error, KeyGroup, KeyGroupRange, Result, Shard, StateColumn};
+use floodmark_snapshot::{Context, Env, Error, KeyGroup, KeyGroupRange, Result, Shard, StateColumn, WorkFolder};
 use floodmark_state::{ColumnType, neutral::PAGE_ROWS, shape::Shaped, shard::columns_of};
 
 use crate::{
-    database,
-    folder::WorkFolder,
-    key,
+    database, key,
     meta::{self, Meta},
     neutral,
     options::{FILE_BYTES, Shared},

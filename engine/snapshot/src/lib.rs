@@ -23,9 +23,11 @@ pub mod savepoint;
 pub mod schema;
 pub mod sealed;
 pub mod storage;
+pub mod work_folder;
 
 pub use env::{Clock, Env, Ids, Probe, Step};
 pub use error::{Context, Disposition, Error, Result};
 pub use ids::{Attempt, Epoch, Generation, JobId, KeyGroup, KeyGroupRange, OperatorUid, TimestampMs};
 pub use manifest::{Manifest, OperatorSnapshot, Shard, ShardKind, SplitState};
 pub use schema::{StateColumn, StateSchema};
+pub use work_folder::WorkFolder;

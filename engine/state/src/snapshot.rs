@@ -1,6 +1,6 @@
 //! What a snapshot of state consists of before it is written, and after it has been read back. Pure data.
 
-use std::fmt;
+use std::{fmt, path::PathBuf};
 
 use bytes::Bytes;
 use floodmark_snapshot::{Error, KeyGroupRange, Result, Shard, ShardKind};
@@ -66,6 +66,9 @@ pub struct PendingShard {
     pub name: Option<String>,
     /// Makes the bytes: framed by [`floodmark_snapshot::block`].
     pub encode: Encode,
+    /// A local file with just the bytes that `encode` makes, if there is one. It never changes, and is there until `encode` is
+    /// called or dropped: who wants to keep it gives it another name before.
+    pub file: Option<PathBuf>,
     /// Who wants to know of the upload: a back end that will name the shard again.
     pub uploaded: Option<Uploaded>,
     /// If there is one, this stands for several shards (any number) that the back end can name only once it has written
@@ -77,7 +80,7 @@ impl PendingShard {
     /// A shard of layer 0, without a name, that nobody names again.
     #[must_use]
     pub fn new(kind: ShardKind, key_groups: Option<KeyGroupRange>, rows: u64, encode: Encode) -> Self {
-        Self { kind, key_groups, rows, layer: 0, name: None, encode, uploaded: None, expand: None }
+        Self { kind, key_groups, rows, layer: 0, name: None, encode, file: None, uploaded: None, expand: None }
     }
 
     /// Stands for the shards that `expand` will name.

@@ -167,6 +167,7 @@ pub fn run_graph(
         allow_dropped_state: false,
         state: StateSettings { backend: start.backend.clone(), ..StateSettings::default() },
         holder: format!("process:{}", start.process),
+        copies: None,
     };
     let heard = Heard::default();
     let run = || {

@@ -62,6 +62,7 @@ pub(crate) fn spec(process: &Arc<Process>, start: usize, from: Start) -> Result<
         restarts: plan.restarts.clone(),
         allow_dropped_state: false,
         holder: format!("process:{}", process.pid),
+        copies: None,
     })
 }
 

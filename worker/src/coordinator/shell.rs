@@ -130,6 +130,9 @@ impl Shell {
         }
         let mut stopping = false;
         let mut pending = vec![coordination::Event::Tick];
+        if running.arriving.is_empty() {
+            pending.push(coordination::Event::Restored);
+        }
         loop {
             if !restored && running.arriving.is_empty() {
                 restored = true;
@@ -227,8 +230,9 @@ impl Shell {
                 self.numbers.get(&id).map(|n| coordination::Event::Committed { committer: *n, epoch })
             }
             other => {
+                let arriving = !running.arriving.is_empty();
                 running.plain_event(other)?;
-                None
+                (arriving && running.arriving.is_empty()).then_some(coordination::Event::Restored)
             }
         })
     }

@@ -20,13 +20,12 @@ use floodmark_link::{
 };
 use floodmark_snapshot::{
     Attempt, Env, Epoch, Error, KeyGroupRange, OperatorUid, Result, Shard, ShardKind, SplitState,
-    alignment::AlignmentMode,
-    restore::{self, Snapshot},
+    alignment::AlignmentMode, restore,
 };
 use floodmark_state::StateSettings;
 use futures::{Stream, StreamExt, TryStreamExt, future::try_join_all, stream};
 
-use super::{Channels, Here, committers::StagedShard, reading, slices::Slices};
+use super::{Channels, Here, committers::StagedShard, reading::Files, slices::Slices};
 use crate::{
     CheckpointMode, RunSpec,
     progress::Metrics,
@@ -82,7 +81,7 @@ pub(super) async fn build(here: Here, deployment: Deployment) -> Result<Work, No
     }
     let channels = Channels(exchange.clone().map(|e| (e, deployment.attempt)));
     let restoring = match &deployment.restored {
-        Some(restored) => Some(Restoring::of(restored, &spec).map_err(NotBuilt::Snapshot)?),
+        Some(restored) => Some(Restoring::of(restored, &spec, &env).map_err(NotBuilt::Snapshot)?),
         None => None,
     };
     let (exchange, restoring) = (exchange.as_ref(), restoring.as_ref());
@@ -99,25 +98,29 @@ pub(super) async fn build(here: Here, deployment: Deployment) -> Result<Work, No
 /// The snapshot that an attempt starts from, at hand.
 struct Restoring<'a> {
     said: &'a Restored,
-    snapshot: Snapshot,
+    files: Files,
 }
 
 impl<'a> Restoring<'a> {
-    fn of(said: &'a Restored, spec: &RunSpec) -> Result<Self> {
+    fn of(said: &'a Restored, spec: &RunSpec, env: &Env) -> Result<Self> {
         let snapshot = restore::located(said.manifest.clone(), &said.location, &spec.storage)?;
-        Ok(Self { said, snapshot })
+        let copies = spec.copies.clone().filter(|_| said.owned);
+        if let Some(copies) = &copies {
+            copies.restored(env, &said.manifest);
+        }
+        Ok(Self { said, files: Files { snapshot, env: env.clone(), copies } })
     }
 
     fn shards_of(&self, uid: &OperatorUid) -> impl Iterator<Item = &Shard> {
-        self.snapshot.manifest.operators.get(uid).into_iter().flat_map(|o| &o.shards)
+        self.files.snapshot.manifest.operators.get(uid).into_iter().flat_map(|o| &o.shards)
     }
 
     /// Reads these shards, in their order; of keyed ones with much in them just what is in `owned`.
     fn read(&self, shards: Vec<&Shard>, owned: KeyGroupRange) -> impl Stream<Item = Result<RestoredShard>> {
-        let snapshot = &self.snapshot;
+        let files = &self.files;
         stream::iter(shards)
             .map(move |shard| async move {
-                let bytes = reading::read(snapshot, shard, owned).await?;
+                let bytes = files.read_of(shard, owned).await?;
                 Ok(RestoredShard::new(shard.clone(), bytes))
             })
             .buffered(READS_AHEAD_MAX)
@@ -173,9 +176,9 @@ impl Building<'_> {
                 let id = CommitterId { uid: node.uid.clone(), index };
                 let mut pending = None;
                 if let Some(restored) = restored {
-                    let (snapshot, of) = (&restored.snapshot, restored.snapshot.manifest.epoch);
+                    let (files, of) = (&restored.files, restored.said.manifest.epoch);
                     let staged = stream::iter(held(index).into_iter().cloned()).map(|shard: Shard| async move {
-                        let bytes = snapshot.read(&shard).await?;
+                        let bytes = files.read(&shard).await?;
                         Ok::<_, Error>((shard.epoch.unwrap_or(of), (shard.rows, bytes)))
                     });
                     pending = Some((of, staged.buffered(READS_AHEAD_MAX).try_collect().await?));
@@ -339,7 +342,7 @@ impl Builder<'_> {
                         arrival::arrivals(ends.signal.clone(), context.key_groups, context.max_parallelism);
                     arrivals = Some(arriving);
                     slices = Some(Slices {
-                        snapshot: restored.snapshot.clone(),
+                        files: restored.files.clone(),
                         shards: shards.into_iter().cloned().collect(),
                         owned: context.key_groups,
                         slice_bytes: self.of.spec.slice_bytes,

@@ -4,6 +4,7 @@
 //! and uploads run beside it. When its coordinator is gone, everything that it runs ends.
 
 mod committers;
+mod copies;
 mod deploy;
 mod process;
 mod reading;
@@ -23,6 +24,7 @@ use floodmark_snapshot::{Disposition, Env, Epoch, Error, OperatorSnapshot, Opera
 use futures::future::{BoxFuture, join_all};
 use tokio::sync::{mpsc, oneshot};
 
+pub use self::copies::{CopyUses, LOCAL_COPIES_BYTES_MAX, LocalCopies};
 pub(crate) use self::process::serve;
 use self::{
     committers::{CommitterHandle, CommitterReport, Staged},
@@ -244,7 +246,8 @@ impl Attempt {
         let Here { spec, env, reports, .. } = here;
         let (sender, events) = mpsc::unbounded_channel();
         let folder = JobFolder::of(&spec.job);
-        let uploader = Uploader { storage: spec.storage.clone(), env: env.clone(), folder, attempt };
+        let copies = spec.copies.clone();
+        let uploader = Uploader { storage: spec.storage.clone(), env: env.clone(), folder, attempt, copies };
         let mut this = Self {
             env: env.clone(),
             reports: reports.clone(),
@@ -297,8 +300,16 @@ impl Attempt {
             Command::Trigger(_) => {
                 return self.tasks.values().filter(|t| t.source).for_each(|t| t.commands.send(command));
             }
-            Command::Completed(epoch) => self.committers.values().for_each(|c| c.completed(epoch)),
+            Command::Completed(epoch) => {
+                self.committers.values().for_each(|c| c.completed(epoch));
+                if let Some(copies) = &self.uploader.copies {
+                    copies.completed(&self.env, epoch);
+                }
+            }
             Command::Abort(epoch) => {
+                if let Some(copies) = &self.uploader.copies {
+                    copies.aborted(&self.env, epoch);
+                }
                 self.aborted.push_back(epoch);
                 if self.aborted.len() > ABORTS_REMEMBERED_MAX {
                     self.aborted.pop_front();

@@ -6,13 +6,13 @@ use floodmark_dataflow::{
     RestoredShard,
     arrival::{Feed, Slice},
 };
-use floodmark_snapshot::{KeyGroup, KeyGroupRange, Result, Shard, restore::Snapshot};
+use floodmark_snapshot::{KeyGroup, KeyGroupRange, Result, Shard};
 
-use super::reading::Parts;
+use super::reading::{Files, Parts};
 
 /// Where a subtask's state is read from, and where it goes.
 pub(super) struct Slices {
-    pub(super) snapshot: Snapshot,
+    pub(super) files: Files,
     /// By earlier subtask and layer.
     pub(super) shards: Vec<Shard>,
     /// The key groups of the subtask.
@@ -25,10 +25,10 @@ pub(super) struct Slices {
 impl Slices {
     /// Reads everything, as fast as the task takes it.
     pub(super) async fn run(self) {
-        let Self { snapshot, shards, owned, slice_bytes, feed } = self;
+        let Self { files, shards, owned, slice_bytes, feed } = self;
         let mut parts = Vec::with_capacity(shards.len());
         for shard in &shards {
-            match Parts::open(&snapshot, shard).await {
+            match Parts::open(&files, shard).await {
                 Ok(opened) => parts.push(opened),
                 Err(error) => return feed.put(Err(error)),
             }
@@ -38,7 +38,7 @@ impl Slices {
             if feed.is_closed() {
                 return;
             }
-            let slice = read(&snapshot, &parts, key_groups).await;
+            let slice = read(&files, &parts, key_groups).await;
             let failed = slice.is_err();
             feed.put(slice);
             if failed {
@@ -48,11 +48,11 @@ impl Slices {
     }
 }
 
-async fn read(snapshot: &Snapshot, parts: &[Parts], key_groups: KeyGroupRange) -> Result<Slice> {
+async fn read(files: &Files, parts: &[Parts], key_groups: KeyGroupRange) -> Result<Slice> {
     let mut shards = Vec::new();
     for part in parts {
         // Also one without rows in it: what a shard says of its state is part of every slice.
-        let bytes = part.read(snapshot, key_groups).await?;
+        let bytes = part.read(files, key_groups).await?;
         shards.push(RestoredShard { slice: Some(key_groups), ..RestoredShard::new(part.shard.clone(), bytes) });
     }
     Ok(Slice { key_groups, shards })

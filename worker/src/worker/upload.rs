@@ -18,10 +18,13 @@ use floodmark_snapshot::{
     retention,
     storage::Storage,
 };
-use futures::{StreamExt, stream};
+use futures::{StreamExt, future::join, stream};
 use tokio::sync::oneshot;
 
-use super::committers::{Staged, StagedShard};
+use super::{
+    committers::{Staged, StagedShard},
+    copies::LocalCopies,
+};
 
 /// Shards of one subtask that are encoded and uploaded at the same time.
 const UPLOADS_IN_FLIGHT_MAX: usize = 4;
@@ -34,6 +37,8 @@ pub(super) struct Uploader {
     pub(super) folder: JobFolder,
     /// Names the folder of this attempt's blobs.
     pub(super) attempt: Attempt,
+    /// Where copies of what is uploaded are kept.
+    pub(super) copies: Option<Arc<LocalCopies>>,
 }
 
 /// The snapshots of one subtask keep their records one after the other: each has its turn when the one before has had its.
@@ -144,11 +149,16 @@ impl Written<'_> {
         // Its number may have been another when it wrote them: what it names now is its own, and is read before what it adds.
         let again = |s: Shard| Shard { status: ShardStatus::Reused, subtask: self.subtask, ..s };
         let mut shards: Vec<Shard> = reused.into_iter().map(again).collect();
+        if let Some(copies) = &self.uploader.copies {
+            shards.iter().for_each(|shard| copies.named_again(self.epoch, &shard.path));
+        }
         let puts = pending.into_iter().map(|shard| self.pending(shard));
         // All are waited for, also past a failure: what is deleted then must not appear later.
         let written: Vec<Result<Shard>> = stream::iter(puts).buffered(UPLOADS_IN_FLIGHT_MAX).collect().await;
         let puts = held.into_iter().map(|(epoch, (rows, bytes))| {
-            self.put(Shard { rows, epoch: Some(epoch), ..Shard::new("", ShardKind::Staged) }, bytes)
+            let shard =
+                Shard { rows, epoch: Some(epoch), ..Shard::new(self.path(ShardKind::Staged), ShardKind::Staged) };
+            self.put(shard, bytes, false)
         });
         let staged: Vec<Result<Shard>> = stream::iter(puts).buffered(UPLOADS_IN_FLIGHT_MAX).collect().await;
         for shard in written.into_iter().chain(staged) {
@@ -158,36 +168,56 @@ impl Written<'_> {
     }
 
     async fn pending(&self, shard: PendingShard) -> Result<Shard> {
-        let PendingShard { kind, key_groups, rows, layer, name, encode, uploaded, .. } = shard;
-        let bytes = self.uploader.env.blocking("encoding a shard", encode).await??;
-        let shard = Shard { key_groups, rows, layer, name, ..Shard::new("", kind) };
-        let shard = self.put(shard, bytes).await?;
+        let PendingShard { kind, key_groups, rows, layer, name, encode, file, uploaded, .. } = shard;
+        let Uploader { env, copies, .. } = self.uploader;
+        let shard = Shard { key_groups, rows, layer, name, ..Shard::new(self.path(kind), kind) };
+        let linked = match (copies, file) {
+            (Some(copies), Some(file)) => copies.link(env, self.epoch, &shard.path, file).await,
+            (Some(_), None) | (None, _) => false,
+        };
+        let bytes = env.blocking("encoding a shard", encode).await??;
+        let shard = self.put(shard, bytes, linked).await?;
         if let Some(uploaded) = uploaded {
             uploaded(&shard);
         }
         Ok(shard)
     }
 
-    async fn put(&self, shard: Shard, bytes: Bytes) -> Result<Shard> {
-        let Uploader { storage, env, folder, attempt } = self.uploader;
-        let ending = match shard.kind {
+    /// A new path for a shard.
+    fn path(&self, kind: ShardKind) -> String {
+        let ending = match kind {
             ShardKind::Keyed => "state",
             ShardKind::RocksDb => "sst",
             ShardKind::Split | ShardKind::Union | ShardKind::Broadcast => "list",
             ShardKind::Channel => "rows",
             ShardKind::Staged => "staged",
         };
-        let path = retention::blob_path(*attempt, self.epoch, &env.ids.ulid(), ending);
-        self.paths.lock().unwrap_or_else(PoisonError::into_inner).push(path.clone());
+        retention::blob_path(self.uploader.attempt, self.epoch, &self.uploader.env.ids.ulid(), ending)
+    }
+
+    /// Uploads a shard to its path. `kept` says whether there is a local copy already.
+    async fn put(&self, shard: Shard, bytes: Bytes, kept: bool) -> Result<Shard> {
+        let Uploader { storage, env, folder, copies, .. } = self.uploader;
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner).push(shard.path.clone());
         let (size, hash) = (bytes.len() as u64, hash_hex(&bytes));
         let tail = (shard.kind == ShardKind::Keyed).then(|| tail_hash(&bytes));
-        storage.put(&folder.path(&path), bytes).await.context_with(|| "write a shard")?;
-        Ok(Shard { size, hash, tail, path, subtask: self.subtask, ..shard })
+        let (path, copied) = (folder.path(&shard.path), bytes.clone());
+        let keep = async {
+            match copies {
+                Some(copies) if !kept => copies.write(env, self.epoch, &shard.path, copied).await,
+                Some(_) | None => {}
+            }
+        };
+        let (put, ()) = join(storage.put(&path, bytes), keep).await;
+        put.context_with(|| "write a shard")?;
+        Ok(Shard { size, hash, tail, subtask: self.subtask, ..shard })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use floodmark_snapshot::{JobId, storage};
 
     use super::*;
@@ -200,6 +230,7 @@ mod tests {
             env: Env::system(),
             folder: JobFolder::of(&job),
             attempt: Attempt(2),
+            copies: None,
         };
         let encode = || Ok(Bytes::from_static(b"newer"));
         let part = OperatorPart {
@@ -214,5 +245,49 @@ mod tests {
         let parts = uploader.upload(Epoch(7), 3, vec![part], &HashMap::new()).await.unwrap();
         let shards: Vec<_> = parts[0].1.shards.iter().map(|s| (s.subtask, s.layer, s.status)).collect();
         assert_eq!(shards, [(3, 0, ShardStatus::Reused), (3, 1, ShardStatus::Uploaded)]);
+    }
+
+    #[tokio::test]
+    async fn what_is_uploaded_is_kept_here_until_no_checkpoint_names_it() {
+        let (root, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let env = Env::system();
+        let copies = Arc::new(LocalCopies::open(root.path(), 100, &env).unwrap());
+        let job = JobId { namespace: "n".into(), name: "j".into(), uid: "u".into() };
+        let uploader = Uploader {
+            storage: storage::open("memory://").unwrap(),
+            env: env.clone(),
+            folder: JobFolder::of(&job),
+            attempt: Attempt(1),
+            copies: Some(copies.clone()),
+        };
+        let file = files.path().join("000001.sst");
+        std::fs::write(&file, b"rows").unwrap();
+        let part = |reused: Vec<Shard>, file: Option<&std::path::Path>| {
+            let encode = || Ok(Bytes::from_static(b"rows"));
+            let pending = PendingShard::new(ShardKind::Keyed, None, 1, Box::new(encode));
+            OperatorPart {
+                uid: "counts".into(),
+                kind: "counter".to_owned(),
+                schema: Default::default(),
+                parallelism: 1,
+                splits: Vec::new(),
+                reused,
+                shards: vec![PendingShard { file: file.map(Into::into), ..pending }],
+            }
+        };
+        let upload = async |epoch, part| {
+            let mut parts = uploader.upload(Epoch(epoch), 0, vec![part], &HashMap::new()).await.unwrap();
+            parts.remove(0).1.shards
+        };
+        let first = upload(1, part(Vec::new(), Some(&file))).await;
+        assert_eq!(std::fs::metadata(&file).unwrap().nlink(), 2, "by another name, not once more");
+        copies.completed(&env, Epoch(1));
+        let second = upload(2, part(first.clone(), None)).await;
+        copies.completed(&env, Epoch(2));
+        let found = |shards: &[Shard]| shards.iter().map(|s| copies.find(&env, s).is_some()).collect::<Vec<_>>();
+        assert_eq!(found(&second), [true, true]);
+        let third = upload(3, part(vec![second[1].clone()], None)).await;
+        copies.completed(&env, Epoch(3));
+        assert_eq!((found(&first), found(&third)), (vec![false], vec![true, true]));
     }
 }

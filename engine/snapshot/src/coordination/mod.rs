@@ -115,6 +115,8 @@ pub struct Coordinator {
     newest_base: Epoch,
     last_trigger: Duration,
     last_end: Duration,
+    /// The next barrier does not wait for the interval: output has waited since before the restore.
+    overdue: bool,
     failures: u32,
     exhausted: BTreeSet<Subtask>,
     stop: Option<BarrierKind>,
@@ -145,6 +147,7 @@ impl Coordinator {
             newest_base: start.restored.unwrap_or_default(),
             last_trigger: now.monotonic,
             last_end: now.monotonic,
+            overdue: false,
             failures: 0,
             exhausted: BTreeSet::new(),
             stop: None,
@@ -207,6 +210,8 @@ impl Coordinator {
                     self.exhausted.insert(subtask);
                 }
             }
+            // Without committers there is none: what is not staged is visible at once.
+            Event::Restored => self.overdue = self.restored.is_some(),
             Event::Appended => self.appended(now, out),
             Event::Committed { committer, epoch } => {
                 if let Some(visible) = self.visible.get_mut(&committer) {
@@ -289,7 +294,8 @@ impl Coordinator {
         }
         let alone = self.flights.values().any(|f| f.barrier.whole || f.barrier.stops());
         let free = !alone && open < self.schedule.max_concurrent.max(1);
-        free.then(|| (self.last_trigger + self.schedule.interval).max(self.last_end + self.schedule.min_pause))
+        let due = if self.overdue { self.last_trigger } else { self.last_trigger + self.schedule.interval };
+        free.then(|| due.max(self.last_end + self.schedule.min_pause))
     }
 
     fn trigger_if_due(&mut self, now: Time, out: &mut Vec<Decision>) {
@@ -313,6 +319,7 @@ impl Coordinator {
             (None, _) => BarrierKind::Checkpoint,
         };
         self.last_trigger = now.monotonic;
+        self.overdue = false;
         let barrier = Barrier { epoch: self.last_epoch, kind, whole: !savepoints.is_empty() };
         out.push(Decision::Trigger(barrier));
         self.flights.insert(

@@ -45,7 +45,7 @@ fn parts(epoch: u64, subtask: Subtask) -> Vec<(OperatorUid, OperatorSnapshot)> {
     vec![("op".into(), OperatorSnapshot { shards: vec![shard], ..OperatorSnapshot::default() })]
 }
 
-/// Events: `tick`, `ack a 1`, `decline b 1`, `exhausted`, `appended`, `committed <committer> <epoch>`, `stop`, `rescale`, `move`, `savepoint 7`
+/// Events: `tick`, `restored`, `ack a 1`, `decline b 1`, `exhausted`, `appended`, `committed <committer> <epoch>`, `stop`, `rescale`, `move`, `savepoint 7`
 /// (`and stop`, `and drain`), `exported 1`; `@12 tick` sets the clock to 12 s first.
 fn check(mut machine: Coordinator, events: &[&str], expected: Expect) {
     let mut now = Time::default();
@@ -60,6 +60,7 @@ fn check(mut machine: Coordinator, events: &[&str], expected: Expect) {
         let epoch = |number: &str| Epoch(number.parse().unwrap());
         let event = match words[..] {
             ["tick"] => Event::Tick,
+            ["restored"] => Event::Restored,
             ["ack", who, n] => {
                 Event::Acknowledged { epoch: epoch(n), subtask: subtask(who), parts: parts(epoch(n).0, subtask(who)) }
             }
@@ -161,6 +162,43 @@ fn what_a_restored_checkpoint_staged_is_committed_before_anything_is_triggered()
             committed 8 5 -> append committed 5
             appended -> settled 5; trigger 10
             @61 tick -> trigger 11
+        "#]],
+    );
+}
+
+#[test]
+fn what_has_waited_since_before_a_restore_waits_for_no_interval() {
+    let start = StartingPoint { restored: Some(Epoch(5)), last_epoch: Epoch(9) };
+    check(
+        scheduled(PIPELINED, &[7], start),
+        &["@1 tick", "@1.5 restored", "committed 7 5", "appended", "@11 tick", "@11.5 tick"],
+        expect![[r#"
+            @1 tick -> 
+            @1.5 restored -> 
+            committed 7 5 -> append committed 5
+            appended -> settled 5; trigger 10
+            @11 tick -> 
+            @11.5 tick -> trigger 11
+        "#]],
+    );
+    check(
+        machine(&[7], start),
+        &["committed 7 5", "appended", "@1 tick", "restored", "@2 tick"],
+        expect![[r#"
+            committed 7 5 -> append committed 5
+            appended -> settled 5
+            @1 tick -> 
+            restored -> 
+            @2 tick -> trigger 10
+        "#]],
+    );
+    check(
+        machine(&[], start),
+        &["@1 restored", "@9 tick", "@10 tick"],
+        expect![[r#"
+            @1 restored -> 
+            @9 tick -> 
+            @10 tick -> trigger 10
         "#]],
     );
 }

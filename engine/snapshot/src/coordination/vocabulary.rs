@@ -169,6 +169,8 @@ pub enum Event {
     },
     /// A source has read its input to the end, and goes on answering triggers.
     Exhausted(Subtask),
+    /// All the state that the attempt started with is there.
+    Restored,
     /// The entry of the last `Append` is durable.
     Appended,
     /// A committer has made everything staged up to `epoch` visible.

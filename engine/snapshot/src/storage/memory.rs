@@ -121,6 +121,10 @@ impl Storage for LimitedMemory {
     fn describe(&self) -> String {
         self.location.clone()
     }
+
+    fn is_local(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

@@ -77,6 +77,11 @@ pub trait Storage: Send + Sync {
 
     /// Where it is, for people: `s3://bucket/prefix`. Holds no secret.
     fn describe(&self) -> String;
+
+    /// Whether it is on this machine: a copy of an object beside it would be read no faster.
+    fn is_local(&self) -> bool {
+        false
+    }
 }
 
 /// Opens the storage that a URL names: `file:///dir`, a plain path, `s3://bucket/prefix`, or `memory://` (with
@@ -316,6 +321,10 @@ impl Storage for ObjectStorage {
     fn describe(&self) -> String {
         self.location.clone()
     }
+
+    fn is_local(&self) -> bool {
+        self.local_root.is_some()
+    }
 }
 
 #[cfg(test)]
@@ -352,6 +361,7 @@ mod tests {
         behaves(&*open(folder.path().to_str().unwrap()).unwrap()).await;
         let url = Url::from_directory_path(folder.path().join("nested")).unwrap();
         behaves(&*open(url.as_str()).unwrap()).await;
+        assert!(open("memory://").unwrap().is_local() && open(url.as_str()).unwrap().is_local());
     }
 
     #[tokio::test]
