@@ -1,7 +1,7 @@
 //! `make bench`: the figures that Floodmark is held to, each measured by one command, beside its goal.
 //!
-//! `throughput`, `restore` and `footprint` start real processes; `pause` and `incremental` drive a back end in this one, `exchange`
-//! both ends of channels. Each figure is told
+//! `throughput`, `restore`, `recovery` and `footprint` start real processes; `pause` and `incremental` drive a back end in this one,
+//! `exchange` both ends of channels. Each figure is told
 //! when it is known, and all of them at the end in one table, or as JSON. Nothing here is a test: a busy machine misses goals.
 //! CPU-seconds hold on one; the wall clock does not.
 
@@ -12,6 +12,7 @@ mod exchange;
 mod footprint;
 mod incremental;
 mod pause;
+mod recovery;
 mod report;
 mod restore;
 mod rows;
@@ -57,6 +58,9 @@ enum Command {
     /// Memory of a coordinator and a worker that have nothing to do: MB
     #[command(long_about = footprint::ABOUT)]
     Footprint(footprint::Args),
+    /// From the death of a worker to the first new committed output: seconds
+    #[command(long_about = recovery::ABOUT)]
+    Recovery(recovery::Args),
 }
 
 fn main() -> ExitCode {
@@ -81,6 +85,7 @@ fn bench(args: &Args) -> Result<Report> {
         Some(Command::Restore(args)) => restore::bench(args, &mut report),
         Some(Command::Exchange(args)) => exchange::bench(args, &mut report),
         Some(Command::Footprint(args)) => footprint::bench(args, &mut report),
+        Some(Command::Recovery(args)) => recovery::bench(args, &mut report),
         None => everything(&mut report),
     };
     print!("{}", report.table());
@@ -97,6 +102,7 @@ fn everything(report: &mut Report) -> Result<()> {
     restore::bench(&restore::Args::moderate(), report)?;
     exchange::bench(&exchange::Args::moderate(), report)?;
     footprint::bench(&footprint::Args::moderate(), report)?;
+    recovery::bench(&recovery::Args::moderate(), report)?;
     throughput::everything(report)
 }
 
@@ -139,5 +145,10 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(format!("{footprint:?}"), format!("{:?}", footprint::Args::moderate()));
+        let recovery = match parsed(&["recovery", "--kills", "5", "--spare"]) {
+            Ok(Some(Command::Recovery(args))) => args,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(format!("{recovery:?}"), format!("{:?}", recovery::Args::moderate()));
     }
 }

@@ -98,6 +98,8 @@ impl Crew {
         loop {
             let slots = self.slots();
             if let Some(placement) = place(parallelism, &slots, &self.placement, crowd) {
+                let workers: Vec<String> = placement.0.iter().map(ToString::to_string).collect();
+                tracing::info!("slices run on {}", workers.join(", "));
                 self.placement = placement;
                 self.uneven_since = None;
                 self.look_at_the_spread();

@@ -130,7 +130,7 @@ impl Shell {
         }
         let mut stopping = false;
         let mut pending = vec![coordination::Event::Tick];
-        if running.arriving.is_empty() {
+        if restored {
             pending.push(coordination::Event::Restored);
         }
         loop {
@@ -139,6 +139,7 @@ impl Shell {
                 self.note().await?;
                 running.commit();
                 self.sweep_orphans(running);
+                pending.push(coordination::Event::Restored);
             }
             while let Some(event) = pending.pop() {
                 self.stepped = now(&running.env);
@@ -230,9 +231,8 @@ impl Shell {
                 self.numbers.get(&id).map(|n| coordination::Event::Committed { committer: *n, epoch })
             }
             other => {
-                let arriving = !running.arriving.is_empty();
                 running.plain_event(other)?;
-                (arriving && running.arriving.is_empty()).then_some(coordination::Event::Restored)
+                None
             }
         })
     }

@@ -332,7 +332,8 @@ mod tests {
     async fn a_copy_that_is_damaged_or_gone_is_passed_over() {
         let bytes = file(0);
         let block = Reader::whole(&bytes).unwrap().ranges(range(3, 4))[0].1.start as usize + 100;
-        let damages: [(&str, &dyn Fn(&Path)); 4] = [
+        type Damage<'a> = (&'a str, &'a dyn Fn(&Path));
+        let damages: [Damage<'_>; 4] = [
             ("a block", &|copy| flip(copy, block)),
             ("the end", &|copy| flip(copy, bytes.len() - 3)),
             ("cut", &|copy| fs::write(copy, &bytes[..bytes.len() / 2]).unwrap()),
