@@ -117,7 +117,8 @@ impl World {
         }
         world.until("it had every key", |world| {
             let newest = world.checkpoints()?.newest();
-            Ok(newest.is_some_and(|c| (0..world.keys).rev().take(PARTITIONS as usize).all(|n| c.holds(n))))
+            let all = |c: &Checkpoint| (0..world.keys).rev().take(PARTITIONS as usize).all(|n| c.holds(n));
+            Ok(newest.is_some_and(|c| all(&c) && world.committed() >= c.epoch))
         })?;
         let bytes = world.state_bytes()?;
         ensure!(
@@ -179,6 +180,11 @@ impl World {
         Ok(())
     }
 
+    /// The newest checkpoint whose output is visible, as far as the log says.
+    fn committed(&self) -> u64 {
+        CheckpointLog::read(&self.log_folder()).map_or(0, |log| log.last_committed())
+    }
+
     /// Bytes of state files that the newest checkpoint names.
     pub(super) fn state_bytes(&self) -> Result<u64> {
         Ok(self.checkpoints()?.newest().map_or(0, |c| c.state_bytes))
@@ -186,11 +192,14 @@ impl World {
 
     /// What the log has now.
     pub(super) fn checkpoints(&self) -> Result<Checkpoints> {
-        let folder: PathBuf = match &self.store {
-            Some(store) => store.objects().join("jobs/default").join(NAME).join("local"),
-            None => self.job.checkpoint_folder(),
-        };
-        Ok(Checkpoints::of(&CheckpointLog::read(&folder.join("log"))?))
+        Ok(Checkpoints::of(&CheckpointLog::read(&self.log_folder())?))
+    }
+
+    fn log_folder(&self) -> PathBuf {
+        match &self.store {
+            Some(store) => store.objects().join("jobs/default").join(NAME).join("local/log"),
+            None => self.job.checkpoint_folder().join("log"),
+        }
     }
 
     /// What the coordinator has said of late.

@@ -94,7 +94,7 @@ pub(super) async fn start(
     held: &mut Option<Generation>,
 ) -> Result<Start, RunError> {
     if spec.checkpoints.mode == CheckpointMode::Disabled {
-        let splits = connect(spec, env, None).await.map_err(RunError::Connector)?;
+        let splits = connect(spec, env, None, true).await.map_err(RunError::Connector)?;
         let state = LogState::default();
         let deployment = Deployment {
             attempt: Attempt::default(),
@@ -109,6 +109,7 @@ pub(super) async fn start(
         let built = crew.deploy(deployment).await.map_err(not_built)?;
         return Ok(Start::Ready(Box::new(Ready { built, log: None, state, note: None, restored: None })));
     }
+    let first = held.is_none();
     let opened = CheckpointLog::open_after(*held, spec.storage.clone(), env.clone(), &spec.job, &spec.holder).await;
     let (log, state) = opened.map_err(storage_error)?;
     *held = Some(log.generation());
@@ -120,7 +121,7 @@ pub(super) async fn start(
     if parallelism != crew.parallelism() {
         crew.assemble(parallelism, Some(TAKEOVER_PATIENCE)).await.map_err(RunError::Failed)?;
     }
-    let starter = Starter { spec, env, damaged, log, state };
+    let starter = Starter { spec, env, damaged, first, log, state };
     starter.start(crew).await.map(|ready| Start::Ready(Box::new(ready)))
 }
 
@@ -141,6 +142,8 @@ struct Starter<'a> {
     spec: &'a Arc<RunSpec>,
     env: &'a Env,
     damaged: &'a [Rejected],
+    /// Whether this process has not run the job before.
+    first: bool,
     log: CheckpointLog,
     state: LogState,
 }
@@ -258,7 +261,7 @@ impl Starter<'_> {
     }
 
     async fn build(&self, crew: &mut Crew, candidate: Option<&Candidate>) -> Result<Built, NotBuilt> {
-        let Self { spec, env, damaged: _, log, state } = self;
+        let Self { spec, env, damaged: _, first, log, state } = self;
         let manifest = candidate.map(|c| c.snapshot.manifest.clone());
         if let Some(manifest) = &manifest {
             let (takers, plan) = (takers(&spec.graph), &spec.graph.fingerprint);
@@ -271,7 +274,8 @@ impl Starter<'_> {
             owned: c.owned,
             committed: state.committed,
         });
-        let splits = connect(spec, env, manifest).await.map_err(NotBuilt::of_snapshot_or(NotBuilt::Connector))?;
+        let splits =
+            connect(spec, env, manifest, *first).await.map_err(NotBuilt::of_snapshot_or(NotBuilt::Connector))?;
         let deployment = Deployment {
             attempt: log.attempt(),
             history: log.history().to_owned(),
@@ -317,13 +321,14 @@ async fn connect(
     spec: &Arc<RunSpec>,
     env: &Env,
     manifest: Option<Arc<Manifest>>,
+    first: bool,
 ) -> Result<HashMap<OperatorUid, Vec<SplitState>>> {
     let spec = spec.clone();
-    env.blocking("a connector", move || splits(&spec.graph, manifest.as_deref())).await?
+    env.blocking("a connector", move || splits(&spec.graph, manifest.as_deref(), first)).await?
 }
 
-/// Looks up every source's splits, and checks every sink, before anything runs. Blocking.
-fn splits(graph: &JobGraph, restored: Option<&Manifest>) -> Result<HashMap<OperatorUid, Vec<SplitState>>> {
+/// Looks up every source's splits before anything runs, and the first time checks every sink. Blocking.
+fn splits(graph: &JobGraph, restored: Option<&Manifest>, first: bool) -> Result<HashMap<OperatorUid, Vec<SplitState>>> {
     let mut splits = HashMap::new();
     for (_, node) in graph.nodes() {
         match &node.node {
@@ -332,8 +337,8 @@ fn splits(graph: &JobGraph, restored: Option<&Manifest>) -> Result<HashMap<Opera
                 let found = source.factory.splits(known).map_err(|e| e.context(&node.uid))?;
                 splits.insert(node.uid.clone(), found);
             }
-            NodeKind::Sink(sink) => sink.check().map_err(|e| e.context(&node.uid))?,
-            NodeKind::Operator(_) => {}
+            NodeKind::Sink(sink) if first => sink.check().map_err(|e| e.context(&node.uid))?,
+            NodeKind::Sink(_) | NodeKind::Operator(_) => {}
         }
     }
     Ok(splits)

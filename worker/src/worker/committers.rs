@@ -67,7 +67,7 @@ pub(super) struct CommitterHandle {
 }
 
 impl CommitterHandle {
-    /// The job's state is all there: the committer opens, and commits what the snapshot holds.
+    /// The job's state is all there: the committer commits what the snapshot holds.
     pub(super) fn begin(&self) {
         self.mailbox.lock().begun = true;
         self.mailbox.signal.notify();
@@ -124,8 +124,8 @@ impl Mailbox {
     }
 }
 
-/// Starts a committer. When it is told to [begin](CommitterHandle::begin), it opens, commits what `restored` says is pending,
-/// and then follows the events. `last_epoch` is the greatest that was ever used, as far as the log knows.
+/// Starts a committer. It opens, while the job's state comes; when it is told to [begin](CommitterHandle::begin), it commits what
+/// `restored` says is pending, and then follows the events. `last_epoch` is the greatest that was ever used, as far as the log knows.
 pub(super) fn start(
     id: CommitterId,
     committer: Box<dyn Committer>,
@@ -184,7 +184,8 @@ impl Machine for Driven {
             if letters.closed {
                 return Turn::Done;
             }
-            if !letters.begun {
+            // To open fences who came before, and makes nothing visible.
+            if !letters.begun && !matches!(self.effect, Some(Effect::Open)) {
                 return Turn::Waiting { until: None };
             }
             if self.effect.is_none() { letters.events.pop_front() } else { None }
@@ -228,7 +229,10 @@ impl Driven {
                          newest entries are lost; bring them back, or remove the job's folder from the storage, so that the job \
                          begins anew and writes its output again"
                     ))),
-                    None => Event::Opened { marker },
+                    None => {
+                        tracing::debug!(committer = %self.id, "open");
+                        Event::Opened { marker }
+                    }
                 },
                 Err(error) => self.failed("open", error),
             }),

@@ -143,6 +143,7 @@ impl Stage {
                 return self;
             }
             Next::Built(Ok(work)) => {
+                tracing::debug!("all that is to run here is built");
                 let report = FromWorker::Built(Built {
                     committers: work.committers.iter().map(|c| c.id.clone()).collect(),
                     arriving: work.tasks.iter().filter(|t| t.slices.is_some()).map(|t| t.id).collect(),
@@ -344,6 +345,7 @@ impl Attempt {
                 if let Some(task) = self.tasks.get_mut(&id) {
                     task.arriving = false;
                 }
+                tracing::debug!("all state of subtask {id} is there");
                 self.report(FromWorker::Restored(id));
             }
             TaskEvent::Exhausted => self.report(FromWorker::Exhausted(id)),

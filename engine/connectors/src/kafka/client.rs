@@ -10,7 +10,10 @@ use std::{
 };
 
 use floodmark_dataflow::connector::TableError;
-use floodmark_snapshot::{Env, Error, Result, env::sleep};
+use floodmark_snapshot::{
+    Env, Error, Result,
+    env::{sleep, spawn_thread},
+};
 use rdkafka::{
     ClientConfig, ClientContext, TopicPartitionList,
     config::RDKafkaLogLevel,
@@ -249,6 +252,13 @@ impl ProducerContext for Watch {
             lock(&self.delivery).get_or_insert_with(|| error.clone());
         }
     }
+}
+
+/// Drops a consumer that is member of a group, elsewhere: to leave it takes the library a tenth of a second, for which nothing is
+/// to wait.
+pub(super) fn drop_aside(consumer: BaseConsumer<Watch>) {
+    // If there can be no other thread, it is dropped on this one.
+    let _ = spawn_thread("kafka leave".to_owned(), move || drop(consumer));
 }
 
 /// A client that asks about topics and offsets.

@@ -25,7 +25,7 @@ use rdkafka::{
 use serde_json::{Value, json};
 
 use super::{
-    client::{Cluster, Lookup, Watch, failed},
+    client::{Cluster, Lookup, Watch, drop_aside, failed},
     produce::{judged, producer, send, settle},
     record::unstage,
 };
@@ -110,6 +110,13 @@ impl KafkaCommitter {
             .add_partition_offset(&self.commit_topic, MARKER_PARTITION, Offset::Offset(from))
             .and_then(|()| consumer.assign(&assignment))
             .map_err(|e| failed(what, &e))?;
+        let read = self.follow(&consumer, what, end);
+        drop_aside(consumer);
+        read
+    }
+
+    /// Takes in the markers that come before `end`.
+    fn follow(&mut self, consumer: &BaseConsumer<Watch>, what: &str, end: i64) -> Result<()> {
         let mut until = self.env.clock.monotonic() + MARKERS_MAX;
         let mut last_error = None;
         loop {

@@ -24,7 +24,7 @@ use rdkafka::{
 use serde_json::json;
 
 use super::{
-    client::{Cluster, Lookup, Watch, denied, failed},
+    client::{Cluster, Lookup, Watch, denied, drop_aside, failed},
     start::{Start, position_of},
 };
 use crate::format::{BATCH_ROWS, BadRecords, Decoder, Format, Place, bad::BadRecordHandler};
@@ -146,6 +146,12 @@ struct Topic {
     /// Index of the split of each partition.
     splits: Vec<Option<usize>>,
     consumer: Option<BaseConsumer<Watch>>,
+}
+
+impl Drop for Topic {
+    fn drop(&mut self) {
+        self.consumer.take().into_iter().for_each(drop_aside);
+    }
 }
 
 struct Reader {
