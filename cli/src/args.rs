@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use floodmark_snapshot::restore::Reference;
+use floodmark_worker::leadership::Whereabouts;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -332,6 +333,11 @@ pub(crate) struct CoordinatorArgs {
     #[arg(long, value_name = "ADDRESS", conflicts_with = "workers")]
     pub(crate) listen: String,
 
+    /// Share the job with other coordinators on this machine: whoever locks this file runs it, the others stand by and take
+    /// over when that one dies or stands still. The file says where the leader listens; workers read it: `--coordinator @FILE`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) standby_lock: Option<PathBuf>,
+
     /// The folder with this process's certificate (tls.crt), its key (tls.key) and the job's authority (ca.crt)
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
@@ -343,9 +349,10 @@ pub(crate) struct WorkerArgs {
     #[arg(value_name = "JOB.yaml")]
     pub(crate) job: PathBuf,
 
-    /// Where the job's coordinator listens: host:port
-    #[arg(long, value_name = "ADDRESS")]
-    pub(crate) coordinator: String,
+    /// Where the job's coordinator listens: host:port; several with commas between, of which one coordinates at a time; or
+    /// `@FILE`, the coordinators' --standby-lock, which says it
+    #[arg(long, value_name = "ADDRESS", value_parser = whereabouts)]
+    pub(crate) coordinator: Whereabouts,
 
     /// Where to listen for other workers: host:port, of a host that they can reach; port 0 is any that is free
     #[arg(long, value_name = "ADDRESS")]
@@ -389,6 +396,10 @@ pub(crate) struct CheckArgs {
     /// Also check that sources can be read, sinks and storage written
     #[arg(long)]
     pub(crate) online: bool,
+}
+
+fn whereabouts(text: &str) -> Result<Whereabouts, String> {
+    text.parse().map_err(|e: floodmark_snapshot::Error| e.to_string())
 }
 
 fn snapshot(text: &str) -> Result<Reference, String> {

@@ -18,6 +18,7 @@ use floodmark_worker::{
     CheckpointMode, CheckpointSettings, Controls, LOCAL_COPIES_BYTES_MAX, LocalCopies, Network, Outcome, Progress,
     RestartStrategy, RunError, RunSpec, SLICE_BYTES, Summary,
     api::{self, JobApi, Outline},
+    leadership::FileLock,
     link::{tls::Folder, transport::Endpoint},
 };
 use nix::sys::resource::{UsageWho, getrusage};
@@ -46,8 +47,8 @@ enum Workers {
     Here,
     /// In processes that this one starts.
     Local(LocalWorkers),
-    /// In processes that come by themselves.
-    Others(Network),
+    /// In processes that come by themselves; once this one leads, if it has to.
+    Others(Network, Option<FileLock>),
 }
 
 /// `floodmark run`: runs the job to its end and prints the summary.
@@ -60,7 +61,10 @@ pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
 
 /// `floodmark coordinator`: the same with workers that come by themselves.
 pub(crate) fn coordinate(args: &CoordinatorArgs, screen: &Screen) -> Result<Exit, Failure> {
-    run_on(&args.run, screen, |_, env| Ok(Workers::Others(network(env, Folder(args.identity.clone()), &args.listen))))
+    run_on(&args.run, screen, |_, env| {
+        let network = network(env, Folder(args.identity.clone()), &args.listen);
+        Ok(Workers::Others(network, args.standby_lock.clone().map(|path| FileLock::new(path, env.clone()))))
+    })
 }
 
 fn run_on(
@@ -258,22 +262,40 @@ fn drive(
         storage: spec.storage.clone(),
     });
     let (end, ended) = watch::channel(false);
+    // Whoever stands by answers nobody.
+    let (lead, mut leads) = watch::channel(!matches!(workers, Workers::Others(_, Some(_))));
     let ran = runtime.block_on(async {
         let job = async {
             let ran = match workers {
                 Workers::Here => floodmark_worker::run(spec, env.clone(), controls, progress.clone()).await,
                 Workers::Local(workers) => on_workers(spec, workers, env, controls, progress).await,
-                Workers::Others(network) => {
-                    let listening = |endpoint: &Endpoint| tracing::info!("listening for workers at {endpoint}");
-                    floodmark_worker::coordinate(spec, env.clone(), controls, progress.clone(), network, listening)
-                        .await
+                Workers::Others(network, lock) => {
+                    let listening = |endpoint: &Endpoint| {
+                        tracing::info!("listening for workers at {endpoint}");
+                        lead.send_replace(true);
+                    };
+                    let (env, progress) = (env.clone(), progress.clone());
+                    match lock {
+                        None => floodmark_worker::coordinate(spec, env, controls, progress, network, listening).await,
+                        Some(lock) => {
+                            floodmark_worker::stand_by(spec, env, controls, progress, network, &lock, listening).await
+                        }
+                    }
                 }
             };
             end.send_replace(true);
+            lead.send_replace(true);
             ran
         };
-        let over_tcp = control::serve_tcp(control::guarded(router.clone(), http, env), listener, env, ended.clone());
-        tokio::join!(job, control::serve(router, place, env, ended), over_tcp).0
+        let guarded = control::guarded(router.clone(), http, env);
+        let over_tcp = control::while_leading(guarded, leads.clone());
+        let over_tcp = control::serve_tcp(over_tcp, listener, env, ended.clone());
+        let answers = async {
+            // The sender is there until the job has ended.
+            let _ = leads.wait_for(|l| *l).await;
+            control::serve(router, place, env, ended).await;
+        };
+        tokio::join!(job, answers, over_tcp).0
     });
     display.finish();
     // Whatever still blocks in the background (a library's thread, an upload of a fenced run) must not keep the process.

@@ -73,7 +73,7 @@ pub(crate) fn worker(args: &WorkerArgs, screen: &Screen) -> Result<Exit, Failure
     let (stop, stopped) = watch::channel(false);
     signals::listen(stop, screen.clone(), "leaving the job")?;
     let runtime = run::runtime()?;
-    let coordinator = Endpoint(args.coordinator.clone());
+    let coordinator = args.coordinator.clone();
     let http = HttpArgs { listen_http: args.listen_http.clone(), http_token_file: None };
     let listener = runtime.block_on(control::listen(&http))?;
     let progress = Arc::<Progress>::default();

@@ -3,14 +3,15 @@
 //! [`run`] is coordinator and worker in one process; [`words`] is what the two tell each other. The coordinator picks the
 //! snapshot to start from (`coordinator/starting`), has workers build the job with its state, and carries out what
 //! [`floodmark_snapshot::coordination`] decides (`coordinator/shell`). A worker builds tasks (`worker/deploy`), lets the runtime
-//! drive them and the committers, and makes durable what they hand over (`worker/upload`). `control` is how others ask for
-//! things, and [`api`] the same over HTTP.
+//! drive them and the committers, and makes durable what they hand over (`worker/upload`). [`leadership`] decides which of
+//! several coordinators runs the job. `control` is how others ask for things, and [`api`] the same over HTTP.
 //!
 //! Invariant: a task never waits for storage; whatever it hands over at a barrier is encoded and uploaded elsewhere.
 
 pub mod api;
 mod control;
 mod coordinator;
+pub mod leadership;
 mod progress;
 mod words;
 mod worker;
@@ -21,12 +22,13 @@ use floodmark_dataflow::JobGraph;
 pub use floodmark_link as link;
 use floodmark_link::{
     control::Heartbeat,
-    transport::{Endpoint, Transport},
+    transport::{Endpoint, Listening, Transport},
 };
 use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, restore::Reference, storage::Storage};
 use floodmark_state::StateSettings;
 use tokio::sync::{mpsc, watch};
 
+use crate::leadership::{Leadership, Whereabouts};
 pub use control::{Controls, Requests, RescaleRequest, Rescaled, SavepointMade, SavepointRequest};
 pub use coordinator::{RestartStrategy, takers};
 pub use progress::{
@@ -202,17 +204,69 @@ pub async fn coordinate(
     listening: impl FnOnce(&Endpoint),
 ) -> Result<Summary, RunError> {
     let spec = Arc::new(spec);
-    let (news, from_workers) = mpsc::unbounded_channel();
-    let plan = spec.graph.fingerprint.clone();
-    let listener = coordinator::listen(&network, &env, plan, news).await.map_err(RunError::Failed)?;
+    let (crew, listener) = listen(&spec, &env, &progress, &network).await?;
     listening(&listener.endpoint());
-    let crew = coordinator::Crew::new(&env, progress.counters.clone(), from_workers);
     let outcome = coordinator::run(spec, env, controls.into(), progress, crew, false).await;
     listener.close().await;
     outcome
 }
 
-/// Runs subtasks of a job for the coordinator at this place, until `stop`. `progress` shows this process's share.
+/// As [`coordinate`], once this process leads; before that it holds everything ready. If the one that led until then has
+/// stopped the job, there is nothing to do. `listening` is told where when it leads.
+///
+/// # Errors
+/// See [`RunError`]; [`RunError::Fenced`] when it does not lead any more.
+pub async fn stand_by(
+    spec: RunSpec,
+    env: Env,
+    controls: impl Into<Controls>,
+    progress: Arc<Progress>,
+    network: Network,
+    leadership: &dyn Leadership,
+    listening: impl FnOnce(&Endpoint),
+) -> Result<Summary, RunError> {
+    let (spec, mut controls) = (Arc::new(spec), controls.into());
+    let mut lease = tokio::select! {
+        biased;
+        () = coordinator::stopped(&mut controls.stop) => {
+            progress.phase(JobPhase::Done);
+            return Ok(Summary { outcome: Outcome::Stopped, progress: progress.view(), last_epoch: None });
+        }
+        lease = leadership.acquire() => lease.map_err(RunError::Failed)?,
+    };
+    if lease.waited() {
+        tracing::info!("this process leads now");
+    }
+    let (crew, listener) = listen(&spec, &env, &progress, &network).await?;
+    lease.announce(&listener.endpoint()).await.map_err(RunError::Failed)?;
+    listening(&listener.endpoint());
+    let waited = lease.waited();
+    let outcome = tokio::select! {
+        biased;
+        outcome = coordinator::run(spec, env, controls, progress, crew, waited) => outcome,
+        reason = lease.lost() => {
+            let error = format!("this process is fenced: it does not lead any more, for {reason}; it writes nothing more");
+            Err(RunError::Fenced(Error::fenced(error)))
+        }
+    };
+    listener.close().await;
+    outcome
+}
+
+/// Has this process listen for workers.
+async fn listen(
+    spec: &Arc<RunSpec>,
+    env: &Env,
+    progress: &Progress,
+    network: &Network,
+) -> Result<(coordinator::Crew, Box<dyn Listening>), RunError> {
+    let (news, from_workers) = mpsc::unbounded_channel();
+    let plan = spec.graph.fingerprint.clone();
+    let listener = coordinator::listen(network, env, plan, news).await.map_err(RunError::Failed)?;
+    Ok((coordinator::Crew::new(env, progress.counters.clone(), from_workers), listener))
+}
+
+/// Runs subtasks of a job for whoever coordinates it, until `stop`. `progress` shows this process's share.
 ///
 /// # Errors
 /// When the process can't listen, or the coordinator will never take it.
@@ -220,12 +274,12 @@ pub async fn serve(
     spec: RunSpec,
     env: Env,
     network: Network,
-    coordinator: Endpoint,
+    coordinator: impl Into<Whereabouts>,
     slots: u32,
     stop: watch::Receiver<bool>,
     progress: Arc<Progress>,
 ) -> Result<(), Error> {
-    worker::serve(Arc::new(spec), env, network, coordinator, slots, stop, progress).await
+    worker::serve(Arc::new(spec), env, network, coordinator.into(), slots, stop, progress).await
 }
 
 /// Runs a job to its end, until `controls` say that it shall stop, or until it fails. With [`Env::system`] it needs a

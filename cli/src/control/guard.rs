@@ -22,6 +22,7 @@ use axum::{
 use floodmark_snapshot::Env;
 use floodmark_worker::api::refuse;
 use subtle::ConstantTimeEq;
+use tokio::sync::watch;
 
 use crate::args::HttpArgs;
 
@@ -43,6 +44,19 @@ impl Trusted {
 pub(crate) fn guarded(router: Router, args: &HttpArgs, env: &Env) -> Router {
     let guarding = Guard { file: args.http_token_file.clone(), env: env.clone() };
     router.layer(from_fn_with_state(Arc::new(guarding), guard))
+}
+
+/// Lets nobody change anything as long as another process runs the job.
+pub(crate) fn while_leading(router: Router, leads: watch::Receiver<bool>) -> Router {
+    router.layer(from_fn_with_state(leads, changes_while_leading))
+}
+
+async fn changes_while_leading(State(leads): State<watch::Receiver<bool>>, request: Request, next: Next) -> Response {
+    if !*leads.borrow() && !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let message = "this process stands by for another, which runs the job: ask that one";
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, message);
+    }
+    next.run(request).await
 }
 
 struct Guard {

@@ -23,7 +23,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 pub(crate) use self::{
     client::{Answer, ask, nobody_listens},
-    guard::guarded,
+    guard::{guarded, while_leading},
     server::{serve, serve_tcp},
 };
 use crate::{

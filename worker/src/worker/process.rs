@@ -9,13 +9,14 @@ use std::{
 use floodmark_link::{
     control::{ControlClient, ControlReceiver, ControlSender},
     exchange::{self, Exchange, LostChannel},
-    transport::{Acceptors, Endpoint},
+    transport::Acceptors,
 };
 use floodmark_snapshot::{Disposition, Env, Error, Result};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
     Network, Progress, RunSpec, WorkerPhase,
+    leadership::Whereabouts,
     progress::Counters,
     words::{FromWorker, Hello, ToWorker},
 };
@@ -37,7 +38,7 @@ pub(crate) async fn serve(
     spec: Arc<RunSpec>,
     env: Env,
     network: Network,
-    coordinator: Endpoint,
+    coordinator: Whereabouts,
     slots: u32,
     mut stop: watch::Receiver<bool>,
     progress: Arc<Progress>,
@@ -57,11 +58,17 @@ pub(crate) async fn serve(
     let hello = Hello { plan: spec.graph.fingerprint.clone(), slots, endpoint: listening.endpoint() };
     let client = ControlClient::new(env.clone(), network.transport.clone(), network.heartbeat);
     let counters = progress.counters.clone();
-    let mut in_vain = 0_u32;
+    let (mut in_vain, mut looks) = (0_u32, 0_usize);
     let serve = async {
         loop {
-            let connected = client.connect::<_, FromWorker, ToWorker>(&coordinator, &hello).await;
-            let (up, down) = match connected {
+            let whereabouts = coordinator.clone();
+            let place = env.blocking("the coordinator's whereabouts", move || whereabouts.endpoint(looks)).await?;
+            looks = looks.wrapping_add(1);
+            let connected = match place {
+                Ok(place) => client.connect::<_, FromWorker, ToWorker>(&place, &hello).await.map(|c| (place, c)),
+                Err(nobody) => Err(nobody),
+            };
+            let (place, (up, down)) = match connected {
                 Ok(connected) => connected,
                 Err(error) if error.disposition() == Disposition::Retry => {
                     in_vain = in_vain.saturating_add(1);
@@ -74,7 +81,7 @@ pub(crate) async fn serve(
                 Err(error) => return Err(error.context("serve the coordinator")),
             };
             in_vain = 0;
-            tracing::info!("serving the coordinator at {coordinator} with {slots} slots");
+            tracing::info!("serving the coordinator at {place} with {slots} slots");
             *current.lock().unwrap_or_else(PoisonError::into_inner) = Some(up.clone());
             counters.reset();
             let reason = follow(&spec, &env, &counters, &exchange, up, down).await;
