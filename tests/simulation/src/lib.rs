@@ -82,13 +82,15 @@ pub struct Options {
     pub trace: bool,
     /// Plant this defect.
     pub mutation: Option<Mutation>,
-    /// No faults, and of the actions only those that a person might take: savepoints and stops. Then no checkpoint may fail.
+    /// No faults, and of the actions only those that a person might take: savepoints, rescales and stops. Then no checkpoint may fail.
     pub calm: bool,
     /// Of all topologies just this one.
     pub topology: Option<Topology>,
     /// Keyed state is kept in RocksDB, on a real disk. Its threads are not the simulator's: the same seed need not give the same
     /// run, and a run is slow.
     pub rocksdb: bool,
+    /// In a run that crashes ([`crash`]), the parallelism changes twice on the way.
+    pub rescales: bool,
 }
 
 /// What came of a run.
@@ -126,5 +128,6 @@ pub fn simulate(seed: u64, options: Options) -> Report {
 #[must_use]
 pub fn crash(topology: Topology, workers: u32, seed: u64, crash: Option<Crash>, options: Options) -> Report {
     let plan = Plan::for_sweep(topology, workers, seed);
+    let plan = if options.rescales { plan.rescaled() } else { plan };
     Life::new(if options.rocksdb { plan.in_rocksdb() } else { plan }, options, crash).run()
 }

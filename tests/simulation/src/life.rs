@@ -8,9 +8,10 @@ use std::{
 
 use floodmark_snapshot::{coordination::BarrierKind, restore::Reference};
 use floodmark_worker::{
-    CheckpointMode, Controls, Outcome, Progress, RunError, SavepointRequest, Summary, coordinate, link::tls::Role, run,
+    CheckpointMode, Controls, Outcome, Progress, Requests, RescaleRequest, RunError, SavepointRequest, Summary,
+    coordinate, link::tls::Role, run,
 };
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 
 use crate::{
     Options, Report,
@@ -38,7 +39,7 @@ type Slot = Arc<Mutex<Option<Result<Summary, RunError>>>>;
 struct Running {
     pid: Pid,
     stop: watch::Sender<bool>,
-    savepoints: mpsc::Sender<SavepointRequest>,
+    requests: Requests,
     ended: Slot,
     /// Its workers, if they are other processes.
     crew: Option<Crew>,
@@ -198,7 +199,7 @@ impl Life {
                 core.interrupt();
             }),
         );
-        self.running.push(Running { pid, stop, savepoints: requests.savepoints, ended, crew });
+        self.running.push(Running { pid, stop, requests, ended, crew });
     }
 
     fn start_later(&mut self) {
@@ -243,6 +244,7 @@ impl Life {
                 }
             }
             Action::Savepoint(number, then) => self.savepoint(asked, number, then),
+            Action::Rescale(parallelism) => self.rescale(asked, parallelism),
         }
     }
 
@@ -251,12 +253,40 @@ impl Life {
         self.links.part(pid, duration);
     }
 
+    /// Asks a process for another parallelism, and holds it to its answer.
+    fn rescale(&mut self, pid: Pid, parallelism: u32) {
+        let Some(process) = self.running.iter().find(|r| r.pid == pid) else { return };
+        let (reply, answer) = oneshot::channel();
+        if process.requests.rescales.try_send(RescaleRequest { parallelism, reply }).is_err() {
+            return self.world.monitor().count("rescales not heard");
+        }
+        let (world, job) = (self.world.clone(), self.job);
+        let listen = async move {
+            match answer.await {
+                Ok(Ok(rescaled)) => {
+                    world.trace.line(pid, || format!("rescaled: {rescaled:?}"));
+                    let Some(epoch) = rescaled.epoch else { return };
+                    world.monitor().count("rescales");
+                    if rescaled.to != parallelism || !world.monitor().ledger(job).was_completed(epoch) {
+                        world.violation(format!("process {pid} was asked for {parallelism}, and says {rescaled:?}"));
+                    }
+                }
+                Ok(Err(why)) => {
+                    world.trace.line(pid, || format!("not rescaled: {why}"));
+                    world.monitor().count("rescales refused");
+                }
+                Err(_) => world.monitor().count("rescales without an answer"),
+            }
+        };
+        self.executor.add(0, Box::pin(listen));
+    }
+
     /// Asks a process for a savepoint, and holds it to its answer.
     fn savepoint(&mut self, pid: Pid, number: u64, then: BarrierKind) {
         let Some(process) = self.running.iter().find(|r| r.pid == pid) else { return };
         let name = format!("sp-{number}");
         let (reply, answer) = oneshot::channel();
-        if process.savepoints.try_send(SavepointRequest { name: name.clone(), then, reply }).is_err() {
+        if process.requests.savepoints.try_send(SavepointRequest { name: name.clone(), then, reply }).is_err() {
             return self.world.monitor().count("savepoints not heard");
         }
         let (world, made, job) = (self.world.clone(), self.made.clone(), self.job);

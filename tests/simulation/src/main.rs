@@ -60,7 +60,7 @@ fn topology(name: &str) -> Result<Topology, String> {
 impl Arguments {
     fn options(&self) -> Options {
         let Self { trace, calm, topology, rocksdb, .. } = *self;
-        Options { trace: trace && self.seed.is_some(), calm, topology, rocksdb, mutation: None }
+        Options { trace: trace && self.seed.is_some(), calm, topology, rocksdb, mutation: None, rescales: false }
     }
 
     /// The command that runs a seed again.

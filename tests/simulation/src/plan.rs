@@ -89,6 +89,8 @@ pub(crate) enum Action {
     Stop,
     /// It is asked for a savepoint of this number, and to go on, stop, or drain.
     Savepoint(u64, BarrierKind),
+    /// It is asked for so many subtasks per task.
+    Rescale(u32),
 }
 
 impl Action {
@@ -128,6 +130,7 @@ impl fmt::Display for Action {
             Self::CutOffZombie(d) => write!(f, "the process is cut off for {d:?}, and a new one takes over"),
             Self::Stop => f.write_str("the process is asked to stop"),
             Self::Savepoint(number, then) => write!(f, "the process is asked for savepoint {number}, then {then:?}"),
+            Self::Rescale(to) => write!(f, "the process is asked for parallelism {to}"),
         }
     }
 }
@@ -326,6 +329,7 @@ impl Plan {
         if plan.checkpoints.mode != CheckpointMode::Disabled && random.chance(0.4) {
             plan.spread_out(random, span);
         }
+        plan.rescale(span);
         plan
     }
 
@@ -347,6 +351,23 @@ impl Plan {
         self.worker_actions.sort_by_key(|(at, ..)| *at);
     }
 
+    /// Asks in half of all seeds for other parallelisms on the way, some of which can't be.
+    fn rescale(&mut self, span: Duration) {
+        let random = &mut Random::new(self.seed, 5);
+        if random.chance(0.5) {
+            return;
+        }
+        for _ in 0..random.between(1, 4) {
+            let at = Duration::from_nanos(random.below(span.as_nanos() as u64));
+            self.actions.push((at, Action::Rescale(random.between(1, 6) as u32)));
+        }
+        self.actions.sort_by_key(|(at, _)| *at);
+        if random.chance(0.5) {
+            let action = Action::Rescale(random.between(1, 4) as u32);
+            self.at_steps.push((*random.pick(&Step::ALL), random.below(12), action));
+        }
+    }
+
     /// Lets the input go on for many checkpoints after the faults, and after what they have left on its way: time to clean up.
     fn outlast_faults(&mut self) {
         let settings = &mut self.checkpoints;
@@ -357,9 +378,9 @@ impl Plan {
             self.faults_until + late + (settings.interval + Duration::from_millis(60)) * CHECKPOINTS_TO_CLEAN_UP * 2;
     }
 
-    /// The same job without faults, and with no other actions than savepoints and stops.
+    /// The same job without faults, and with no other actions than savepoints, rescales and stops.
     pub(crate) fn calm(mut self) -> Self {
-        let harmless = |action: &Action| matches!(action, Action::Savepoint(..) | Action::Stop);
+        let harmless = |action: &Action| matches!(action, Action::Savepoint(..) | Action::Stop | Action::Rescale(_));
         self.faults = Faults::default();
         self.actions.retain(|(_, action)| harmless(action));
         self.at_steps.retain(|(_, _, action)| harmless(action));
@@ -403,6 +424,14 @@ impl Plan {
         plan.slice_bytes = 1;
         plan.restarts = RestartStrategy::None;
         plan
+    }
+
+    /// The same, from parallelism 2 to 3 and on to 1 while it runs.
+    pub(crate) fn rescaled(mut self) -> Self {
+        let ms = Duration::from_millis;
+        self.actions = vec![(ms(120), Action::Rescale(3)), (ms(280), Action::Rescale(1))];
+        self.faults_until = ms(400);
+        self
     }
 
     /// The same job with its state in RocksDB.

@@ -60,6 +60,8 @@ fn no_seed_breaks_a_promise_and_together_they_meet_every_kind_of_fault() {
         "partitions",
         "pauses",
         "releases",
+        "rescales",
+        "rescales refused",
         "runs that failed",
         "runs that were fenced",
         "runs that stopped",
