@@ -39,6 +39,12 @@ impl Site {
         Self { prefix, host, port: WORKER_PORT }
     }
 
+    /// Right here, at any port that is free.
+    #[must_use]
+    pub fn here() -> Self {
+        Self { prefix: Vec::new(), host: Ipv4Addr::LOCALHOST, port: 0 }
+    }
+
     /// `host:port`.
     #[must_use]
     pub fn endpoint(&self) -> String {
@@ -77,6 +83,14 @@ impl Identities {
     /// # Errors
     /// When it can't be started.
     pub fn start_coordinator(&self, job: &Job, name: &str, at: &Site) -> Result<Run> {
+        self.start_coordinator_with(job, name, at, &[])
+    }
+
+    /// As [`Identities::start_coordinator`], with further words.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn start_coordinator_with(&self, job: &Job, name: &str, at: &Site, more: &[&str]) -> Result<Run> {
         let (listen, identity) = (at.endpoint(), self.of(Role::Coordinator));
         let words = [
             "coordinator",
@@ -90,7 +104,7 @@ impl Identities {
             "--output",
             "json",
         ];
-        job.start_under(&at.prefix, name, &words)
+        job.start_under(&at.prefix, name, &[&words[..], more].concat())
     }
 
     /// Starts a worker with so many slots for the coordinator at `of`. `name` is for its log.
@@ -98,8 +112,16 @@ impl Identities {
     /// # Errors
     /// When it can't be started.
     pub fn start_worker(&self, job: &Job, name: &str, at: &Site, of: &Site, slots: u32) -> Result<Run> {
-        let (listen, of, identity, slots) = (at.endpoint(), of.endpoint(), self.of(Role::Worker), slots.to_string());
-        let places = ["--coordinator", &of, "--listen", &listen];
+        self.start_worker_of(job, name, at, &of.endpoint(), slots)
+    }
+
+    /// As [`Identities::start_worker`], for a coordinator wherever the value of `--coordinator` says.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn start_worker_of(&self, job: &Job, name: &str, at: &Site, of: &str, slots: u32) -> Result<Run> {
+        let (listen, identity, slots) = (at.endpoint(), self.of(Role::Worker), slots.to_string());
+        let places = ["--coordinator", of, "--listen", &listen];
         let more = ["--identity", &identity, "--slots", &slots, "--storage", "STORAGE"];
         job.start_under(&at.prefix, name, &[&["worker", "JOB"], &places[..], &more].concat())
     }
