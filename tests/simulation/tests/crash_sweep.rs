@@ -108,5 +108,5 @@ fn a_job_of_three_processes_survives_a_crash_of_a_worker_at_every_effect() {
 #[test]
 fn a_job_of_three_processes_that_is_rescaled_survives_a_crash_of_any_at_every_effect() {
     sweep_rescales(Topology::Windows, 2, 1);
-    sweep_rescales(Topology::Windows, 2, FIRST_WORKER);
+    sweep_rescales(Topology::Windows, 2, FIRST_WORKER + 1);
 }
