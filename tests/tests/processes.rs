@@ -265,7 +265,7 @@ fn a_job_is_rescaled_while_rows_flow_and_a_worker_dies() -> Result<()> {
         }
     }
     // One that can't be changes nothing.
-    crew.rescale(1_000)?.refused(1, &["parallelism 1000 is not possible"])?;
+    crew.rescale(1_000)?.refused(1, &["at most 128"])?;
     next.wait(PATIENCE)?.ok("finished")?;
     crew.dismiss()?;
     check(folder.path(), events)
