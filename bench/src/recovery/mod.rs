@@ -163,7 +163,7 @@ fn recovery(world: &mut World) -> Result<Measured> {
             old = newer;
         }
         let Some(first) = checkpoints.first_after(old.attempt) else { continue };
-        let Some(seen) = world.watch.first_since(start, |n| !old.holds(n)) else { continue };
+        let Some(seen) = world.first_beyond(&old, start) else { continue };
         let since = |ms: Option<i64>| ms.map(|ms| ms as f64 / 1e3 - epoch_seconds(wall));
         return Ok(Measured {
             first_output: seen.duration_since(start).as_secs_f64(),

@@ -49,7 +49,8 @@ const PLACED: &str = "slices run on ";
 
 /// See the header of this file.
 pub(super) struct World {
-    pub(super) watch: Watch,
+    /// From when on the state has been built up: what a reader has not read yet by then would come late.
+    watch: Option<Watch>,
     feeder: Feeder,
     workers: BTreeMap<u32, Run>,
     coordinator: Run,
@@ -61,7 +62,7 @@ pub(super) struct World {
     started: u32,
     killed: usize,
     store: Option<S3>,
-    _kafka: Kafka,
+    kafka: Kafka,
     // Goes last.
     _folder: TempDir,
 }
@@ -95,9 +96,8 @@ impl World {
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
         let listen = Site { prefix: Vec::new(), host: Ipv4Addr::LOCALHOST, port };
         let coordinator = identities.start_coordinator(&job, "coordinator", &listen)?;
-        let watch = Watch::start(&kafka.bootstrap(), NAME, PARTITIONS as i32, "newest")?;
         let mut world = Self {
-            watch,
+            watch: None,
             feeder: Feeder::none(),
             workers: BTreeMap::new(),
             coordinator,
@@ -109,7 +109,7 @@ impl World {
             started: 0,
             killed: 0,
             store,
-            _kafka: kafka,
+            kafka,
             _folder: folder,
         };
         for _ in 0..WORKERS + u32::from(args.spare) {
@@ -126,6 +126,7 @@ impl World {
             "its checkpoint has {bytes} bytes of state, and {} MB were asked for",
             world.state_mb
         );
+        world.watch = Some(Watch::start(&world.kafka.bootstrap(), NAME, PARTITIONS as i32, "newest")?);
         world.feeder = Feeder::start(writer, world.keys, args.rate);
         Ok(world)
     }
@@ -188,6 +189,11 @@ impl World {
     /// Bytes of state files that the newest checkpoint names.
     pub(super) fn state_bytes(&self) -> Result<u64> {
         Ok(self.checkpoints()?.newest().map_or(0, |c| c.state_bytes))
+    }
+
+    /// When output was first seen, after `start`, of an event that a checkpoint does not hold.
+    pub(super) fn first_beyond(&self, checkpoint: &Checkpoint, start: Instant) -> Option<Instant> {
+        self.watch.as_ref()?.first_since(start, |n| !checkpoint.holds(n))
     }
 
     /// What the log has now.
