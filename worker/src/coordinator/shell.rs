@@ -31,6 +31,10 @@ const SWEEP_EVERY: u64 = 16;
 
 /// How long a better place for subtasks must have been there before they move to it: workers that come often come together.
 const MOVE_PATIENCE: Duration = Duration::from_secs(10);
+/// A checkpoint that has taken no longer lets expect that the last before a move holds up nobody for long.
+const MOVE_QUICKLY: Duration = Duration::from_secs(1);
+/// After so long they move all the same.
+const MOVE_PATIENCE_MAX: Duration = Duration::from_secs(120);
 
 /// The I/O around the coordination machine.
 pub(super) struct Shell {
@@ -208,7 +212,12 @@ impl Shell {
 
     /// A checkpoint is settled: now is the time to move subtasks, if others have had free slots for them for long enough.
     fn move_to_free_slots(&mut self, running: &Running<'_>) -> Option<coordination::Event> {
-        if self.rescaling.is_some() || running.crew.uneven_for() < MOVE_PATIENCE {
+        let uneven = running.crew.uneven_for();
+        if self.rescaling.is_some() || uneven < MOVE_PATIENCE {
+            return None;
+        }
+        let newest = self.state.retained.last().map_or(0, |r| r.manifest.duration_ms);
+        if Duration::from_millis(newest) > MOVE_QUICKLY && uneven < MOVE_PATIENCE_MAX {
             return None;
         }
         tracing::info!("moving subtasks to workers with free slots");
