@@ -1,6 +1,6 @@
 //! `make bench`: the figures that Floodmark is held to, each measured by one command, beside its goal.
 //!
-//! `throughput`, `restore`, `recovery` and `footprint` start real processes; `pause` and `incremental` drive a back end in this one,
+//! `throughput`, `restore`, `recovery`, `rescale` and `footprint` start real processes; `pause` and `incremental` drive a back end in this one,
 //! `exchange` both ends of channels. Each figure is told
 //! when it is known, and all of them at the end in one table, or as JSON. Nothing here is a test: a busy machine misses goals.
 //! CPU-seconds hold on one; the wall clock does not.
@@ -14,6 +14,7 @@ mod incremental;
 mod pause;
 mod recovery;
 mod report;
+mod rescale;
 mod restore;
 mod rows;
 mod throughput;
@@ -61,6 +62,9 @@ enum Command {
     /// From the death of a worker to the first new committed output: seconds
     #[command(long_about = recovery::ABOUT)]
     Recovery(recovery::Args),
+    /// How long a job that is brought to another parallelism shows no output: seconds
+    #[command(long_about = rescale::ABOUT)]
+    Rescale(rescale::Args),
 }
 
 fn main() -> ExitCode {
@@ -86,6 +90,7 @@ fn bench(args: &Args) -> Result<Report> {
         Some(Command::Exchange(args)) => exchange::bench(args, &mut report),
         Some(Command::Footprint(args)) => footprint::bench(args, &mut report),
         Some(Command::Recovery(args)) => recovery::bench(args, &mut report),
+        Some(Command::Rescale(args)) => rescale::bench(args, &mut report),
         None => everything(&mut report),
     };
     print!("{}", report.table());
@@ -103,6 +108,7 @@ fn everything(report: &mut Report) -> Result<()> {
     exchange::bench(&exchange::Args::moderate(), report)?;
     footprint::bench(&footprint::Args::moderate(), report)?;
     recovery::bench(&recovery::Args::moderate(), report)?;
+    rescale::bench(&rescale::Args::moderate(), report)?;
     throughput::everything(report)
 }
 
@@ -150,5 +156,10 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(format!("{recovery:?}"), format!("{:?}", recovery::Args::moderate()));
+        let rescale = match parsed(&["rescale", "--repeat", "3"]) {
+            Ok(Some(Command::Rescale(args))) => args,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(format!("{rescale:?}"), format!("{:?}", rescale::Args::moderate()));
     }
 }

@@ -4,7 +4,7 @@
 //! `world` is the job with its processes, servers and input; `watch` looks at its output as any reader does.
 
 mod watch;
-mod world;
+pub(crate) mod world;
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,7 +14,7 @@ use floodmark_crds::HumanDuration;
 use floodmark_tests::events::Draw;
 use serde_json::json;
 
-use self::world::World;
+use self::world::{Setup, World};
 use crate::{
     backend::Backend,
     report::{Figure, Report, Spread, load_average, rounded},
@@ -73,7 +73,7 @@ pub(crate) struct Args {
 
 /// Where checkpoints are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Storage {
+pub(crate) enum Storage {
     /// In an S3 server of this machine
     S3,
     /// In local files
@@ -125,7 +125,18 @@ struct Measured {
 fn kills(args: &Args, backend: Backend, interval: Duration, report: &mut Report) -> Result<()> {
     let spare = if args.spare { " + 1" } else { "" };
     report.doing(&format!("{RECOVERY}: building up {} MB with {backend}", args.state_mb));
-    let mut world = World::build(args, backend)?;
+    let mut world = World::build(Setup {
+        backend,
+        state_mb: args.state_mb,
+        text: 0,
+        parallelism: WORKERS,
+        workers: WORKERS + u32::from(args.spare),
+        slots: 1,
+        storage: args.storage,
+        interval: args.interval.clone(),
+        rate: args.rate,
+        exactly_once: true,
+    })?;
     let state_mb = world.state_bytes()? as f64 / 1e6;
     let Args { storage, rate, .. } = args;
     let setting = format!("{backend}, {WORKERS}{spare} workers, {state_mb:.0} MB in {storage}, {rate} events/s");

@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SEEN_MAX: usize = 4_000_000;
 
 /// Ends with its owner.
-pub(super) struct Watch {
+pub(crate) struct Watch {
     /// When each record was seen, and the event that it tells of.
     seen: Arc<Mutex<Vec<(Instant, u64)>>>,
     stop: Arc<AtomicBool>,
@@ -33,7 +33,7 @@ pub(super) struct Watch {
 
 impl Watch {
     /// Watches a topic from its present end on; field `field` of the records' values names an event.
-    pub(super) fn start(bootstrap: &str, topic: &str, partitions: i32, field: &'static str) -> Result<Self> {
+    pub(crate) fn start(bootstrap: &str, topic: &str, partitions: i32, field: &'static str) -> Result<Self> {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", bootstrap)
             .set("group.id", "floodmark-bench")
@@ -57,11 +57,19 @@ impl Watch {
     }
 
     /// When the first record was seen, after `start`, of an event that is `wanted`.
-    pub(super) fn first_since(&self, start: Instant, wanted: impl Fn(u64) -> bool) -> Option<Instant> {
+    pub(crate) fn first_since(&self, start: Instant, wanted: impl Fn(u64) -> bool) -> Option<Instant> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let from = seen.partition_point(|(at, _)| *at < start);
         seen.drain(..from);
         seen.iter().find(|(_, event)| wanted(*event)).map(|(at, _)| *at)
+    }
+
+    /// When each record after `start` was seen, and the event that it tells of.
+    pub(crate) fn since(&self, start: Instant) -> Vec<(Instant, u64)> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = seen.partition_point(|(at, _)| *at < start);
+        seen.drain(..from);
+        seen.clone()
     }
 }
 

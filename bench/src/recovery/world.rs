@@ -1,10 +1,10 @@
-//! The job whose workers die: its processes, servers, input and checkpoint log.
+//! The job whose workers die, or that is rescaled: its processes, servers, input and checkpoint log.
 //!
 //! Event number `n` goes to partition `n % PARTITIONS`, at offset `n / PARTITIONS`: so the positions in a checkpoint tell which events
-//! it holds. Invariant: nothing outlives the owner.
+//! it holds; and the totals are known without a look at any of it. Invariant: nothing outlives the owner.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     net::{Ipv4Addr, TcpListener},
     path::PathBuf,
     sync::{
@@ -27,28 +27,51 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Args, Storage, WORKERS, watch::Watch};
+use super::{Storage, watch::Watch};
 use crate::backend::Backend;
 
 const NAME: &str = "totals";
 const EVENTS: &str = "events";
 /// Of the topic of events, and of that of totals.
 const PARTITIONS: u64 = 3;
-/// Bytes of checkpoint files for each key, about.
+/// Bytes of checkpoint files for each key, about, without its text.
 const KEY_BYTES: u64 = 64;
 /// State this much smaller than asked for is refused, per cent.
 const SMALLER_MAX: u64 = 25;
 /// How long anything but a recovery may take.
 const PATIENCE: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(50);
+/// Of the keys of events behind the first ones.
+const KEYS_SEED: u64 = 11;
 /// Events are written in bursts of this many a second.
 const BURSTS: u64 = 100;
 /// What a coordinator says of a worker that has come, and of where the job runs.
 const COME: &str = " has come: ";
 const PLACED: &str = "slices run on ";
 
+/// What there shall be.
+#[derive(Clone, Debug)]
+pub(crate) struct Setup {
+    pub(crate) backend: Backend,
+    /// Of all state, in checkpoint files, about.
+    pub(crate) state_mb: u64,
+    /// Characters of text that the state keeps for each key.
+    pub(crate) text: usize,
+    pub(crate) parallelism: u32,
+    pub(crate) workers: u32,
+    /// Of each worker.
+    pub(crate) slots: u32,
+    pub(crate) storage: Storage,
+    /// From checkpoint to checkpoint.
+    pub(crate) interval: String,
+    /// Events a second.
+    pub(crate) rate: u64,
+    /// Whether output becomes visible once per checkpoint, in transactions; else at once.
+    pub(crate) exactly_once: bool,
+}
+
 /// See the header of this file.
-pub(super) struct World {
+pub(crate) struct World {
     /// From when on the state has been built up: what a reader has not read yet by then would come late.
     watch: Option<Watch>,
     feeder: Feeder,
@@ -58,7 +81,7 @@ pub(super) struct World {
     listen: Site,
     job: Job,
     keys: u64,
-    state_mb: u64,
+    setup: Setup,
     started: u32,
     killed: usize,
     store: Option<S3>,
@@ -69,16 +92,16 @@ pub(super) struct World {
 
 impl World {
     /// Runs a job until it has a checkpoint with all its state.
-    pub(super) fn build(args: &Args, backend: Backend) -> Result<Self> {
+    pub(crate) fn build(setup: Setup) -> Result<Self> {
         let kafka = Kafka::start().context("start a Kafka broker")?;
         for topic in [EVENTS, NAME] {
             kafka.create_topic(topic, PARTITIONS as usize, &[])?;
         }
-        let store = (args.storage == Storage::S3).then(S3::start).transpose().context("start an S3 server")?;
+        let store = (setup.storage == Storage::S3).then(S3::start).transpose().context("start an S3 server")?;
         let folder = scratch::folder("recovery-")?;
-        let mut job = Job::new(folder.path(), NAME, sql(&kafka.bootstrap()));
-        (job.parallelism, job.interval) = (WORKERS, args.interval.clone());
-        job.spec = format!("  state:\n    backend: {backend}\n");
+        let mut job = Job::new(folder.path(), NAME, sql(&kafka.bootstrap(), &setup));
+        (job.parallelism, job.interval) = (setup.parallelism, setup.interval.clone());
+        job.spec = format!("  state:\n    backend: {}\n", setup.backend);
         for variable in ["TMPDIR", "XDG_RUNTIME_DIR"] {
             job.env.insert(variable.to_owned(), folder.path().display().to_string());
         }
@@ -86,11 +109,12 @@ impl World {
             job.storage = format!("s3://{}/jobs", store.bucket());
             job.env.extend(store.env().into_iter().map(|(name, value)| (name.to_owned(), value)));
         }
-        let keys = args.state_mb * 1_000_000 / KEY_BYTES;
+        let keys = setup.state_mb * 1_000_000 / (KEY_BYTES + setup.text as u64);
         let writer = Writer::new(&kafka.bootstrap(), EVENTS)?;
+        let mut events = Events { writer, texts: Draw::new(13), text: setup.text };
         // Every key once.
-        (0..keys).try_for_each(|n| write(&writer, n, n))?;
-        writer.flush()?;
+        (0..keys).try_for_each(|n| events.write(n, n))?;
+        events.writer.flush()?;
 
         let identities = Identities::issue(&job, folder.path().join("identities"))?;
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
@@ -105,29 +129,29 @@ impl World {
             listen,
             job,
             keys,
-            state_mb: args.state_mb,
+            setup,
             started: 0,
             killed: 0,
             store,
             kafka,
             _folder: folder,
         };
-        for _ in 0..WORKERS + u32::from(args.spare) {
+        for _ in 0..world.setup.workers {
             world.replace()?;
         }
         world.until("it had every key", |world| {
             let newest = world.checkpoints()?.newest();
             let all = |c: &Checkpoint| (0..world.keys).rev().take(PARTITIONS as usize).all(|n| c.holds(n));
-            Ok(newest.is_some_and(|c| all(&c) && world.committed() >= c.epoch))
+            Ok(newest.is_some_and(|c| all(&c) && world.is_visible(&c)))
         })?;
         let bytes = world.state_bytes()?;
         ensure!(
-            bytes * 100 >= world.state_mb * 1_000_000 * (100 - SMALLER_MAX),
+            bytes * 100 >= world.setup.state_mb * 1_000_000 * (100 - SMALLER_MAX),
             "its checkpoint has {bytes} bytes of state, and {} MB were asked for",
-            world.state_mb
+            world.setup.state_mb
         );
         world.watch = Some(Watch::start(&world.kafka.bootstrap(), NAME, PARTITIONS as i32, "newest")?);
-        world.feeder = Feeder::start(writer, world.keys, args.rate);
+        world.feeder = Feeder::start(events, world.keys, world.setup.rate);
         Ok(world)
     }
 
@@ -143,11 +167,11 @@ impl World {
     }
 
     /// Starts another worker, and waits until the coordinator has it.
-    pub(super) fn replace(&mut self) -> Result<()> {
+    pub(crate) fn replace(&mut self) -> Result<()> {
         self.started += 1;
         let at = Site { prefix: Vec::new(), host: Ipv4Addr::LOCALHOST, port: 0 };
         let name = format!("worker-{}", self.started);
-        let mut run = Some(self.identities.start_worker(&self.job, &name, &at, &self.listen, 1)?);
+        let mut run = Some(self.identities.start_worker(&self.job, &name, &at, &self.listen, self.setup.slots)?);
         self.until("a worker came", |world| {
             let log = world.coordinator.log();
             let mut come = log.lines().filter_map(|line| worker_id(line.split_once(COME)?.0));
@@ -159,7 +183,7 @@ impl World {
     }
 
     /// Kills a worker that has a part of the job: each time that of another part.
-    pub(super) fn kill(&mut self) -> Result<()> {
+    pub(crate) fn kill(&mut self) -> Result<()> {
         let log = self.coordinator.log();
         let placed = log.lines().rev().find_map(|line| Some(line.split_once(PLACED)?.1));
         let placed: Vec<u32> = placed.into_iter().flat_map(|p| p.split(", ")).filter_map(worker_id).collect();
@@ -171,7 +195,7 @@ impl World {
     }
 
     /// Waits until the job has completed so many checkpoints more.
-    pub(super) fn calm(&mut self, checkpoints: usize) -> Result<()> {
+    pub(crate) fn calm(&mut self, checkpoints: usize) -> Result<()> {
         let epoch = |world: &Self| Ok::<_, anyhow::Error>(world.checkpoints()?.newest().map_or(0, |c| c.epoch));
         let mut seen = epoch(self).unwrap_or(0);
         for _ in 0..checkpoints {
@@ -181,23 +205,30 @@ impl World {
         Ok(())
     }
 
-    /// The newest checkpoint whose output is visible, as far as the log says.
-    fn committed(&self) -> u64 {
-        CheckpointLog::read(&self.log_folder()).map_or(0, |log| log.last_committed())
+    /// Whether a checkpoint's output is visible, as far as the log says.
+    fn is_visible(&self, checkpoint: &Checkpoint) -> bool {
+        let committed = || CheckpointLog::read(&self.log_folder()).map_or(0, |log| log.last_committed());
+        // What is written at once is there before the checkpoint is.
+        !self.setup.exactly_once || committed() >= checkpoint.epoch
     }
 
     /// Bytes of state files that the newest checkpoint names.
-    pub(super) fn state_bytes(&self) -> Result<u64> {
+    pub(crate) fn state_bytes(&self) -> Result<u64> {
         Ok(self.checkpoints()?.newest().map_or(0, |c| c.state_bytes))
     }
 
     /// When output was first seen, after `start`, of an event that a checkpoint does not hold.
-    pub(super) fn first_beyond(&self, checkpoint: &Checkpoint, start: Instant) -> Option<Instant> {
+    pub(crate) fn first_beyond(&self, checkpoint: &Checkpoint, start: Instant) -> Option<Instant> {
         self.watch.as_ref()?.first_since(start, |n| !checkpoint.holds(n))
     }
 
+    /// When each record of output after `start` was seen, and the event that it tells of.
+    pub(crate) fn seen_since(&self, start: Instant) -> Vec<(Instant, u64)> {
+        self.watch.as_ref().map_or_else(Vec::new, |watch| watch.since(start))
+    }
+
     /// What the log has now.
-    pub(super) fn checkpoints(&self) -> Result<Checkpoints> {
+    pub(crate) fn checkpoints(&self) -> Result<Checkpoints> {
         Ok(Checkpoints::of(&CheckpointLog::read(&self.log_folder())?))
     }
 
@@ -209,15 +240,79 @@ impl World {
     }
 
     /// What the coordinator has said of late.
-    pub(super) fn logs(&self) -> String {
+    pub(crate) fn logs(&self) -> String {
         let log = self.coordinator.log();
         let lines: Vec<&str> = log.lines().rev().take(40).collect();
         format!("the coordinator's log:\n{}", lines.into_iter().rev().collect::<Vec<_>>().join("\n"))
     }
 
+    /// Runs `floodmark` with these words, in which `JOB` stands for the manifest and `STORAGE` for the storage.
+    pub(crate) fn command(&self, words: &[&str]) -> Result<()> {
+        self.job.command(words)?.said().map(drop)
+    }
+
     /// Ends everything; an input that could not be written spoils what was measured.
-    pub(super) fn end(mut self) -> Result<()> {
-        self.feeder.finish()
+    pub(crate) fn end(mut self) -> Result<()> {
+        self.feeder.finish().map(drop)
+    }
+
+    /// Ends the input, waits until all that came of it is visible, and compares it with totals that are computed here; then ends
+    /// everything. Answers with the number of keys and of events.
+    pub(crate) fn end_exactly(mut self) -> Result<(u64, u64)> {
+        let events = self.feeder.finish()?;
+        self.until("all output was visible", |world| {
+            let newest = world.checkpoints()?.newest();
+            let all = |c: &Checkpoint| (0..events).rev().take(PARTITIONS as usize).all(|n| c.holds(n));
+            Ok(newest.is_some_and(|c| all(&c) && world.is_visible(&c)))
+        })?;
+        let mut seen: HashMap<u64, Totals> = HashMap::new();
+        for record in self.kafka.read_committed(NAME)? {
+            let value: Value = serde_json::from_str(record.text()).context("read an output record")?;
+            let (key, totals) =
+                Totals::of(&value, self.setup.text).with_context(|| format!("a record of output: {value}"))?;
+            // A key's rows are in one partition, in their order: none comes twice, and none is followed by an older one.
+            if let Some(before) = seen.insert(key, totals) {
+                ensure!(before.rows < totals.rows, "{value} comes after {before:?}");
+            }
+        }
+        let expected = Totals::all(self.keys, events);
+        ensure!(seen.len() == expected.len(), "there are totals of {} keys, not of {}", seen.len(), expected.len());
+        for (key, expected) in (0..).zip(&expected) {
+            let seen = seen.get(&key);
+            ensure!(seen == Some(expected), "the totals of key {key} are {seen:?}, not {expected:?}");
+        }
+        Ok((self.keys, events))
+    }
+}
+
+/// What there is to know of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Totals {
+    rows: u64,
+    newest: u64,
+    oldest: u64,
+    sum: u64,
+}
+
+impl Totals {
+    /// Of each key, after so many events.
+    fn all(keys: u64, events: u64) -> Vec<Self> {
+        let mut all: Vec<Self> = (0..keys).map(|n| Self { rows: 1, newest: n, oldest: n, sum: n }).collect();
+        let mut draw = Draw::new(KEYS_SEED);
+        for n in keys..events {
+            let of = &mut all[draw.below(keys) as usize];
+            *of = Self { rows: of.rows + 1, newest: n, oldest: of.oldest, sum: of.sum + n };
+        }
+        all
+    }
+
+    /// Of the key that a record of output names. The mean and the length of the text must be what follows from the rest.
+    fn of(value: &Value, text: usize) -> Option<(u64, Self)> {
+        let number = |name: &str| value[name].as_u64();
+        let (rows, sum) = (number("rows_so_far")?, number("total")?);
+        let fits = number("mean")? == sum / rows.max(1) && (text == 0 || number("width")? == text as u64);
+        let totals = Self { rows, newest: number("newest")?, oldest: number("oldest")?, sum };
+        fits.then_some((number("k")?, totals))
     }
 }
 
@@ -226,30 +321,59 @@ fn worker_id(text: &str) -> Option<u32> {
     text.rsplit_once("worker ")?.1.trim().parse().ok()
 }
 
-fn sql(bootstrap: &str) -> String {
+fn sql(bootstrap: &str, setup: &Setup) -> String {
     let options = |connector: &str, topic: &str, more: &str| {
         format!(
             "'connector' = '{connector}', 'topic' = '{topic}', 'properties.bootstrap.servers' = '{bootstrap}', {more}"
         )
     };
+    // Text is kept, and only its length is written: it is to weigh on the state, not on the output.
+    let [of_events, of_totals, kept] =
+        if setup.text > 0 { [", p STRING", ", width BIGINT", ", CHAR_LENGTH(max(p))"] } else { [""; 3] };
+    let guarantee = if setup.exactly_once { "exactly-once" } else { "at-least-once" };
     format!(
-        "CREATE TABLE {EVENTS} (n BIGINT, k BIGINT) WITH ({});
-CREATE TABLE {NAME} (k BIGINT, rows_so_far BIGINT, newest BIGINT, oldest BIGINT, total BIGINT, mean BIGINT,
+        "CREATE TABLE {EVENTS} (n BIGINT, k BIGINT{of_events}) WITH ({});
+CREATE TABLE {NAME} (k BIGINT, rows_so_far BIGINT, newest BIGINT, oldest BIGINT, total BIGINT, mean BIGINT{of_totals},
   PRIMARY KEY (k) NOT ENFORCED) WITH ({});
-INSERT INTO {NAME} SELECT k, count(*), max(n), min(n), sum(n), avg(n) FROM {EVENTS} GROUP BY k;",
+INSERT INTO {NAME} SELECT k, count(*), max(n), min(n), sum(n), avg(n){kept} FROM {EVENTS} GROUP BY k;",
         options("kafka", EVENTS, "'format' = 'json', 'scan.startup.mode' = 'earliest-offset'"),
-        options("upsert-kafka", NAME, "'key.format' = 'json', 'value.format' = 'json'"),
+        options("upsert-kafka", NAME, &format!("'sink.delivery-guarantee' = '{guarantee}'")),
     )
 }
 
-fn write(writer: &Writer, n: u64, key: u64) -> Result<()> {
-    writer.write((n % PARTITIONS) as i32, format!("{{\"n\":{n},\"k\":{key}}}").as_bytes())
+/// Writes events, each with a text of its own if they have any.
+struct Events {
+    writer: Writer,
+    texts: Draw,
+    text: usize,
+}
+
+impl Events {
+    fn write(&mut self, n: u64, key: u64) -> Result<()> {
+        /// Of these texts consist: a power of two of them.
+        const LETTERS: &[u8; 64] = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_";
+        let partition = (n % PARTITIONS) as i32;
+        if self.text == 0 {
+            return self.writer.write(partition, format!("{{\"n\":{n},\"k\":{key}}}").as_bytes());
+        }
+        let mut event = format!("{{\"n\":{n},\"k\":{key},\"p\":\"");
+        let end = event.len() + self.text;
+        while event.len() < end {
+            let mut bits = self.texts.below(u64::MAX);
+            for _ in 0..(end - event.len()).min(10) {
+                event.push(char::from(LETTERS[(bits % 64) as usize]));
+                bits /= 64;
+            }
+        }
+        event.push_str("\"}");
+        self.writer.write(partition, event.as_bytes())
+    }
 }
 
 /// Writes events of random keys at a steady rate.
 struct Feeder {
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Result<()>>>,
+    thread: Option<JoinHandle<Result<u64>>>,
 }
 
 impl Feeder {
@@ -258,31 +382,32 @@ impl Feeder {
     }
 
     /// Goes on with event number `keys`.
-    fn start(writer: Writer, keys: u64, rate: u64) -> Self {
+    fn start(mut events: Events, keys: u64, rate: u64) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let thread = thread::spawn({
             let stop = stop.clone();
             move || {
-                let (mut draw, mut n, start) = (Draw::new(11), keys, Instant::now());
+                let (mut draw, mut n, start) = (Draw::new(KEYS_SEED), keys, Instant::now());
                 while !stop.load(Ordering::Relaxed) {
                     let due = keys + (start.elapsed().as_secs_f64() * rate as f64) as u64;
                     while n < due {
-                        write(&writer, n, draw.below(keys))?;
+                        events.write(n, draw.below(keys))?;
                         n += 1;
                     }
                     sleep(Duration::from_millis(1_000 / BURSTS));
                 }
-                writer.flush()
+                events.writer.flush().map(|()| n)
             }
         });
         Self { stop, thread: Some(thread) }
     }
 
-    fn finish(&mut self) -> Result<()> {
+    /// Answers with the number of events there are; 0 if none were written here.
+    fn finish(&mut self) -> Result<u64> {
         self.stop.store(true, Ordering::Relaxed);
         match self.thread.take() {
             Some(thread) => thread.join().map_err(|_| anyhow!("the feeder panicked"))?.context("write events"),
-            None => Ok(()),
+            None => Ok(0),
         }
     }
 }
@@ -296,11 +421,11 @@ impl Drop for Feeder {
 
 /// A completed checkpoint, as the log has it.
 #[derive(Clone, Debug)]
-pub(super) struct Checkpoint {
-    pub(super) epoch: u64,
-    pub(super) attempt: u64,
-    pub(super) triggered_at_ms: i64,
-    pub(super) written_at_ms: i64,
+pub(crate) struct Checkpoint {
+    pub(crate) epoch: u64,
+    pub(crate) attempt: u64,
+    pub(crate) triggered_at_ms: i64,
+    pub(crate) written_at_ms: i64,
     state_bytes: u64,
     /// The next offset of each partition.
     positions: BTreeMap<u64, u64>,
@@ -328,17 +453,19 @@ impl Checkpoint {
     }
 
     /// Whether event `n` is in it.
-    pub(super) fn holds(&self, n: u64) -> bool {
+    pub(crate) fn holds(&self, n: u64) -> bool {
         self.positions.get(&(n % PARTITIONS)).is_some_and(|next| n / PARTITIONS < *next)
     }
 }
 
 /// What a checkpoint log has, oldest first.
 #[derive(Debug, Default)]
-pub(super) struct Checkpoints {
+pub(crate) struct Checkpoints {
     completed: Vec<Checkpoint>,
     /// Attempts, and when they were opened.
     opened: BTreeMap<u64, i64>,
+    /// Checkpoints, and when all their output was known to be visible.
+    committed: BTreeMap<u64, i64>,
 }
 
 impl Checkpoints {
@@ -347,6 +474,12 @@ impl Checkpoints {
         for (_, entry) in &log.entries {
             match entry["event"]["type"].as_str() {
                 Some("completed") => all.completed.extend(Checkpoint::of(entry)),
+                // An attempt that begins from it says it once more.
+                Some("committed") => {
+                    if let Some((epoch, at)) = entry["event"]["epoch"].as_u64().zip(entry["writtenAtMs"].as_i64()) {
+                        all.committed.entry(epoch).or_insert(at);
+                    }
+                }
                 Some("opened") => all.opened.extend(entry["attempt"].as_u64().zip(entry["writtenAtMs"].as_i64())),
                 Some(_) | None => {}
             }
@@ -354,21 +487,26 @@ impl Checkpoints {
         all
     }
 
-    pub(super) fn newest(&self) -> Option<Checkpoint> {
+    pub(crate) fn newest(&self) -> Option<Checkpoint> {
         self.completed.last().cloned()
     }
 
-    pub(super) fn newest_of(&self, attempt: u64) -> Option<Checkpoint> {
+    pub(crate) fn newest_of(&self, attempt: u64) -> Option<Checkpoint> {
         self.completed.iter().rfind(|c| c.attempt == attempt).cloned()
     }
 
     /// The first of a later attempt.
-    pub(super) fn first_after(&self, attempt: u64) -> Option<&Checkpoint> {
+    pub(crate) fn first_after(&self, attempt: u64) -> Option<&Checkpoint> {
         self.completed.iter().find(|c| c.attempt > attempt)
     }
 
+    /// When the output of this checkpoint was known to be visible.
+    pub(crate) fn committed_at(&self, epoch: u64) -> Option<i64> {
+        self.committed.get(&epoch).copied()
+    }
+
     /// When the attempt that went on was opened.
-    pub(super) fn opened_after(&self, attempt: u64) -> Option<i64> {
+    pub(crate) fn opened_after(&self, attempt: u64) -> Option<i64> {
         let next = self.first_after(attempt)?.attempt;
         self.opened.get(&next).copied()
     }
@@ -379,6 +517,20 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn totals_are_those_of_the_events_and_of_each_record_must_fit() {
+        let (keys, events) = (10, 1_000);
+        let all = Totals::all(keys, events);
+        assert_eq!((all.len() as u64, all.iter().map(|t| t.rows).sum::<u64>()), (keys, events));
+        assert_eq!(all.iter().map(|t| t.sum).sum::<u64>(), (0..events).sum::<u64>());
+        assert_eq!(all.iter().map(|t| t.newest).max(), Some(events - 1));
+        let record = |mean: u64, width: u64| json!({ "k": 3, "rows_so_far": 2, "newest": 9, "oldest": 3, "total": 13, "mean": mean, "width": width });
+        let totals = Totals { rows: 2, newest: 9, oldest: 3, sum: 13 };
+        assert_eq!(Totals::of(&record(6, 40), 40), Some((3, totals)));
+        assert_eq!(Totals::of(&record(6, 0), 0), Some((3, totals)));
+        assert_eq!([Totals::of(&record(7, 40), 40), Totals::of(&record(6, 39), 40)], [None, None]);
+    }
 
     #[test]
     fn a_checkpoint_holds_the_events_before_its_positions() {
