@@ -141,7 +141,7 @@ pub struct Summary {
     /// How it ended.
     pub outcome: Outcome,
     /// Its counters at the end.
-    pub progress: ProgressView,
+    pub progress: Box<ProgressView>,
     /// The newest durable checkpoint, this run's or an earlier one's.
     pub last_epoch: Option<Epoch>,
 }
@@ -230,7 +230,7 @@ pub async fn stand_by(
         biased;
         () = coordinator::stopped(&mut controls.stop) => {
             progress.phase(JobPhase::Done);
-            return Ok(Summary { outcome: Outcome::Stopped, progress: progress.view(), last_epoch: None });
+            return Ok(Summary { outcome: Outcome::Stopped, progress: Box::new(progress.view()), last_epoch: None });
         }
         lease = leadership.acquire() => lease.map_err(RunError::Failed)?,
     };

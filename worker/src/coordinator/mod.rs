@@ -223,7 +223,7 @@ impl Job {
 
     fn nothing_to_do(&self, outcome: Outcome, epoch: Epoch) -> Attempted {
         self.progress.phase(JobPhase::Done);
-        Attempted::Ended(Summary { outcome, progress: self.progress.view(), last_epoch: Some(epoch) })
+        Attempted::Ended(Summary { outcome, progress: Box::new(self.progress.view()), last_epoch: Some(epoch) })
     }
 }
 
@@ -265,7 +265,7 @@ impl Running<'_> {
             Ok(Ended::Job(outcome, last_epoch)) => {
                 left.map_err(RunError::failed)?;
                 self.progress.phase(JobPhase::Done);
-                Ok(Attempted::Ended(Summary { outcome, progress: self.progress.view(), last_epoch }))
+                Ok(Attempted::Ended(Summary { outcome, progress: Box::new(self.progress.view()), last_epoch }))
             }
             // What may be left is fenced by the next attempt, as behind a failure.
             Ok(Ended::Rescaled) => {
