@@ -1,7 +1,7 @@
 //! A job's control interface: what it is doing, and orders to it, over HTTP; and what a worker tells of itself. No socket
 //! here: whoever runs the job serves the [`router`], and decides who may ask.
 //!
-//! [`endpoints`] is the table of all there is; the router and its description ([`openapi`]) are made of it. `views` has what
+//! [`endpoints`] is the table of all there is; the router and its description ([`openapi()`]) are made of it. `views` has what
 //! is spoken, `orders` what changes a job, `metrics` what Prometheus reads.
 //!
 //! Invariant: a request that has been taken in is carried out, also if its asker goes away before the answer.
