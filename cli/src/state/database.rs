@@ -186,13 +186,6 @@ fn load_manifest(database: &Connection, manifest: &Manifest) -> rusqlite::Result
 async fn load_state(database: &Connection, snapshot: &Snapshot, table: &StateTable) -> Result<()> {
     let mut loader: Option<Loader> = None;
     for shard in table.shards.iter().filter(|s| s.kind == ShardKind::Keyed) {
-        if shard.cut_from.is_some() {
-            return Err(Error::abort(format!(
-                "{} has changed its parallelism, and the checkpoint names parts of the files from before, which only the job \
-                 can tell apart; take a savepoint, and ask that",
-                table.uid
-            )));
-        }
         let file = snapshot.read(shard).await?;
         let reader = Reader::verified(&file).map_err(|e| e.context(format!("read shard {}", shard.path)))?;
         let header = reader.header();
@@ -529,21 +522,6 @@ mod tests {
         let table = &StateTable::all(&snapshot.manifest)[0];
         let columns: Vec<String> = table.columns(&snapshot).await.unwrap().into_iter().map(|c| c.name).collect();
         assert_eq!(columns, ["$slice_end", "shop", "n", "$subtask"]);
-    }
-
-    #[tokio::test]
-    async fn parts_of_files_are_refused_and_not_read_as_if_they_were_all() {
-        let whole = snapshot(&[(0, 0, &[], &[(1, "a", Some(1))])], ShardKind::Keyed).await;
-        let mut manifest = (*whole.manifest).clone();
-        let groups = |last| KeyGroupRange { first: KeyGroup(0), last: KeyGroup(last) };
-        manifest.operators.values_mut().for_each(|o| {
-            o.shards[0].key_groups = Some(groups(127));
-            o.shards[0] = o.shards[0].cut_to(groups(63)).unwrap();
-        });
-        let cut = whole.with_manifest(manifest);
-        let error = load(&cut, ALL).await.unwrap_err().to_string();
-        assert!(error.contains("hot/window-1") && error.contains("take a savepoint"), "{error}");
-        assert!(load(&cut, "SELECT * FROM sources").await.is_ok(), "the rest can be read");
     }
 
     #[tokio::test]

@@ -126,18 +126,6 @@ impl KeyGroupRange {
         self.first <= group && group <= self.last
     }
 
-    /// Number of key groups in it.
-    #[must_use]
-    pub fn width(&self) -> u64 {
-        u64::from(self.last.0.saturating_sub(self.first.0)) + 1
-    }
-
-    /// The key groups that both ranges have.
-    #[must_use]
-    pub fn common(&self, other: &Self) -> Option<Self> {
-        self.overlaps(other).then(|| Self { first: self.first.max(other.first), last: self.last.min(other.last) })
-    }
-
     /// Whether the two ranges share a key group.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {

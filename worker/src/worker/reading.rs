@@ -60,8 +60,7 @@ impl Files {
     /// # Errors
     /// `Corrupt` if it is damaged in the storage.
     pub(super) async fn read_of(&self, shard: &Shard, owned: KeyGroupRange) -> Result<Bytes> {
-        let all = shard.cut_from.or(shard.key_groups);
-        if all.is_none_or(|g| owned.first <= g.first && g.last <= owned.last) {
+        if shard.key_groups.is_none_or(|g| owned.first <= g.first && g.last <= owned.last) {
             return self.read(shard).await;
         }
         Parts::open(self, shard).await?.read(self, owned).await
@@ -148,13 +147,7 @@ impl Parts {
         match &self.content {
             Content::Whole(bytes) => Ok(bytes.clone()),
             Content::Indexed(reader) => {
-                // Of a shard that is cut nobody wants the rest.
-                let own = self.shard.key_groups.map_or(Some(key_groups), |own| own.common(&key_groups));
-                let cut = match own {
-                    Some(own) => files.cut(&self.shard, reader, own).await,
-                    None => reader.cut(&[]),
-                };
-                cut.map_err(|e| of(&self.shard, e))
+                files.cut(&self.shard, reader, key_groups).await.map_err(|e| of(&self.shard, e))
             }
         }
     }
@@ -276,25 +269,6 @@ mod tests {
             assert!(part.len() < bytes.len() * usize::from(last - first + 2) / usize::from(GROUPS), "{owned}");
         }
         assert_eq!(files.read_of(&shard, range(0, GROUPS - 1)).await.unwrap(), bytes, "all of it, as it is");
-    }
-
-    #[tokio::test]
-    async fn of_a_shard_that_is_cut_nothing_is_read_but_its_own_key_groups() {
-        let bytes = file(0);
-        let (_, files, shard) = stored(&bytes).await;
-        let cut = shard.cut_to(range(4, 7)).unwrap();
-        for (owned, groups) in [(range(0, GROUPS - 2), 4), (range(6, 9), 2), (range(0, 3), 0), (range(9, 12), 0)] {
-            let parts = Parts::open(&files, &cut).await.unwrap();
-            let part = parts.read(&files, owned).await.unwrap();
-            let rows = Reader::verified(&part).unwrap().rows();
-            assert_eq!(rows, groups * 20_000, "{owned}");
-            assert_eq!(files.read_of(&cut, owned).await.unwrap(), part, "{owned}");
-        }
-        assert_eq!(
-            files.read_of(&cut, range(0, GROUPS - 1)).await.unwrap(),
-            bytes,
-            "who has all key groups reads it as it is"
-        );
     }
 
     #[tokio::test]

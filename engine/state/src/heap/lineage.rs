@@ -1,8 +1,5 @@
 //! Which layers a checkpoint consists of: those of the last completed one, and what has changed since. Pure.
 //!
-//! When key groups have moved, a subtask goes on from the parts of others' layers that have its key groups: then there are several
-//! layers of one number, of different key groups, and the first checkpoint writes a layer above all of them.
-//!
 //! Only completed checkpoints are built upon, so what an aborted one uploaded is never named again, and completions and aborts
 //! may come in any order.
 
@@ -21,15 +18,8 @@ use crate::{
     watermarks::{KeyGroupWatermarks, RestoredWatermarks},
 };
 
-/// Layers of a checkpoint, at most. Then the upper ones become one: see [`standing`].
+/// Layers of a checkpoint, at most. Then those above the whole one become one.
 const LAYERS_MAX: usize = 16;
-/// Layers beyond those that the last checkpoint of an attempt and the first of the next may have: output waits for these, and whoever
-/// brings layers together writes much.
-const LAYERS_IN_HASTE: usize = 4;
-/// Shards of all layers, at most: each layer may come from several earlier subtasks. Then the same is done.
-const SHARDS_MAX: usize = 64;
-/// Shards of the lowest layer, at most. Then everything is written anew.
-const LOWEST_MAX: usize = 16;
 /// How many times the size of the state its layers may have before everything is written anew.
 const WASTE_MAX: u64 = 2;
 /// Layers may waste this many bytes however small the state is.
@@ -72,10 +62,6 @@ pub(super) struct Lineage {
     under_way: BTreeMap<Epoch, UnderWay>,
     /// Rows written or removed in each interval since the first layer.
     changes: VecDeque<(u32, u64)>,
-    /// Whether the last layer has not all key groups, so that nobody would know the watermarks of the others by it.
-    uneven: bool,
-    /// Whether no checkpoint is complete since a restore.
-    fresh: bool,
 }
 
 impl Lineage {
@@ -91,42 +77,21 @@ impl Lineage {
         }
     }
 
-    /// What a checkpoint at the end of `interval`, in which so many rows `changed`, consists of. `ends` says whether tasks end
-    /// behind it.
-    pub(super) fn plan(
-        &mut self,
-        interval: u32,
-        changed: u64,
-        rows: u64,
-        watermarks: &KeyGroupWatermarks,
-        ends: bool,
-    ) -> Part {
-        let haste = ends || self.fresh;
+    /// What a checkpoint at the end of `interval`, in which so many rows `changed`, consists of.
+    pub(super) fn plan(&mut self, interval: u32, changed: u64, rows: u64, watermarks: &KeyGroupWatermarks) -> Part {
         self.note(interval, changed);
         let whole = Part { kept: Vec::new(), since: None, changed: rows };
         let (Some(first), Some(last)) = (self.base.first(), self.base.last()) else { return whole };
-        let lowest = &self.base[..self.base.iter().take_while(|layer| layer.interval == first.interval).count()];
-        let size = |layers: &[Layer]| layers.iter().map(|layer| layer.shard.own_size()).sum::<u64>();
-        let lowest_rows: u64 = lowest.iter().map(|layer| layer.shard.rows).sum();
-        let state = size(lowest).saturating_mul(rows) / lowest_rows.max(1);
-        let waste_max = if haste { WASTE_MAX + 1 } else { WASTE_MAX };
-        if size(&self.base) > waste_max * state + WASTE_FREE || lowest.len() > LOWEST_MAX {
+        let size: u64 = self.base.iter().map(|layer| layer.shard.size).sum();
+        let state = first.shard.size.saturating_mul(rows) / first.shard.rows.max(1);
+        if size > WASTE_MAX * state + WASTE_FREE {
             return whole;
         }
-        let layers: Vec<&[Layer]> = self.base.chunk_by(|a, b| a.interval == b.interval).collect();
-        let layers_max = if haste { LAYERS_MAX + LAYERS_IN_HASTE } else { LAYERS_MAX };
-        let full = layers.len() >= layers_max || self.base.len() >= SHARDS_MAX;
-        let standing = || standing(&layers.iter().map(|layer| size(layer)).collect::<Vec<_>>());
-        let shards = || layers[..standing()].iter().map(|layer| layer.len()).sum::<usize>();
-        let kept = match full.then(shards) {
-            None => &self.base[..],
-            Some(shards) if shards < SHARDS_MAX => &self.base[..shards],
-            Some(_) => lowest,
-        };
+        let kept = if self.base.len() >= LAYERS_MAX { &self.base[..1] } else { &self.base[..] };
         let since = kept.last().map_or(last.interval, |layer| layer.interval);
         let changed: u64 = self.changes.iter().filter(|(at, _)| *at > since).map(|(_, n)| n).sum();
         // Without changes, also of watermarks, the layers stand as they are.
-        let same = changed == 0 && *watermarks == self.watermarks && kept.len() == self.base.len() && !self.uneven;
+        let same = changed == 0 && *watermarks == self.watermarks && kept.len() == self.base.len();
         let since = if same { interval } else { since };
         Part { kept: kept.to_vec(), since: Some(since), changed }
     }
@@ -149,12 +114,10 @@ impl Lineage {
         if self.base.last().is_some_and(|last| last.interval >= interval) {
             return None; // a later one is complete already
         }
-        self.fresh = false;
         let mut base = kept;
         if let Some(uploaded) = uploaded {
             let uploaded = uploaded.lock().unwrap_or_else(PoisonError::into_inner).take()?;
             base.push(Layer { shard: Shard { status: ShardStatus::Reused, ..uploaded }, interval });
-            self.uneven = false;
         }
         self.base = base;
         self.watermarks = watermarks;
@@ -171,18 +134,6 @@ impl Lineage {
     }
 }
 
-/// How many of the lowest layers of these sizes, one at least, stay as they are when those above become one: the lowest, and those that are larger
-/// than all above them together. So what is large is seldom written again.
-fn standing(sizes: &[u64]) -> usize {
-    let Some((top, below)) = sizes.split_last() else { return 1 };
-    let (mut stand, mut above) = (below.len().max(1), *top);
-    while stand > 1 && below[stand - 1] <= above {
-        stand -= 1;
-        above = above.saturating_add(below[stand]);
-    }
-    stand
-}
-
 /// What the shards of a restore say, until all are there.
 #[derive(Debug, Default)]
 pub(super) struct Restoring {
@@ -190,8 +141,6 @@ pub(super) struct Restoring {
     subtasks: BTreeSet<u32>,
     watermarks: RestoredWatermarks,
     /// Each shard once, however many slices it comes in.
-    seen: Vec<Seen>,
-    /// Of each the part in the key groups of the subtask.
     layers: Vec<Layer>,
     /// The slice that came first; all of the state, if it comes in one.
     first_slice: Option<Option<KeyGroupRange>>,
@@ -200,15 +149,6 @@ pub(super) struct Restoring {
     removals: Removals,
     removals_of: u32,
     interval: u32,
-}
-
-/// Which shard it is: one file may be several.
-#[derive(Debug, PartialEq)]
-struct Seen {
-    path: String,
-    subtask: u32,
-    layer: u32,
-    key_groups: Option<KeyGroupRange>,
 }
 
 /// A restored state's past.
@@ -235,30 +175,26 @@ impl Restoring {
                 shard.path, shard.layer, shard.subtask
             )));
         }
-        let Shard { subtask, layer, key_groups, .. } = *shard;
-        let seen = Seen { path: shard.path.clone(), subtask, layer, key_groups };
-        if self.seen.contains(&seen) {
+        let known = |l: &Layer| {
+            let of = |s: &Shard| (s.subtask, s.layer, s.key_groups);
+            of(&l.shard) == of(shard) && l.shard.path == shard.path
+        };
+        if self.layers.iter().any(known) {
             return Ok(false);
         }
-        self.seen.push(seen);
         self.subtasks.insert(shard.subtask);
         self.watermarks.shard(shard.subtask, shard.layer, shard.key_groups, header.watermarks()?);
         // Of a shard that is not in every slice, nobody knows whether rows written meanwhile are newer.
         let late = restored.slice != *self.first_slice.get_or_insert(restored.slice);
-        // Namespaces go for all key groups of a subtask, or for none.
-        let dropped_elsewhere =
-            |own: &Shard| own.key_groups != Some(spec.key_groups) && !header.dropped.is_empty() && shard.layer > 0;
-        let own = shard.cut_to(spec.key_groups);
         self.foreign |= late
             || !spec.reuse_restored
             || !same_columns
-            || shard.key_groups.is_none()
-            || own.as_ref().is_some_and(dropped_elsewhere);
+            || shard.key_groups != Some(spec.key_groups)
+            || self.subtasks.len() > 1
+            || shard.layer as usize != self.layers.len();
         self.interval = self.interval.max(shard.layer);
-        if let Some(own) = own {
-            let reused = Shard { status: ShardStatus::Reused, ..own };
-            self.layers.push(Layer { shard: reused, interval: shard.layer });
-        }
+        let reused = Shard { status: ShardStatus::Reused, ..shard.clone() };
+        self.layers.push(Layer { shard: reused, interval: shard.layer });
         if !self.foreign && shard.layer > 0 {
             self.removals_in(shard.layer);
             header.dropped.iter().for_each(|namespace| self.removals.namespace(*namespace));
@@ -308,36 +244,11 @@ impl Restoring {
         let (lineage, removals) = if self.foreign {
             (Lineage::default(), Removals::default())
         } else {
-            let mut base = self.layers;
-            base.sort_by_key(|layer| layer.interval);
-            let lowest = base.first().map_or(0, |layer| layer.interval);
-            let above = base.iter().filter(|layer| layer.interval > lowest);
-            let changes = above.map(|layer| (layer.interval, layer.shard.rows)).collect();
-            let uneven = base.last().is_some_and(|last| last.shard.key_groups != Some(spec.key_groups));
-            let (watermarks, under_way) = (watermarks.clone(), BTreeMap::new());
-            (Lineage { base, watermarks, under_way, changes, uneven, fresh: true }, self.removals)
+            let changes = self.layers.iter().skip(1).map(|l| (l.interval, l.shard.rows)).collect();
+            let lineage =
+                Lineage { base: self.layers, watermarks: watermarks.clone(), under_way: BTreeMap::new(), changes };
+            (lineage, self.removals)
         };
         Restored { watermarks, lineage, removals }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layers_that_are_larger_than_all_above_them_stand() {
-        for (sizes, expected) in [
-            (&[100, 1, 1, 1][..], 1),
-            (&[100, 90, 1, 1, 1], 2),
-            (&[10, 900, 1, 1], 2),
-            (&[100, 90, 40, 20, 20], 2),
-            (&[100, 80, 40, 20, 20], 1),
-            (&[100, 90, 30, 20, 9], 4),
-            (&[1, 1], 1),
-            (&[5], 1),
-        ] {
-            assert_eq!(standing(sizes), expected, "{sizes:?}");
-        }
     }
 }
