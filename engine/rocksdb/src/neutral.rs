@@ -18,7 +18,6 @@ use crate::{
     files::Files,
     folder::Folder,
     key, options,
-    restoring::common,
     row::Form,
     state::{Page, State},
 };
@@ -144,7 +143,7 @@ pub(crate) fn take_in(state: &mut State, shard: &RestoredShard) -> Result<()> {
     state.restoring.watermarks.shard(of.subtask, of.layer, of.key_groups, header.watermarks()?);
     let theirs = of.key_groups.unwrap_or(spec.key_groups);
     let of_slice = shard.slice.unwrap_or(spec.key_groups);
-    let Some(theirs) = common(theirs, of_slice) else { return Ok(()) };
+    let Some(theirs) = theirs.common(&of_slice) else { return Ok(()) };
     // What fits stays in memory, with room for others.
     let fits = state.cached_bytes + shard.bytes.len() <= state.share.bytes() / 2;
     if of.layer == 0 && !fits {

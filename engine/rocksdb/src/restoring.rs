@@ -70,7 +70,7 @@ impl State {
             complete.push(checked);
         }
         // The one that has most of what is ours becomes ours; what is ours of the others is copied.
-        let ours = |piece: &Checked| common(piece.key_groups, self.spec.key_groups);
+        let ours = |piece: &Checked| piece.key_groups.common(&self.spec.key_groups);
         let most = complete.iter().enumerate().filter_map(|(at, piece)| Some((at, ours(piece)?)));
         // In its folder are the pieces: it goes last.
         let mut _before = None;
@@ -141,7 +141,7 @@ impl State {
 
     /// Takes our rows out of a piece.
     fn import(&mut self, piece: Checked) -> Result<()> {
-        let Some(common) = common(piece.key_groups, self.spec.key_groups) else { return Ok(()) };
+        let Some(common) = piece.key_groups.common(&self.spec.key_groups) else { return Ok(()) };
         let old = database::open_to_read(&self.process.shared, piece.folder.path())?;
         let mut files = Files::new(self);
         let (old_form, now) = (Form { types: self.form.types.clone(), timed: piece.meta.timed }, self.now());
@@ -167,9 +167,4 @@ impl State {
         })?;
         self.ingest(files)
     }
-}
-
-/// The key groups that two ranges have in common.
-pub(crate) fn common(a: KeyGroupRange, b: KeyGroupRange) -> Option<KeyGroupRange> {
-    a.overlaps(&b).then(|| KeyGroupRange { first: a.first.max(b.first), last: a.last.min(b.last) })
 }

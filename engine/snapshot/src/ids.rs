@@ -131,6 +131,12 @@ impl KeyGroupRange {
     pub fn overlaps(&self, other: &Self) -> bool {
         self.first <= other.last && other.first <= self.last
     }
+
+    /// The key groups that both ranges have.
+    #[must_use]
+    pub fn common(&self, other: &Self) -> Option<Self> {
+        self.overlaps(other).then(|| Self { first: self.first.max(other.first), last: self.last.min(other.last) })
+    }
 }
 
 impl fmt::Display for KeyGroupRange {

@@ -172,11 +172,6 @@ fn bounds(groups: KeyGroupRange) -> (u32, u32) {
     (u32::from(groups.first.0), u32::from(groups.last.0) + 1)
 }
 
-/// The key groups that two ranges have in common.
-fn common(a: KeyGroupRange, b: KeyGroupRange) -> Option<KeyGroupRange> {
-    a.overlaps(&b).then(|| range(a.first.max(b.first), a.last.min(b.last)))
-}
-
 /// What the shards of a restore say of event time: each key group has the watermark of the earlier subtask that owned it, as
 /// of that subtask's last layer.
 #[derive(Debug, Default)]
@@ -211,7 +206,7 @@ impl RestoredWatermarks {
     pub fn within(&self, owned: KeyGroupRange) -> KeyGroupWatermarks {
         let mut all = KeyGroupWatermarks::default();
         for (groups, watermarks) in self.by_subtask.values().flat_map(|last| &last.said) {
-            if let Some(common) = common(*groups, owned) {
+            if let Some(common) = groups.common(&owned) {
                 all.merge(watermarks, common);
             }
         }
