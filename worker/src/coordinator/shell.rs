@@ -128,22 +128,16 @@ impl Shell {
         if let Some(rescaling) = self.rescaling.take() {
             rescaling.runs(running.crew.parallelism(), self.restored);
         }
-        if restored {
-            running.commit();
-            self.sweep_orphans(running);
-        }
         let mut stopping = false;
         let mut pending = vec![coordination::Event::Tick];
         if restored {
-            pending.push(coordination::Event::Restored);
+            pending.push(self.state_is_there(running));
         }
         loop {
             if !restored && running.arriving.is_empty() {
                 restored = true;
                 self.note().await?;
-                running.commit();
-                self.sweep_orphans(running);
-                pending.push(coordination::Event::Restored);
+                pending.push(self.state_is_there(running));
             }
             while let Some(event) = pending.pop() {
                 self.stepped = now(&running.env);
@@ -183,6 +177,13 @@ impl Shell {
             self.log.append(event).await?;
         }
         Ok(())
+    }
+
+    /// All state is there, and the log says from where: now what it holds staged may be committed, and what nobody names deleted.
+    fn state_is_there(&self, running: &Running<'_>) -> coordination::Event {
+        running.commit();
+        self.sweep_orphans(running);
+        coordination::Event::Restored
     }
 
     /// Takes a request for a savepoint in.
