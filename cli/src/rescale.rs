@@ -4,33 +4,24 @@ use floodmark_worker::api::{RescaleOrder, RescaledView};
 
 use crate::{
     args::RescaleArgs,
-    control::{Answer, Place, ask, nobody_listens},
+    control::{Answer, Place, nobody_listens},
     exit::{Exit, Failure},
     job,
     screen::Screen,
-    waiting::Waiting,
+    waiting::{Waiting, order},
 };
 
 /// Rescales the job; says on standard error what has been done.
 pub(crate) fn rescale(args: &RescaleArgs, screen: &Screen) -> Result<Exit, Failure> {
     let (job, manifest) = job::identify(&args.job)?;
     let storage = job::storage(args.storage.as_deref(), &manifest)?;
-    let (n, place) = (args.parallelism, Place::of(&job, &storage));
-    let order = RescaleOrder { parallelism: n };
+    let n = args.parallelism;
     let what = format!("bringing {job} to parallelism {n}");
     let waiting = Waiting::start(screen, what, "Ctrl-C stops waiting, not the job's change");
-    let asked = job::runtime()?.block_on(async {
-        tokio::select! {
-            biased;
-            answer = ask::<_, RescaledView>(&place, "POST", "/rescale", Some(&order)) => answer,
-            _ = tokio::signal::ctrl_c() => Err(Failure::new(
-                Exit::Interrupted,
-                format!("no longer waiting; the job goes on to parallelism {n}: floodmark status shows whether it is there"),
-            )),
-        }
-    });
-    drop(waiting);
-    match asked? {
+    let interrupted =
+        format!("no longer waiting; the job goes on to parallelism {n}: floodmark status shows whether it is there");
+    let place = Place::of(&job, &storage);
+    match order(&place, "/rescale", &RescaleOrder { parallelism: n }, waiting, interrupted)? {
         Answer::Is(done) => {
             eprintln!("{}", said(&done));
             Ok(Exit::Done)

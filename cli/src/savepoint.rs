@@ -6,12 +6,12 @@ use floodmark_worker::api::{SavepointOrder, SavepointView, Then};
 
 use crate::{
     args::SavepointArgs,
-    control::{Answer, Place, ask, nobody_listens},
+    control::{Answer, Place, nobody_listens},
     display::bytes,
     exit::{Exit, Failure},
     job,
     screen::{Screen, print},
-    waiting::Waiting,
+    waiting::{Waiting, order},
 };
 
 /// Takes the savepoint; prints its location.
@@ -25,23 +25,12 @@ pub(crate) fn savepoint(args: &SavepointArgs, screen: &Screen) -> Result<Exit, F
         (true, false) => Then::Stop,
         (false, false) => Then::Continue,
     };
-    let order = SavepointOrder { name: name.clone(), then };
-    let place = Place::of(&job, &storage);
-    let runtime = job::runtime()?;
     let what = format!("taking savepoint {name} of {job}");
     let waiting = Waiting::start(screen, what, "Ctrl-C stops waiting, not the savepoint");
-    let asked = runtime.block_on(async {
-        tokio::select! {
-            biased;
-            answer = ask::<_, SavepointView>(&place, "POST", "/savepoints", Some(&order)) => answer,
-            _ = tokio::signal::ctrl_c() => Err(Failure::new(
-                Exit::Interrupted,
-                format!("no longer waiting; the job goes on taking savepoint {name}: see floodmark checkpoints list"),
-            )),
-        }
-    });
-    drop(waiting);
-    match asked? {
+    let interrupted =
+        format!("no longer waiting; the job goes on taking savepoint {name}: see floodmark checkpoints list");
+    let (place, asked) = (Place::of(&job, &storage), SavepointOrder { name: name.clone(), then });
+    match order::<_, SavepointView>(&place, "/savepoints", &asked, waiting, interrupted)? {
         Answer::Is(made) => {
             let after = match then {
                 Then::Continue => "the job goes on",

@@ -1,15 +1,44 @@
-//! A line on the terminal that shows that something is waited for, and for how long. Without a terminal there is none.
+//! Waiting for a job to do what it was told, with a line on the terminal that shows what is waited for, and for how long. Without a
+//! terminal there is no line.
 
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Serialize, de::DeserializeOwned};
 
-use crate::screen::Screen;
+use crate::{
+    control::{Answer, Place, ask},
+    exit::{Exit, Failure},
+    job,
+    screen::Screen,
+};
 
 /// From one drawing to the next.
 const REDRAW: Duration = Duration::from_millis(200);
 
-/// See the header of this file. Dropped, the line goes.
+/// Gives the job at `place` an order, and waits for its answer under `waiting`. Ctrl-C ends the waiting alone, with this to say.
+///
+/// # Errors
+/// When the job can't be asked, or nobody waits any more.
+pub(crate) fn order<O: Serialize, T: DeserializeOwned>(
+    place: &Place,
+    path: &str,
+    order: &O,
+    waiting: Waiting,
+    interrupted: String,
+) -> Result<Answer<T>, Failure> {
+    let answer = job::runtime()?.block_on(async {
+        tokio::select! {
+            biased;
+            answer = ask(place, "POST", path, Some(order)) => answer,
+            _ = tokio::signal::ctrl_c() => Err(Failure::new(Exit::Interrupted, interrupted)),
+        }
+    });
+    drop(waiting);
+    answer
+}
+
+/// The line. Dropped, it goes.
 pub(crate) struct Waiting(Option<ProgressBar>);
 
 impl Waiting {
