@@ -14,10 +14,7 @@ use floodmark_worker::{
     link::{
         control::Heartbeat,
         tls::Role,
-        transport::{
-            Endpoint,
-            memory::{self, Host},
-        },
+        transport::{Endpoint, memory},
     },
     serve,
 };
@@ -166,37 +163,44 @@ impl Crew {
     /// Does something to one of the workers.
     pub(crate) fn act(&self, which: u64, action: WorkerAction, links: &Links) {
         let world = &links.world;
-        let Some(there) = (self.workers.len() as u64).checked_sub(1) else { return };
-        let at = (which % (there + 1)) as usize;
+        let Some(last) = self.workers.len().checked_sub(1) else { return };
+        let at = (which % (last as u64 + 1)) as usize;
         let pid = self.workers[at].pid;
         world.trace.line(pid, || action.to_string());
         let (here, coordinator) = (name(pid), name(self.coordinator));
-        let other = self.workers.get(at + 1).or(self.workers.first()).map_or_else(String::new, |w| name(w.pid));
-        let (kind, links) = match action {
-            WorkerAction::Crash => return world.kill(pid, "as planned"),
-            WorkerAction::Pause(d) => {
+        // The next, if there is another.
+        let other = (last > 0).then(|| name(self.workers[(at + 1) % (last + 1)].pid));
+        let kind = match (action, other) {
+            // That is counted with all other deaths.
+            (WorkerAction::Crash, _) => return world.kill(pid, "as planned"),
+            (WorkerAction::Pause(d), _) => {
                 world.core.pause(pid, world.core.now() + d);
-                return world.monitor().count("workers paused");
+                "workers paused"
             }
-            WorkerAction::CutOff(d) => {
+            (WorkerAction::CutOff(d), _) => {
                 world.cut_off(pid, world.core.now() + d);
                 links.part(pid, d);
-                return world.monitor().count("workers cut off");
+                "workers cut off"
             }
-            WorkerAction::Unheard(d) => {
-                ("workers unheard of by their coordinator", (here, coordinator, Some(d), links))
+            (WorkerAction::Unheard(d), _) => {
+                links.cut(&here, &coordinator, d);
+                "workers unheard of by their coordinator"
             }
-            WorkerAction::Apart(d) if other != here => ("workers apart", (here, other, Some(d), links)),
-            WorkerAction::Sever => ("connections severed", (here, coordinator, None, links)),
-            WorkerAction::SeverChannels if other != here => ("connections severed", (here, other, None, links)),
-            WorkerAction::Apart(_) | WorkerAction::SeverChannels => return,
+            (WorkerAction::Apart(d), Some(other)) => {
+                links.cut(&here, &other, d);
+                "workers apart"
+            }
+            (WorkerAction::Sever, _) => {
+                links.network.sever(&here, &coordinator);
+                "connections severed"
+            }
+            (WorkerAction::SeverChannels, Some(other)) => {
+                links.network.sever(&here, &other);
+                "connections severed"
+            }
+            (WorkerAction::Apart(_) | WorkerAction::SeverChannels, None) => return,
         };
         world.monitor().count(kind);
-        let (a, b, lasts, links) = links;
-        match lasts {
-            Some(duration) => links.cut(&a, &b, duration),
-            None => links.network.sever(&a, &b),
-        }
     }
 
     /// Takes note of workers that are gone; others take their places later.
@@ -222,6 +226,3 @@ impl Crew {
         }
     }
 }
-
-/// Only while it is held by the world can a host be killed with its process.
-pub(crate) type Hosts = std::collections::BTreeMap<Pid, Arc<Host>>;

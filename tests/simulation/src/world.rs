@@ -29,7 +29,6 @@ use tokio::sync::oneshot;
 use crate::{
     Mutation,
     broker::Broker,
-    crew::Hosts,
     executor::{Core, Pid},
     inputs::Inputs,
     jobs::STORAGE,
@@ -92,7 +91,7 @@ pub(crate) struct World {
     /// For back ends that need one.
     work_folder: Option<TempDir>,
     /// The network's ends of processes.
-    hosts: Mutex<Hosts>,
+    hosts: Mutex<BTreeMap<Pid, Arc<Host>>>,
 }
 
 /// In memory, where there is such a disk: nothing in it needs to outlive this process, and databases wait for their disk.
