@@ -6,7 +6,10 @@ use anyhow::{Context as _, Result, bail};
 use floodmark_connectors::nexmark::{Event, Generator};
 use rusqlite::{Connection, params_from_iter, types::ValueRef};
 
-use crate::{compare::Row, events::Order};
+use crate::{
+    compare::{Column, Row},
+    events::Order,
+};
 
 /// A database in memory that answers in rows of text.
 pub struct Database(Connection);
@@ -109,6 +112,15 @@ pub fn bids_per_auction(generator: Generator, events: u64, window_ms: i64) -> Re
         "SELECT (time / {window_ms} + 1) * {window_ms}, auction, count(*), max(price) FROM bid GROUP BY 1, 2"
     ))
 }
+
+/// The columns of a table of windowed turnover, in the order in which [`turnover`] answers them.
+pub const TURNOVER: [Column; 5] = [
+    Column::Time("window_start"),
+    Column::Plain("shop"),
+    Column::Plain("orders"),
+    Column::Plain("amount"),
+    Column::Plain("largest"),
+];
 
 /// Orders in tumbling windows of `window_ms`: rows of start of the window (milliseconds), shop, orders, turnover, largest.
 ///

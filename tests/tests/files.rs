@@ -12,19 +12,12 @@ use floodmark_tests::{
     compare::{Column, Row, multiset, row_of_json},
     events::{NEXMARK_COLUMNS, Orders, TABLE_COLUMNS, timestamp},
     job::{Job, PATIENCE, lines_of},
-    oracle::{bids_per_auction, turnover},
+    oracle::{TURNOVER, bids_per_auction, turnover},
 };
 use nix::sys::signal::{Signal, kill};
 
 const BUSY: [Column; 4] =
     [Column::Time("window_end"), Column::Plain("auction"), Column::Plain("bids"), Column::Plain("highest")];
-const TURNOVER: [Column; 5] = [
-    Column::Time("window_start"),
-    Column::Plain("shop"),
-    Column::Plain("orders"),
-    Column::Plain("amount"),
-    Column::Plain("largest"),
-];
 const WINDOW_MS: i64 = 10_000;
 
 fn output(folder: &Path, columns: &[Column]) -> Result<Vec<Row>> {

@@ -10,7 +10,7 @@ use floodmark_tests::{
     events::{Order, Orders, TABLE_COLUMNS},
     feeder::Feeder,
     job::Job,
-    oracle::{Repeats, RunningTotals, Total, turnover},
+    oracle::{Repeats, RunningTotals, TURNOVER, Total, turnover},
 };
 use serde_json::Value;
 
@@ -22,13 +22,6 @@ pub const BOUNDED: &str = ", 'scan.bounded.mode' = 'latest-offset'";
 /// Of the topic of orders.
 pub const PARTITIONS: i32 = 4;
 const WINDOW_MS: i64 = 10_000;
-const TURNOVER: [Column; 5] = [
-    Column::Time("window_start"),
-    Column::Plain("shop"),
-    Column::Plain("orders"),
-    Column::Plain("amount"),
-    Column::Plain("largest"),
-];
 
 /// A job over orders in Kafka, with topics of its own.
 pub struct Scenario {
