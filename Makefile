@@ -55,9 +55,9 @@ bench: build ## Measure pauses, incremental checkpoints, restores and throughput
 	@scripts/setup-test.sh
 	$(CARGO_TARGET_DIR)/release/floodmark-bench
 
-generate: ## Write generated files anew (crds/streamjob.yaml, docs/openapi.json)
+generate: ## Write generated files anew (crds/*.yaml, docs/openapi.json)
 	@scripts/setup-build.sh
-	cargo run --quiet -p floodmark-crds --bin crdgen > crds/streamjob.yaml.new && mv crds/streamjob.yaml.new crds/streamjob.yaml
+	cargo run --quiet -p floodmark-crds --bin crdgen -- crds
 	cargo run --quiet -p floodmark-worker --bin apigen > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json
 
 fmt: ## Format all code

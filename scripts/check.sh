@@ -17,8 +17,8 @@ step "documentation"
 # Nobody but us reads these: links to private items are fine.
 RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --workspace --no-deps --document-private-items --locked --quiet
 
-step "crds/streamjob.yaml is what the Rust types say"
-cargo run --quiet --locked -p floodmark-crds --bin crdgen -- --check crds/streamjob.yaml
+step "crds/*.yaml are what the Rust types say"
+cargo run --quiet --locked -p floodmark-crds --bin crdgen -- --check crds
 
 step "docs/openapi.json is what the Rust types say"
 cargo run --quiet --locked -p floodmark-worker --bin apigen -- --check docs/openapi.json

@@ -9,13 +9,25 @@
 
 mod duration;
 mod manifest;
+mod pods;
 mod report;
+mod savepoint;
+mod status;
 mod streamjob;
+mod timestamp;
 
 pub use duration::HumanDuration;
 pub use manifest::{ManifestError, Problem};
+pub use pods::{CoordinatorSpec, EnvSource, EnvVar, KeyRef, PodTemplate, Quantity, Resources, WorkerSpec};
 pub use report::{CheckpointReport, FailureReport, REPORT_ANNOTATION, RUN_ANNOTATION, Report, ReportPhase};
-pub use streamjob::{
-    API_VERSION, CheckpointMode, CheckpointSpec, RestartSpec, RestartStrategy, RestoreSpec, StateBackend, StateSpec,
-    StreamJob, StreamJobSpec, UnalignedSpec, crd,
+pub use savepoint::{DeletionPolicy, Savepoint, SavepointSpec, SavepointState, SavepointStatus, StorageStatus};
+pub use status::{
+    Condition, ConditionStatus, JobState, LastCheckpoint, LastFailure, Operation, OperationKind, Refused, RestoredFrom,
+    RunStatus, Step, StreamJobStatus,
 };
+pub use streamjob::{
+    API_VERSION, CheckpointMode, CheckpointSpec, CredentialsSpec, DesiredState, RestartSpec, RestartStrategy,
+    RestoreSpec, StateBackend, StateSpec, StreamJob, StreamJobSpec, UnalignedSpec, UpgradeMode, UpgradeSpec, crd,
+    savepoint_crd,
+};
+pub use timestamp::Timestamp;

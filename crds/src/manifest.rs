@@ -177,7 +177,9 @@ fn syntax_problem(error: &serde_yaml::Error) -> Problem {
 
 fn type_problem(path: &str, error: &serde_yaml::Error) -> Problem {
     let text = error.to_string();
-    let text = text.strip_prefix(&format!("{path}: ")).unwrap_or(&text);
+    // It may begin with where it is, or with what that is in.
+    let within = |place: &str| path == place || path.strip_prefix(place).is_some_and(|rest| rest.starts_with('.'));
+    let text = text.split_once(": ").filter(|(place, _)| within(place)).map_or(&*text, |(_, text)| text);
     let text = error
         .location()
         .map_or(text, |l| text.strip_suffix(&format!(" at line {} column {}", l.line(), l.column())).unwrap_or(text));
@@ -272,7 +274,9 @@ impl<'a> Lines<'a> {
     fn find(&self, path: &str) -> Option<usize> {
         let mut found = None;
         let mut inside = &self.lines[..];
-        for field in path.split('.').filter(|s| !s.is_empty()) {
+        // Of a list the line is found where it begins.
+        let fields = path.split('.').map(|field| field.split_once('[').map_or(field, |(list, _)| list));
+        for field in fields.filter(|s| !s.is_empty()) {
             let Some((_, indent, _)) = inside.first() else { break };
             let is_field = |text: &str| {
                 let text = text.trim_start_matches(['"', '\'']);
@@ -412,7 +416,7 @@ mod tests {
         check_spec(
             "spec:\n  sql: x\n  checkpoints: {banana: 1s}\n",
             expect![
-                "job.yaml:6: spec.checkpoints.banana: unknown field; known here are incremental, interval, maxConcurrent, minPause, mode, retain, storage, timeout, tolerableFailures, unaligned"
+                "job.yaml:6: spec.checkpoints.banana: unknown field; known here are credentials, incremental, interval, maxConcurrent, minPause, mode, onDelete, retain, storage, timeout, tolerableFailures, unaligned"
             ],
         );
         check_spec(
@@ -421,10 +425,7 @@ mod tests {
             job.yaml:5: spec.sqll: unknown field, did you mean 'sql'?
             job.yaml:4: spec: field 'sql' is missing; it holds the job's SQL"#]],
         );
-        check_spec(
-            "spec: {sql: x}\nstatus: {}\n",
-            expect!["job.yaml:5: status: unknown field; known here are apiVersion, kind, metadata, spec"],
-        );
+        check_spec("spec: {sql: x}\nstate: {}\n", expect!["job.yaml:5: state: unknown field, did you mean 'status'?"]);
         check(
             "apiVersion: floodmark.io/v1alpha1\nkind: StreamJob\nmetadata:\n  nmae: hot\nspec: {sql: x}\n",
             expect![[r#"
@@ -544,6 +545,40 @@ mod tests {
                 "job.yaml:3: metadata.name: 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' is not a valid name: use at most 63 lower-case letters, digits, '-' and '.', beginning and ending with a letter or digit"
             ],
         );
+    }
+
+    #[test]
+    fn what_only_a_cluster_acts_upon_is_checked_as_well() {
+        check_spec(
+            "spec:\n  sql: x\n  restore: {nonce: 3}\n  upgrade: {timeout: 0s}\n  worker: {slots: 0}\n  env:\n  - {name: A}\n",
+            expect![[r#"
+                job.yaml:7: spec.upgrade.timeout: must be longer than 0s
+                job.yaml:6: spec.restore.from: is missing; nonce says when to start from it
+                job.yaml:8: spec.worker.slots: must be between 1 and 1024
+                job.yaml:9: spec.env[0]: give either value or valueFrom"#]],
+        );
+        check_spec(
+            "spec:\n  sql: x\n  worker:\n    slots: 2\n    resources: {limits: {memory: lots}}\n",
+            expect![
+                "job.yaml:8: spec.worker.resources.limits.memory: 'lots' is no quantity; write one such as 500m, 2 or 1Gi"
+            ],
+        );
+        let text = format!(
+            "{HEAD}spec:\n  sql: x\n  desiredState: Suspended\n  image: a:1\n  upgrade: {{mode: LastCheckpoint}}\n  \
+             coordinator: {{standby: true, podTemplate: {{spec: {{nodeSelector: {{a: b}}}}}}}}\n  worker: {{slots: 2, \
+             resources: {{requests: {{cpu: 2}}}}}}\n  env: [{{name: A, valueFrom: {{secretKeyRef: {{name: s, key: k}}}}}}]\n"
+        );
+        let job = StreamJob::from_yaml(&text, "job.yaml").unwrap();
+        assert_eq!(job.spec.worker.resources.requests["cpu"].0, "2");
+        assert_eq!(StreamJob::from_yaml(&serde_yaml::to_string(&job).unwrap(), "again.yaml").unwrap(), job);
+    }
+
+    #[test]
+    fn definitions_are_small_enough_for_an_annotation() {
+        for definition in [crd(), crate::savepoint_crd()] {
+            let size = serde_json::to_string(&definition).unwrap().len();
+            assert!(size < 200_000, "{size} bytes");
+        }
     }
 
     #[test]

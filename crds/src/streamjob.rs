@@ -4,13 +4,18 @@
 //! work are here.
 
 #![allow(unreachable_pub, reason = "the schema's derive repeats each struct, with its `pub`, inside a function")]
+#![allow(clippy::duplicated_attributes, reason = "each column is an attribute with the same words")]
 
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSONSchemaProps};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray,
+};
 use kube::{CustomResource, CustomResourceExt, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{HumanDuration, manifest::Problem};
+use crate::{
+    CoordinatorSpec, DeletionPolicy, EnvVar, HumanDuration, Savepoint, StreamJobStatus, WorkerSpec, manifest::Problem,
+};
 
 /// `apiVersion` of a manifest.
 pub const API_VERSION: &str = "floodmark.io/v1alpha1";
@@ -28,8 +33,18 @@ const NAME_LENGTH_MAX: usize = 63;
     shortname = "sj",
     namespaced,
     derive = "PartialEq",
+    status = "StreamJobStatus",
+    scale(
+        spec_replicas_path = ".spec.parallelism",
+        status_replicas_path = ".status.parallelism",
+        label_selector_path = ".status.selector"
+    ),
     doc = "A stream job: SQL that reads streams, and how to keep its state.",
-    printcolumn(name = "Parallelism", type_ = "integer", json_path = ".spec.parallelism"),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
+    printcolumn(name = "Parallelism", type_ = "integer", json_path = ".status.parallelism"),
+    printcolumn(name = "Checkpoint", type_ = "date", json_path = ".status.lastCheckpoint.time"),
+    printcolumn(name = "Mode", type_ = "string", json_path = ".spec.checkpoints.mode"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[x_kube(validation = Rule::new("self.parallelism <= self.maxParallelism")
@@ -67,6 +82,84 @@ pub struct StreamJobSpec {
     /// When the job runs again after a failure, from its newest checkpoint.
     #[serde(default)]
     pub restarts: RestartSpec,
+
+    /// In a cluster: whether the job runs. `Suspended` stops it with a savepoint, from which it goes on when it is `Running`
+    /// again.
+    #[serde(default)]
+    pub desired_state: DesiredState,
+
+    /// In a cluster: how a change of this spec is brought about.
+    #[serde(default)]
+    pub upgrade: UpgradeSpec,
+
+    /// In a cluster: a change of this number restarts the job as an upgrade would, also if nothing else has changed or the
+    /// revision has been refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart_nonce: Option<i64>,
+
+    /// In a cluster: the container image of the job's pods. Default: the controller's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub image: Option<String>,
+
+    /// In a cluster: variables of the job's processes, which the options of tables may name as `${NAME}`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100))]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub env: Vec<EnvVar>,
+
+    /// In a cluster: the pod that coordinates the job.
+    #[serde(default)]
+    pub coordinator: CoordinatorSpec,
+
+    /// In a cluster: the pods that run its subtasks.
+    #[serde(default)]
+    pub worker: WorkerSpec,
+}
+
+/// Whether a job runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DesiredState {
+    /// It does.
+    #[default]
+    Running,
+    /// It does not; its state is kept.
+    Suspended,
+}
+
+/// How a change of a job's spec is brought about.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("duration(self.timeout) > duration('0s')").message("timeout must be longer than 0s"))]
+#[serde(rename_all = "camelCase")]
+pub struct UpgradeSpec {
+    /// How the state gets from the old revision to the new one: `Savepoint` (the old one stops with a savepoint),
+    /// `LastCheckpoint` (the new one goes on from the newest checkpoint: for jobs that can't take a savepoint, and what came
+    /// after the checkpoint is processed again) or `Stateless` (state is dropped).
+    #[serde(default)]
+    pub mode: UpgradeMode,
+
+    /// How long each step may take: pods that start, a savepoint, the first checkpoint of the new revision. After that the
+    /// job goes back to the old one.
+    #[serde(default = "default_upgrade_timeout")]
+    pub timeout: HumanDuration,
+}
+
+/// How the state gets from one revision of a job to the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum UpgradeMode {
+    /// In a savepoint that the old one stops with.
+    #[default]
+    Savepoint,
+    /// In the newest checkpoint.
+    LastCheckpoint,
+    /// Not at all.
+    Stateless,
+}
+
+impl Default for UpgradeSpec {
+    fn default() -> Self {
+        Self { mode: UpgradeMode::default(), timeout: default_upgrade_timeout() }
+    }
 }
 
 /// When and where a job's state is snapshotted.
@@ -128,6 +221,25 @@ pub struct CheckpointSpec {
     /// Whether a checkpoint writes only what has changed since the last, and names the files of earlier ones for the rest.
     #[serde(default = "default_incremental")]
     pub incremental: bool,
+
+    /// In a cluster: what reaches the storage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials: Option<CredentialsSpec>,
+
+    /// In a cluster: what becomes of the job's checkpoints when the job is deleted: `Retain` (another job can start from them)
+    /// or `Delete`. Savepoints stay in any case.
+    #[serde(default)]
+    pub on_delete: DeletionPolicy,
+}
+
+/// What reaches a storage.
+#[derive(JsonSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CredentialsSpec {
+    /// A Secret in the job's namespace with `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, and where they are needed `AWS_REGION`,
+    /// `AWS_ENDPOINT` and `AWS_ALLOW_HTTP`.
+    #[schemars(length(min = 1, max = 253))]
+    pub secret_name: String,
 }
 
 /// When barriers overtake records.
@@ -178,7 +290,8 @@ pub enum CheckpointMode {
 }
 
 /// What a job may start from.
-#[derive(JsonSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("!has(self.nonce) || has(self.from)").message("nonce says when to start from from: give both"))]
 #[serde(rename_all = "camelCase")]
 pub struct RestoreSpec {
     /// What the job starts from if it has no checkpoint of its own yet: the number of a checkpoint, the name of one of its
@@ -186,6 +299,11 @@ pub struct RestoreSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub from: Option<String>,
+
+    /// In a cluster: a change of this number makes a job that has checkpoints of its own start from `from` all the same. What it
+    /// processed since is dropped, and processed again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nonce: Option<i64>,
 
     /// Start even if the checkpoint holds state that no operator of the present SQL takes; that state is dropped.
     #[serde(default)]
@@ -267,6 +385,8 @@ impl Default for CheckpointSpec {
             max_concurrent: default_max_concurrent(),
             unaligned: None,
             incremental: default_incremental(),
+            credentials: None,
+            on_delete: DeletionPolicy::default(),
         }
     }
 }
@@ -323,10 +443,24 @@ fn default_restart_interval() -> HumanDuration {
     HumanDuration::from_millis(300_000)
 }
 
+fn default_upgrade_timeout() -> HumanDuration {
+    HumanDuration::from_millis(300_000)
+}
+
 /// The custom resource definition of [`StreamJob`].
 #[must_use]
 pub fn crd() -> CustomResourceDefinition {
-    let mut definition = StreamJob::crd();
+    understood(StreamJob::crd())
+}
+
+/// The custom resource definition of [`Savepoint`].
+#[must_use]
+pub fn savepoint_crd() -> CustomResourceDefinition {
+    understood(Savepoint::crd())
+}
+
+/// The definition without what API servers don't know.
+fn understood(mut definition: CustomResourceDefinition) -> CustomResourceDefinition {
     for version in &mut definition.spec.versions {
         if let Some(schema) = version.schema.as_mut().and_then(|s| s.open_api_v3_schema.as_mut()) {
             drop_unsigned_formats(schema);
@@ -339,6 +473,9 @@ pub fn crd() -> CustomResourceDefinition {
 fn drop_unsigned_formats(schema: &mut JSONSchemaProps) {
     schema.format.take_if(|format| format.starts_with("uint"));
     schema.properties.iter_mut().flat_map(|p| p.values_mut()).for_each(drop_unsigned_formats);
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
+        drop_unsigned_formats(items);
+    }
 }
 
 impl StreamJob {
@@ -395,6 +532,20 @@ impl StreamJob {
             format!("{} exceeds maxDelay, which is {}", spec.restarts.delay, spec.restarts.max_delay),
         );
         require(spec.restarts.attempts <= 1_000_000, "spec.restarts.attempts", "must be at most 1000000".to_owned());
+        require(!spec.upgrade.timeout.is_zero(), "spec.upgrade.timeout", "must be longer than 0s".to_owned());
+        require(
+            spec.restore.nonce.is_none() || spec.restore.from.is_some(),
+            "spec.restore.from",
+            "is missing; nonce says when to start from it".to_owned(),
+        );
+        require((1..=1_024).contains(&spec.worker.slots), "spec.worker.slots", "must be between 1 and 1024".to_owned());
+        require(spec.worker.spares <= 1_024, "spec.worker.spares", "must be at most 1024".to_owned());
+        for (i, variable) in spec.env.iter().enumerate() {
+            let path = format!("spec.env[{i}]");
+            require(!variable.name.is_empty(), &path, "has no name".to_owned());
+            let one = variable.value.is_some() != variable.value_from.is_some();
+            require(one, &path, "give either value or valueFrom".to_owned());
+        }
         problems.extend(spec.checkpoints.problems());
         problems
     }

@@ -1,0 +1,93 @@
+//! Instants as the cluster's API writes them: RFC 3339, in UTC. Pure.
+
+use std::{borrow::Cow, fmt};
+
+use k8s_openapi::jiff;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// A wall-clock instant in whole milliseconds since the Unix epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp(i64);
+
+impl Timestamp {
+    /// The instant so many milliseconds after the Unix epoch.
+    #[must_use]
+    pub const fn from_millis(millis: i64) -> Self {
+        Self(millis)
+    }
+
+    /// Milliseconds since the Unix epoch.
+    #[must_use]
+    pub const fn millis(self) -> i64 {
+        self.0
+    }
+
+    /// Milliseconds from `earlier` to this; 0 if it is not earlier.
+    #[must_use]
+    pub fn millis_since(self, earlier: Self) -> u64 {
+        u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0)
+    }
+}
+
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match jiff::Timestamp::from_millisecond(self.0) {
+            // Whole seconds are written without a fraction.
+            Ok(instant) => write!(f, "{instant}"),
+            Err(_) => f.write_str("an instant out of range"),
+        }
+    }
+}
+
+impl Serialize for Timestamp {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Timestamp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Cow::<str>::deserialize(deserializer)?;
+        let instant: jiff::Timestamp =
+            text.parse().map_err(|e| de::Error::custom(format!("'{text}' is no time: {e}")))?;
+        Ok(Self(instant.as_millisecond()))
+    }
+}
+
+impl JsonSchema for Timestamp {
+    fn schema_name() -> Cow<'static, str> {
+        "Timestamp".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "format": "date-time"})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instants_are_written_as_rfc_3339_and_read_back() {
+        for (millis, text) in [(0, "1970-01-01T00:00:00Z"), (1_795_000_000_250, "2026-11-18T11:06:40.25Z")] {
+            let instant = Timestamp::from_millis(millis);
+            assert_eq!(instant.to_string(), text);
+            let json = serde_json::to_string(&instant).unwrap();
+            assert_eq!(serde_json::from_str::<Timestamp>(&json).unwrap(), instant);
+        }
+        let error = serde_json::from_str::<Timestamp>("\"yesterday\"").unwrap_err().to_string();
+        assert!(error.contains("'yesterday' is no time"), "{error}");
+    }
+
+    #[test]
+    fn time_that_went_backwards_is_none() {
+        let (early, late) = (Timestamp::from_millis(1_000), Timestamp::from_millis(3_500));
+        assert_eq!((late.millis_since(early), early.millis_since(late)), (2_500, 0));
+    }
+}
