@@ -20,8 +20,7 @@ pub struct StreamJobStatus {
     pub state: JobState,
 
     /// `Ready`: this generation of the spec runs, and has completed a checkpoint. `Reconciling`: the controller is at work to
-    /// bring that about. `Stalled`: it can't, and says why. `Running`: rows are processed. `Checkpointing`: the newest
-    /// checkpoint succeeded.
+    /// bring that about. `Stalled`: it can't, and says why. `Running`: rows are processed.
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 
@@ -34,6 +33,10 @@ pub struct StreamJobStatus {
     /// The run that is in force.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run: Option<RunStatus>,
+
+    /// The last run that has completed a checkpoint: what a failed upgrade goes back to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stable_run: Option<RunStatus>,
 
     /// The greatest number of a run so far.
     pub last_run: u64,
@@ -164,7 +167,7 @@ pub struct Operation {
     pub generation: i64,
     /// The run that it ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub from: Option<u64>,
+    pub from: Option<RunStatus>,
     /// The run that it starts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<RunStatus>,
@@ -221,6 +224,8 @@ pub enum Step {
 pub struct Refused {
     /// Which.
     pub revision: String,
+    /// The upgrade mode in which it was tried.
+    pub mode: UpgradeMode,
     /// Why, in a word.
     pub reason: String,
     /// Why.
