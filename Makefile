@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check simulate fuzz bench generate fmt
+.PHONY: help build demo test check simulate fuzz bench image cluster cluster-down generate fmt
 
 # Built files and fetched tools live outside the clone, so that several clones share them.
 export FLOODMARK_CACHE ?= $(HOME)/.cache/floodmark
@@ -54,6 +54,25 @@ fuzz: ## Fuzz every reader of stored bytes for TIME=60 seconds each (needs a nig
 bench: build ## Measure pauses, incremental checkpoints, restores and throughput, each beside its goal, in about ten minutes
 	@scripts/setup-test.sh
 	$(CARGO_TARGET_DIR)/release/floodmark-bench
+
+image: build ## Write the image floodmark:VERSION to a file, without Docker (the Dockerfile makes the same)
+	@tests/cluster/image/build.sh
+
+# A cluster of namespaces on this machine, or one of kind's, if Docker runs here: make cluster CLUSTER=kind
+CLUSTER ?= namespaces
+NODES ?= 3
+ifeq ($(CLUSTER),kind)
+cluster_up := tests/cluster/kind.sh up
+cluster_down := tests/cluster/kind.sh down
+else
+cluster_up := scripts/setup-cluster.sh && tests/cluster/up.sh
+cluster_down := tests/cluster/down.sh
+endif
+cluster: ## Bring up a real Kubernetes cluster of NODES=3 on this machine, and say where its kubeconfig is
+	@$(cluster_up) --nodes $(NODES)
+
+cluster-down: ## End that cluster, and leave nothing of it
+	@$(cluster_down)
 
 generate: ## Write generated files anew (crds/*.yaml, docs/openapi.json)
 	@scripts/setup-build.sh

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Ends a cluster and removes all that is left of it, also of one that came up only in part:
+#   down.sh [--name NAME]
+# (--locked is up.sh's: it has the cluster to itself already.)
+set -euo pipefail
+# shellcheck source=tests/cluster/settings.sh
+. "$(dirname "$0")/settings.sh"
+# shellcheck source=tests/cluster/nodes.sh
+. "$here/nodes.sh"
+
+become_root "$@"
+take_name "$@"
+shift "$shifted"
+case "${1:-}" in
+  --locked) ;;
+  '')
+    [ -e "$state" ] || { say "no cluster '$name' is up"; exit; }
+    exec 9>"$lock"
+    flock 9
+    ;;
+  *) fail "usage: down.sh [--name NAME]" ;;
+esac
+[ -e "$state" ] || exit 0
+
+if recall; then
+  for ((i = 0; i < nodes; i++)); do [ ! -e "$state/cgroups" ] || stop_node "$i"; done
+  [ ! -e "/run/netns/$link" ] || ip netns delete "$link"
+  ip link delete "$link" 2>/dev/null || true
+fi
+rm -rf --one-file-system "$state"
+[ "${1:-}" = --locked ] || { rmdir --ignore-fail-on-non-empty "$clusters"; say "cluster '$name' is gone"; }
