@@ -34,12 +34,14 @@ keep() {
 }
 
 mount_folders() {
-  mkdir -p "$me"/{kubelet,containerd,etcd,log/pods,cni}
+  mkdir -p "$me"/{cni,etcd,lib,log,opt}
   mount -t tmpfs -o mode=755 tmpfs /run
   mkdir -p /run/lock /run/tunables
-  # Volumes of the controller manager's making are below /tmp, on each node the same.
-  mount --bind /mnt/tmp /tmp
+  # Several programs have fixed places below these.
+  mount --bind "$me/lib" /var/lib
   mount --bind "$me/log" /var/log
+  # Volumes of the controller manager's making are here, on each node the same.
+  mount --bind /mnt/tmp /tmp
 }
 
 # Only the node's own groups may be seen, or programs look for limits in those of the machine.
@@ -105,7 +107,7 @@ start_containerd() {
 J
   cat >"$me/containerd.toml" <<T
 version = 2
-root = "$me/containerd"
+root = "/var/lib/containerd"
 state = "/run/containerd"
 disabled_plugins = [
   "io.containerd.snapshotter.v1.aufs",
@@ -116,6 +118,9 @@ disabled_plugins = [
 
 [grpc]
   address = "/run/containerd/containerd.sock"
+
+[plugins."io.containerd.internal.v1.opt"]
+  path = "$me/opt"
 
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "floodmark.invalid/pause:1"
@@ -175,7 +180,8 @@ start_control_plane() {
     --client-ca-file $pki/ca.crt --requestheader-client-ca-file $pki/front-proxy-ca.crt --root-ca-file $pki/ca.crt \
     --cluster-signing-cert-file $pki/ca.crt --cluster-signing-key-file $pki/ca.key \
     --service-account-private-key-file $pki/sa.key \
-    --allocate-node-cidrs=false --cluster-cidr "$pods" --enable-hostpath-provisioner --node-monitor-grace-period 16s
+    --allocate-node-cidrs=false --cluster-cidr "$pods" --enable-hostpath-provisioner \
+    --flex-volume-plugin-dir /var/lib/kubelet/volume-plugins --node-monitor-grace-period 16s
   keep kube-scheduler kube-scheduler --bind-address 127.0.0.1 --leader-elect=false --profiling=false \
     --kubeconfig $pki/scheduler.conf --authentication-kubeconfig $pki/scheduler.conf \
     --authorization-kubeconfig $pki/scheduler.conf
@@ -241,6 +247,7 @@ oomScoreAdj: 0
 clusterDomain: cluster.local
 clusterDNS: ["$dns"]
 resolvConf: ""
+volumePluginDir: /var/lib/kubelet/volume-plugins
 serializeImagePulls: false
 # The disk is the machine's: its filling up is not for a node to act on, and images are brought once.
 evictionHard: {memory.available: "0%", nodefs.available: "0%", nodefs.inodesFree: "0%", imagefs.available: "0%", imagefs.inodesFree: "0%"}
@@ -249,7 +256,7 @@ imageGCHighThresholdPercent: 100
 nodeLeaseDurationSeconds: 10
 nodeStatusUpdateFrequency: 4s
 Y
-  keep kubelet kubelet --config "$me/kubelet.yaml" --kubeconfig "$me/kubelet.conf" --root-dir "$me/kubelet" \
+  keep kubelet kubelet --config "$me/kubelet.yaml" --kubeconfig "$me/kubelet.conf" \
     --hostname-override "node-$number" --node-ip "$address"
   # Settings of connection tracking are the machine's: 0 leaves them alone.
   keep kube-proxy kube-proxy --kubeconfig $pki/super-admin.conf --hostname-override "node-$number" --proxy-mode iptables \

@@ -16,7 +16,7 @@ NAME_CHARACTERS_MAX=24
 NODES_MAX=16
 
 # All clusters of this machine, one folder each.
-clusters="${FLOODMARK_CLUSTERS:-/var/lib/floodmark/clusters}"
+clusters="${FLOODMARK_CLUSTERS:-/var/lib/floodmark-clusters}"
 name="${FLOODMARK_CLUSTER:-dev}"
 locks=/run/lock
 
@@ -78,7 +78,8 @@ runs() { holder "$1" >/dev/null; }
 within() {
   local pid first
   pid=$(holder "$1") || fail "node $1 of '$name' is not running: tests/cluster/node.sh start $1"
-  read -r first <"/proc/$pid/task/$pid/children"
+  first=$(<"/proc/$pid/task/$pid/children")
+  [ -n "$first" ] || fail "node $1 of '$name' has only begun to start"
   shift
   nsenter --target "${first% }" --mount --net --pid --uts --ipc --cgroup "$@"
 }
