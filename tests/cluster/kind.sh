@@ -14,7 +14,7 @@ shift "$shifted"
 docker info >/dev/null 2>&1 || fail "Docker does not run here: use a cluster without it (make cluster)"
 have kind || fail "kind is not installed: install it, or use a cluster without it (make cluster)"
 
-is_there() { kind get clusters 2>/dev/null | grep -qx -- "$name"; }
+is_there() { kind get clusters 2>/dev/null | grep -x -- "$name" >/dev/null; }
 
 up() {
   local nodes=1 i host

@@ -24,7 +24,7 @@ case "$order" in
   list)
     for ((i = 0; i < nodes; i++)); do
       if ! runs "$i"; then how=stopped
-      elif ip -n "$link" link show "n$i" | grep -q 'state DOWN'; then how='cut'
+      elif ip -n "$link" link show "n$i" | grep 'state DOWN' >/dev/null; then how='cut'
       else how=running
       fi
       printf 'node-%s %s %s\n' "$i" "$(node_address "$i")" "$how"

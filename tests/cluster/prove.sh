@@ -23,7 +23,8 @@ clean_up() {
   trap - EXIT
   [ ${#children[@]} = 0 ] || kill "${children[@]}" 2>/dev/null || true
   if [ "$code" != 0 ]; then
-    kubectl --namespace "$space" get pods,pvc,events -o wide >&2 || true
+    kubectl --namespace "$space" get pods -o wide >&2 || true
+    kubectl --namespace "$space" get events --sort-by=.lastTimestamp 2>&1 | tail -n 15 >&2
   fi
   for node in 1 2; do
     "$here/node.sh" --name "$name" heal "$node" 2>/dev/null || true
@@ -123,7 +124,7 @@ token=$(k create token reader)
 server=$(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}')
 kubectl config view --minify --raw -o 'jsonpath={.clusters[0].cluster.certificate-authority-data}' | base64 -d >"$scratch/ca.crt"
 as_reader() { kubectl --kubeconfig /dev/null --server "$server" --certificate-authority "$scratch/ca.crt" --token "$token" -n "$space" "$@"; }
-as_reader get pods -o name | grep -q pod/peer-0 || fail "the reader's token does not let it list pods"
+as_reader get pods -o name | grep pod/peer-0 >/dev/null || fail "the reader's token does not let it list pods"
 refused 'forbidden' as_reader get secrets
 soon "a Lease" k get lease held
 
@@ -193,7 +194,7 @@ kubectl wait --for=condition=Ready=Unknown "node/$node" --timeout="${PATIENCE_SE
 step "  missed after $((SECONDS - at)) s"
 replaced() {
   k get pods --selector app=hook -o 'jsonpath={range .items[*]}{.metadata.name} {.status.conditions[?(@.type=="Ready")].status}{"\n"}{end}' |
-    grep -v "^$lost " | grep -q ' True$'
+    grep -v "^$lost " | grep ' True$' >/dev/null
 }
 soon "another hook is ready" replaced
 step "  replaced after $((SECONDS - at)) s"
@@ -211,7 +212,7 @@ if [ "$node" = node-0 ]; then node=$(field pod/peer-0 .spec.nodeName); fi
 [ "$node" != node-0 ] || fail "both peers are on node-0"
 "$here/node.sh" --name "$name" cut "${node#node-}"
 kubectl wait --for=condition=Ready=Unknown "node/$node" --timeout="${PATIENCE_SECONDS}s" >/dev/null
-"$here/node.sh" --name "$name" enter "${node#node-}" ctr --namespace k8s.io task list | grep -q RUNNING || fail "$node has ended its pods"
+"$here/node.sh" --name "$name" enter "${node#node-}" ctr --namespace k8s.io task list | grep RUNNING >/dev/null || fail "$node has ended its pods"
 "$here/node.sh" --name "$name" heal "${node#node-}"
 kubectl wait --for=condition=Ready "node/$node" --timeout="${PATIENCE_SECONDS}s" >/dev/null
 soon "the peers are ready" k rollout status statefulset/peer --timeout=1s

@@ -68,7 +68,7 @@ lay_network() {
   flock 8
   for ((candidate = FIRST_SUBNET; candidate <= LAST_SUBNET; candidate++)); do
     if [ -z "$(ip -4 route show root "10.$candidate.0.0/16")" ] && [ ! -e "/run/netns/fmk$candidate" ] &&
-      ! ip -4 route show match "10.$candidate.0.0/16" | grep -qv '^default'; then
+      ! ip -4 route show match "10.$candidate.0.0/16" | grep -v '^default' >/dev/null; then
       break
     fi
   done
