@@ -29,6 +29,7 @@ use crate::{
     row::Form,
     space::Frozen,
     state::State,
+    stored::Stored,
 };
 
 /// Frozen rows are written in batches of this many bytes.
@@ -47,7 +48,7 @@ struct About {
     spec: StateSpec,
     form: Form,
     watermarks: KeyGroupWatermarks,
-    namespaces: BTreeMap<i64, u64>,
+    namespaces: BTreeMap<i64, Stored>,
 }
 
 /// The lineage, whatever became of the thread that last held it.
@@ -60,15 +61,13 @@ pub(crate) fn take(state: &mut State, barrier: &Barrier, watermarks: &KeyGroupWa
     state.outgoing.send(&state.database)?;
     let job = state.outgoing.next();
     let mut frozen = Vec::new();
+    let max_parallelism = state.spec.max_parallelism;
     for (namespace, space) in &mut state.spaces {
-        if let Some((rows, new)) = space.cache.as_mut().and_then(|c| c.freeze(job)) {
-            space.stored += new;
-            frozen.push((*namespace, rows));
-        }
+        frozen.extend(space.freeze(job, max_parallelism).map(|rows| (*namespace, rows)));
     }
     let place = state.database.checkpoint_place();
     let (say, taken) = mpsc::sync_channel(1);
-    let (form, max_parallelism) = (state.form.clone(), state.spec.max_parallelism);
+    let form = state.form.clone();
     let shared = state.process.clone();
     let process = shared.clone();
     let write_out = move |db: &DB| {
@@ -79,13 +78,15 @@ pub(crate) fn take(state: &mut State, barrier: &Barrier, watermarks: &KeyGroupWa
         Ok(())
     };
     state.outgoing.send_job(&state.database, Box::new(write_out))?;
+    debug_assert!(state.spaces.values().all(|space| space.stored.rows() == space.rows()), "a row is not written");
     state.frozen = job;
     let about = About {
         epoch: barrier.epoch,
         spec: state.spec.clone(),
         form: state.form.clone(),
         watermarks: watermarks.clone(),
-        namespaces: state.spaces.iter().map(|(namespace, space)| (*namespace, space.rows())).collect(),
+        // The database is about to have all rows.
+        namespaces: state.spaces.iter().map(|(namespace, space)| (*namespace, space.stored.clone())).collect(),
     };
     // The database's folder, in which that of the checkpoint is, must not go before it.
     let database_folder = state.database.folder().clone();

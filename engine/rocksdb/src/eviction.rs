@@ -156,11 +156,12 @@ impl State {
                 // Next time, then.
             } else if cache.is_dirty(slot) {
                 let job = self.outgoing.next();
-                space.stored += u64::from(cache.handed_over(slot, job));
+                let new = cache.handed_over(slot, job);
                 let (chunk, row) = cache.table.rows().read(slot as usize);
                 key.clear();
                 value.clear();
                 let group = floodmark_snapshot::KeyGroup::of(chunk.hash(row), self.spec.max_parallelism);
+                space.stored.add(group, u64::from(new));
                 key::write(&mut key, group, namespace, chunk.key(row));
                 self.form.write(chunk, row, written, &mut value);
                 self.outgoing.put(&key, &value);
@@ -226,22 +227,22 @@ impl State {
             }
             left -= 1;
             let head = self.form.head(value)?;
-            if let Some((_, namespace, row_key)) = key::parse(key)
+            if let Some((group, namespace, row_key)) = key::parse(key)
                 && self.expired(head.written, now)
                 && !self.outgoing.is_gone(key)
                 && self.outgoing.dropping(namespace).is_none()
                 // One that is in memory is judged by what is there.
                 && self.spaces.get(&namespace).is_some_and(|s| !s.cache.as_ref().is_some_and(|c| c.holds(head.hash, row_key)))
             {
-                over.push((namespace, key.to_vec()));
+                over.push((namespace, group, key.to_vec()));
             }
             Ok(true)
         })?;
         self.clock.stored = last;
-        for (namespace, key) in over {
+        for (namespace, group, key) in over {
             self.outgoing.delete(&key);
             if let Some(space) = self.spaces.get_mut(&namespace) {
-                space.stored = space.stored.saturating_sub(1);
+                space.stored.remove(group);
             }
             self.account(namespace);
         }

@@ -2,12 +2,12 @@
 //!
 //! Invariant: what is taken in is not in the database yet, and neither is anything that would hide it.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::path::PathBuf;
 
-use floodmark_snapshot::Result;
+use floodmark_snapshot::{KeyGroup, Result};
 use rocksdb::{DB, SstFileWriter};
 
-use crate::{failure, options, state::State};
+use crate::{failure, options, state::State, stored::Counts};
 
 /// Rows are written to files of about this many bytes.
 const FILE_BYTES: usize = options::FILE_BYTES as usize;
@@ -20,7 +20,7 @@ pub(crate) struct Files {
     bytes: Vec<u8>,
     rows: Vec<Row>,
     paths: Vec<PathBuf>,
-    counts: BTreeMap<i64, u64>,
+    counts: Counts,
 }
 
 /// Where a row is among the bytes: its key, and behind that its value.
@@ -40,14 +40,14 @@ impl Files {
             bytes: Vec::new(),
             rows: Vec::new(),
             paths: Vec::new(),
-            counts: BTreeMap::new(),
+            counts: Counts::none(state.spec.key_groups),
         }
     }
 
-    /// Adds a row of a namespace: the two write its key and its value behind what they are given.
+    /// Adds a row of a key group and a namespace: the two write its key and its value behind what they are given.
     pub(crate) fn put(
         &mut self,
-        namespace: i64,
+        (group, namespace): (KeyGroup, i64),
         key: impl FnOnce(&mut Vec<u8>),
         value: impl FnOnce(&mut Vec<u8>) -> Result<()>,
     ) -> Result<()> {
@@ -56,7 +56,7 @@ impl Files {
         let at = self.bytes.len();
         value(&mut self.bytes)?;
         self.rows.push(Row { start, value: at, end: self.bytes.len() });
-        *self.counts.entry(namespace).or_default() += 1;
+        self.counts.add(group, namespace);
         Ok(())
     }
 
@@ -115,10 +115,7 @@ impl State {
         };
         self.outgoing.send_job(&self.database, Box::new(ingest))?;
         self.outgoing.wait(&self.database, self.outgoing.given())?;
-        for (namespace, rows) in counts {
-            self.spaces.entry(namespace).or_default().stored += rows;
-            self.account(namespace);
-        }
+        self.add_stored(&counts.finish());
         Ok(())
     }
 }

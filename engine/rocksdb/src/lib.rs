@@ -7,7 +7,7 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | `state` | the contract's calls; look-ups |
-//! | `space`, `eviction` | rows in memory, and which of them leave it |
+//! | `space`, `eviction`, `stored` | rows in memory, which of them leave it, and how many there are elsewhere |
 //! | `outgoing`, `writer`, `database` | what is on its way to the database; the thread that writes; the database |
 //! | `checkpoint`, `lineage`, `meta` | snapshots: files, which of them are named again, what is said beside them |
 //! | `restoring`, `piece`, `manifest` | starting from files, at any parallelism: no more of them than have rows that are wanted |
@@ -39,6 +39,7 @@ mod restoring;
 mod row;
 mod space;
 mod state;
+mod stored;
 mod writer;
 
 use std::{

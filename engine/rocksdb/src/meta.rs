@@ -5,6 +5,7 @@
 //! block 1   RocksDB's MANIFEST
 //! block 2   live namespaces: (namespace: i64, rows: u64)*, little-endian, sorted
 //! block 3   the columns that rows become outside of the process, as an Arrow IPC stream without rows; if a shape is told
+//! last      the rows of each key group, by namespace in the order of block 2 ([`Stored::write`]); if `byGroup`
 //! ```
 //! Invariant: every byte of every file of a checkpoint is covered by a checksum that is compared before RocksDB sees it.
 
@@ -18,6 +19,8 @@ use floodmark_snapshot::{
 };
 use floodmark_state::{KeyGroupWatermarks, RowShape, ipc, watermarks::Ahead};
 use serde::{Deserialize, Serialize};
+
+use crate::stored::Stored;
 
 const KIND: &str = "rocksdb";
 const FORMAT: u32 = 1;
@@ -105,6 +108,9 @@ struct Head {
     timed: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     shape: Option<RowShape>,
+    /// Missing in files of earlier programs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    by_group: bool,
 }
 
 /// See the header of this file.
@@ -122,8 +128,8 @@ pub(crate) struct Meta {
     pub(crate) columns: Vec<String>,
     /// Whether rows say when they were written.
     pub(crate) timed: bool,
-    /// Rows by namespace.
-    pub(crate) namespaces: BTreeMap<i64, u64>,
+    /// Rows by namespace. Key groups are told if that is known of each namespace.
+    pub(crate) namespaces: BTreeMap<i64, Stored>,
     /// How rows become columns, and which, if the operator tells.
     pub(crate) shape: Option<(RowShape, SchemaRef)>,
 }
@@ -131,6 +137,7 @@ pub(crate) struct Meta {
 impl Meta {
     /// The file.
     pub(crate) fn encode(&self) -> Result<Bytes> {
+        let by_group = self.namespaces.values().all(Stored::is_by_group);
         let head = Head {
             format: FORMAT,
             manifest: self.manifest.clone(),
@@ -141,16 +148,22 @@ impl Meta {
             columns: self.columns.clone(),
             timed: self.timed,
             shape: self.shape.as_ref().map(|(shape, _)| shape.clone()),
+            by_group,
         };
         let head = serde_json::to_vec(&head).map_err(|e| Error::abort(format!("encode a checkpoint's files: {e}")))?;
         let mut blocks = BlockWriter::new(KIND);
         blocks.push(&head)?;
         blocks.push(&self.manifest_bytes)?;
         let namespaces: Vec<u8> =
-            self.namespaces.iter().flat_map(|(n, rows)| [n.to_le_bytes(), rows.to_le_bytes()].concat()).collect();
+            self.namespaces.iter().flat_map(|(n, s)| [n.to_le_bytes(), s.rows().to_le_bytes()].concat()).collect();
         blocks.push(&namespaces)?;
         if let Some((_, schema)) = &self.shape {
             blocks.push(&schema_bytes(schema)?)?;
+        }
+        if by_group {
+            let mut numbers = Vec::new();
+            self.namespaces.values().for_each(|stored| stored.write(&mut numbers));
+            blocks.push(&numbers)?;
         }
         Ok(blocks.finish())
     }
@@ -161,10 +174,8 @@ impl Meta {
     /// `Corrupt` if it is not what [`Meta::encode`] wrote.
     pub(crate) fn decode(file: &Bytes) -> Result<Self> {
         let blocks = read_blocks(KIND, file)?;
-        let (head, manifest_bytes, namespaces, schema) = match blocks.as_slice() {
-            [head, manifest, namespaces] => (head, manifest, namespaces, None),
-            [head, manifest, namespaces, schema] => (head, manifest, namespaces, Some(schema)),
-            _ => return Err(Error::corrupt(format!("{} blocks instead of 3 or 4", blocks.len()))),
+        let [head, manifest_bytes, namespaces, others @ ..] = blocks.as_slice() else {
+            return Err(Error::corrupt(format!("{} blocks instead of 3 at least", blocks.len())));
         };
         let head: Head = serde_json::from_slice(head).map_err(|e| Error::corrupt(format!("header: {e}")))?;
         if head.format != FORMAT {
@@ -187,6 +198,18 @@ impl Meta {
         if let Some(file) = head.files.iter().find(|f| !DataFile::is_name(&f.name)) {
             return Err(Error::corrupt(format!("'{}' is no data file of RocksDB", file.name)));
         }
+        let (schema, numbers) = match (&head.shape, head.by_group, others) {
+            (None, false, []) => (None, None),
+            (None, true, [numbers]) => (None, Some(numbers)),
+            (Some(_), false, [schema]) => (Some(schema), None),
+            (Some(_), true, [schema, numbers]) => (Some(schema), Some(numbers)),
+            (_, _, others) => {
+                return Err(Error::corrupt(format!(
+                    "{} blocks more than 3, which the header does not tell of",
+                    others.len()
+                )));
+            }
+        };
         let (pairs, rest) = namespaces.as_chunks::<16>();
         if !rest.is_empty() {
             return Err(Error::corrupt("the list of namespaces is cut"));
@@ -196,12 +219,21 @@ impl Meta {
             let number = |b: &[u8]| b.iter().rev().fold(0_u64, |n, b| n << 8 | u64::from(*b));
             (number(n) as i64, number(rows))
         };
+        let namespaces = match numbers {
+            None => pairs.iter().map(pair).map(|(n, rows)| (n, Stored::of_any_group(rows))).collect(),
+            Some(numbers) => {
+                let mut rest = &numbers[..];
+                let read = |(n, rows)| Ok((n, Stored::read(rows, &mut rest)?));
+                let namespaces = pairs.iter().map(pair).map(read).collect::<Result<_>>()?;
+                if !rest.is_empty() {
+                    return Err(Error::corrupt("there are rows of key groups of no namespace"));
+                }
+                namespaces
+            }
+        };
         let shape = match (head.shape, schema) {
             (Some(shape), Some(schema)) => Some((shape, schema_of(schema)?)),
-            (None, None) => None,
-            (Some(_), None) | (None, Some(_)) => {
-                return Err(Error::corrupt("the shape of its rows and their columns are told apart from each other"));
-            }
+            _ => None,
         };
         Ok(Self {
             manifest: head.manifest,
@@ -210,7 +242,7 @@ impl Meta {
             watermarks: KeyGroupWatermarks::of_file(head.watermark, &head.ahead)?,
             columns: head.columns,
             timed: head.timed,
-            namespaces: pairs.iter().map(pair).collect(),
+            namespaces,
             shape,
         })
     }
@@ -258,11 +290,21 @@ mod tests {
             watermarks,
             columns: vec!["n: Int64".to_owned()],
             timed: true,
-            namespaces: [(i64::MIN, 1), (-1, 2), (7, u64::MAX)].into(),
+            namespaces: [(i64::MIN, 1), (-1, 2), (7, u64::MAX)].map(|(n, rows)| (n, Stored::of_any_group(rows))).into(),
             shape: None,
         };
         assert_eq!(Meta::decode(&meta.encode().unwrap()).unwrap(), meta);
         let meta = Meta { shape: Some((shape, schema)), ..meta };
+        assert_eq!(Meta::decode(&meta.encode().unwrap()).unwrap(), meta);
+        let by_group = |(namespace, groups): (i64, &[u16])| {
+            let mut stored = Stored::none(true);
+            groups.iter().for_each(|group| stored.add(KeyGroup(*group), 300));
+            (namespace, stored)
+        };
+        let namespaces = [(i64::MIN, &[3][..]), (-1, &[]), (7, &[3, 4, 7])].map(by_group);
+        let meta = Meta { namespaces: namespaces.into(), ..meta };
+        let shapeless = Meta { shape: None, ..meta.clone() };
+        assert_eq!(Meta::decode(&shapeless.encode().unwrap()).unwrap(), shapeless);
         let file = meta.encode().unwrap();
         assert_eq!(Meta::decode(&file).unwrap(), meta);
         for at in 0..file.len() {

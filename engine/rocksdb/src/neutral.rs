@@ -192,9 +192,10 @@ impl State {
             self.spec.layout.fill(&page.taken(&rows)?, &mut table, &slots)?;
             for (at, slot) in slots.iter().enumerate() {
                 let (chunk, place) = table.rows().read(*slot as usize);
+                let group = self.group(hashes[at]);
                 files.put(
-                    namespace,
-                    |out| key::write(out, self.group(hashes[at]), namespace, keys[at]),
+                    (group, namespace),
+                    |out| key::write(out, group, namespace, keys[at]),
                     |out| {
                         self.form.write(chunk, place, written(rows[at]), out);
                         Ok(())

@@ -4,7 +4,8 @@
 //! and it has exactly our key groups, it becomes ours as it is. Otherwise the piece that has most of our key groups becomes ours
 //! without the rows of others (what is theirs is told to be removed, and goes with the next compactions), and our rows in the
 //! other pieces are read out in order, written to files and taken in as those.
-//! Invariant: a row of others' key groups is never read, nor counted.
+//! Invariant: a row of others' key groups is never read, nor counted. Our own ones are read only if they are copied, or if the
+//! checkpoint does not say how many there are ([`crate::stored`]).
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -25,8 +26,8 @@ use crate::{
     neutral,
     piece::{Checked, Piece},
     row::Form,
-    space::Space,
     state::State,
+    stored::{Counts, Stored},
 };
 
 /// What has been taken in so far.
@@ -115,28 +116,32 @@ impl State {
             meta.files.iter().for_each(|file| lineage.check(file));
             *checkpoint::lock(&self.lineage) = lineage;
         }
-        let namespaces = if as_it_is { meta.namespaces } else { self.clip(ours)? };
-        for (namespace, rows) in namespaces.into_iter().filter(|(_, rows)| *rows > 0) {
-            self.spaces.insert(namespace, Space { stored: rows, ..Space::default() });
-            self.account(namespace);
-        }
+        let namespaces = if as_it_is { meta.namespaces } else { self.clip(&meta.namespaces, ours)? };
+        self.add_stored(&namespaces);
         Ok(before)
     }
 
-    /// Removes all rows but those of some key groups, by and by, and counts these by namespace.
-    fn clip(&mut self, ours: KeyGroupRange) -> Result<BTreeMap<i64, u64>> {
+    /// Removes all rows but those of some key groups, by and by, and answers how many these are.
+    fn clip(&mut self, all: &BTreeMap<i64, Stored>, ours: KeyGroupRange) -> Result<BTreeMap<i64, Stored>> {
         let (start, end) = (key::group_start(ours.first), key::group_end(ours.last));
         let mut others = WriteBatch::default();
         others.delete_range(&key::group_start(KeyGroup(0)), &start);
         others.delete_range(&end, &key::group_end(KeyGroup(u16::MAX)));
         self.outgoing.send_job(&self.database, database::write_job(others))?;
-        let mut counts: BTreeMap<i64, u64> = BTreeMap::new();
-        self.database.scan(&start, end, |row_key, _| {
-            let (_, namespace, _) = key::parse(row_key).ok_or_else(neutral::not_ours)?;
-            *counts.entry(namespace).or_default() += 1;
+        match all.iter().map(|(namespace, stored)| Some((*namespace, stored.within(ours)?))).collect() {
+            Some(known) => Ok(known),
+            None => self.count(ours),
+        }
+    }
+
+    fn count(&self, ours: KeyGroupRange) -> Result<BTreeMap<i64, Stored>> {
+        let mut counts = Counts::none(ours);
+        self.database.scan(&key::group_start(ours.first), key::group_end(ours.last), |row_key, _| {
+            let (group, namespace, _) = key::parse(row_key).ok_or_else(neutral::not_ours)?;
+            counts.add(group, namespace);
             Ok(true)
         })?;
-        Ok(counts)
+        Ok(counts.finish())
     }
 
     /// Takes our rows out of a piece.
@@ -148,14 +153,14 @@ impl State {
         let mut value = Vec::new();
         let (start, end) = (key::group_start(common.first), key::group_end(common.last));
         database::scan(&old, &start, end, |row_key, old_value| {
-            let (_, namespace, _) = key::parse(row_key).ok_or_else(neutral::not_ours)?;
+            let (group, namespace, _) = key::parse(row_key).ok_or_else(neutral::not_ours)?;
             let same = old_form.timed == self.form.timed;
             if !same {
                 old_form.convert(old_value, &self.form, now, &mut value)?;
             }
             let value = if same { old_value } else { &value[..] };
             files.put(
-                namespace,
+                (group, namespace),
                 |out| out.extend_from_slice(row_key),
                 |out| {
                     out.extend_from_slice(value);

@@ -171,7 +171,7 @@ pub(crate) fn varint(mut v: u128, out: &mut Vec<u8>) {
     out.push(v as u8);
 }
 
-fn take_varint(from: &mut &[u8]) -> Option<u128> {
+pub(crate) fn take_varint(from: &mut &[u8]) -> Option<u128> {
     let mut v: u128 = 0;
     for shift in (0..128).step_by(7) {
         let (byte, rest) = from.split_first()?;

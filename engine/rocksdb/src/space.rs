@@ -4,9 +4,10 @@
 //! *dirty* if that is not the row as it is here. Invariant: while all stored rows of a namespace are cached, a key that is not
 //! in the cache is new, and nobody needs to ask the database.
 
+use floodmark_snapshot::KeyGroup;
 use floodmark_state::{ColumnType, Rows, Table};
 
-use crate::row::Form;
+use crate::{row::Form, stored::Stored};
 
 /// The slot holds a row.
 const USED: u8 = 1;
@@ -18,17 +19,17 @@ const STORED: u8 = 4;
 const DIRTY: u8 = 8;
 
 /// What a namespace takes in memory beside its rows, bytes.
-const SPACE_BYTES: usize = 96;
+const SPACE_BYTES: usize = 120;
 /// What a cache takes beside its rows, bytes.
 const CACHE_BYTES: usize = 1 << 10;
 /// Once so many rows were written, the cache's size is measured anew.
 const WRITES_PER_MEASURE: usize = 1 << 14;
 
 /// See the header of this file.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Space {
     /// Keys that the database has, or is to have.
-    pub(crate) stored: u64,
+    pub(crate) stored: Stored,
     /// The rows in memory, if there are any. Boxed: there may be a great many namespaces of one row.
     pub(crate) cache: Option<Box<Cache>>,
     /// What it is counted as at present, bytes.
@@ -36,14 +37,19 @@ pub(crate) struct Space {
 }
 
 impl Space {
+    /// Without rows. Those of each key group are counted if that is wanted.
+    pub(crate) fn new(by_group: bool) -> Self {
+        Self { stored: Stored::none(by_group), cache: None, counted: 0 }
+    }
+
     /// Number of rows.
     pub(crate) fn rows(&self) -> u64 {
-        self.stored + self.cache.as_ref().map_or(0, |c| c.used - c.stored)
+        self.stored.rows() + self.cache.as_ref().map_or(0, |c| c.used - c.stored)
     }
 
     /// Whether every stored row is in memory.
     pub(crate) fn complete(&self) -> bool {
-        self.stored == self.cache.as_ref().map_or(0, |c| c.stored)
+        self.stored.rows() == self.cache.as_ref().map_or(0, |c| c.stored)
     }
 
     /// The cache, made if there is none.
@@ -53,7 +59,13 @@ impl Space {
 
     /// About how many bytes it takes in memory.
     pub(crate) fn bytes(&self) -> usize {
-        SPACE_BYTES + self.cache.as_ref().map_or(0, |c| c.bytes())
+        SPACE_BYTES + self.stored.bytes() + self.cache.as_ref().map_or(0, |c| c.bytes())
+    }
+
+    /// Hands over all dirty rows in job `job`, if there are any.
+    pub(crate) fn freeze(&mut self, job: u64, max_parallelism: u16) -> Option<Frozen> {
+        let Self { stored, cache, .. } = self;
+        cache.as_mut()?.freeze(job, |hash| stored.add(KeyGroup::of(hash, max_parallelism), 1))
     }
 }
 
@@ -226,24 +238,26 @@ impl Cache {
         self.flags.iter().enumerate().filter(|(_, f)| **f & USED != 0).map(|(at, _)| at as u32)
     }
 
-    /// Hands over all dirty rows in job `job`: what they are now, their slots, and when they were written. The last answer is
-    /// how many keys the database did not have before.
-    pub(crate) fn freeze(&mut self, job: u64) -> Option<(Frozen, u64)> {
-        let (mut slots, mut new) = (Vec::new(), 0);
+    /// Hands over all dirty rows in job `job`. Calls `new` with the hash of each key that the database did not have before.
+    fn freeze(&mut self, job: u64, mut new: impl FnMut(u64)) -> Option<Frozen> {
+        let (rows, mut slots) = (self.table.rows(), Vec::new());
         for (slot, (flags, job_of)) in self.flags.iter_mut().zip(&mut self.jobs).enumerate() {
             if *flags & DIRTY != 0 {
-                new += u64::from(*flags & STORED == 0);
+                if *flags & STORED == 0 {
+                    let (chunk, row) = rows.read(slot);
+                    new(chunk.hash(row));
+                    self.stored += 1;
+                }
                 *flags = *flags & !DIRTY | STORED;
                 *job_of = job;
                 slots.push(slot as u32);
             }
         }
-        self.stored += new;
         if slots.is_empty() {
             return None;
         }
         let written = if self.timed { slots.iter().map(|s| self.written(*s)).collect() } else { Vec::new() };
-        Some((Frozen { rows: self.table.snapshot(), slots, written }, new))
+        Some(Frozen { rows: self.table.snapshot(), slots, written })
     }
 
     pub(crate) fn is_empty(&self) -> bool {

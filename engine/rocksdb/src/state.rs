@@ -26,6 +26,7 @@ use crate::{
     restoring::Restoring,
     row::{Form, Head},
     space::{Cache, Space},
+    stored::{self, Stored},
 };
 
 /// Rows of a page of a scan.
@@ -169,11 +170,25 @@ impl State {
     /// A space and its cache, ready to hand out slots.
     fn space(&mut self, namespace: i64) -> (&mut Cache, bool) {
         let frozen = self.frozen > self.outgoing.done();
-        let space = self.spaces.entry(namespace).or_default();
+        let space = Self::space_of(&mut self.spaces, &self.spec, namespace);
         let complete = space.complete();
         let cache = space.cache(&self.form);
         cache.frozen = frozen;
         (cache, complete)
+    }
+
+    /// A space, made if there is none.
+    fn space_of<'a>(spaces: &'a mut BTreeMap<i64, Space>, spec: &StateSpec, namespace: i64) -> &'a mut Space {
+        let few = stored::is_few(spaces.len(), spec.key_groups);
+        spaces.entry(namespace).or_insert_with(|| Space::new(few))
+    }
+
+    /// The database has these rows from now on.
+    pub(crate) fn add_stored(&mut self, counts: &BTreeMap<i64, Stored>) {
+        for (namespace, rows) in counts.iter().filter(|(_, stored)| stored.rows() > 0) {
+            Self::space_of(&mut self.spaces, &self.spec, *namespace).stored.add_all(rows);
+            self.account(*namespace);
+        }
     }
 }
 
@@ -291,7 +306,7 @@ impl KeyedState for State {
     fn drop_namespace(&mut self, namespace: i64) -> Result<()> {
         self.outgoing.catch_up(&self.database)?;
         let Some(space) = self.forget(namespace) else { return Ok(()) };
-        if space.complete() && space.stored <= SINGLE_REMOVALS_MAX {
+        if space.complete() && space.stored.rows() <= SINGLE_REMOVALS_MAX {
             let mut bytes = Vec::new();
             for cache in space.cache.iter() {
                 for slot in cache.used().filter(|slot| cache.is_stored(*slot)) {
@@ -392,8 +407,8 @@ impl State {
         let Some(cache) = self.spaces.get(&namespace).and_then(|s| s.cache.as_ref()).filter(|c| c.has(slot)) else {
             return;
         };
-        let stored = cache.is_stored(slot);
-        if stored {
+        let stored = cache.is_stored(slot).then(|| self.group(cache.table.rows().hash(slot)));
+        if stored.is_some() {
             self.key_of(namespace, cache.table.rows(), slot, &mut bytes);
             self.outgoing.delete(&bytes);
         }
@@ -401,7 +416,9 @@ impl State {
         if let Some(cache) = &mut space.cache {
             cache.remove(slot);
         }
-        space.stored -= u64::from(stored);
+        if let Some(group) = stored {
+            space.stored.remove(group);
+        }
     }
 }
 

@@ -8,7 +8,11 @@ use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use arrow::{array::AsArray, datatypes::Int64Type};
 use floodmark_rocksdb::{RocksDb, Settings, StateFiles};
-use floodmark_snapshot::{Clock, Disposition, Env, Epoch, KeyGroupRange, Shard, ShardKind, coordination::Barrier};
+use floodmark_snapshot::{
+    Clock, Disposition, Env, Epoch, KeyGroup, KeyGroupRange, Shard, ShardKind,
+    block::{BlockWriter, read_blocks},
+    coordination::Barrier,
+};
 use floodmark_state::{Heap, StateBackend};
 use model::{Model, Random, States, Store, of_kind, spec, whole};
 
@@ -110,7 +114,8 @@ fn random_steps(seed: u64, steps: u32, keys: u64, cache_bytes: usize) {
             }
             17 => assert_eq!(states.all(), model, "seed {seed} step {step}"),
             18 => {
-                assert_eq!(states.rows(), model.len() as u64, "seed {seed} step {step}");
+                let parallelism = states.states.len() as u32;
+                assert_eq!(counted(&states), expected(&model, parallelism), "seed {seed} step {step}");
                 let namespaces: Vec<i64> =
                     model.keys().map(|(n, _)| *n).collect::<std::collections::BTreeSet<_>>().into_iter().collect();
                 let firsts = states.states.iter().filter_map(|s| s.first_namespace()).min();
@@ -124,6 +129,7 @@ fn random_steps(seed: u64, steps: u32, keys: u64, cache_bytes: usize) {
                 let watermark = states.restore(&store, &saved.shards, saved.parallelism).unwrap();
                 assert_eq!(watermark, Some(*at as i64));
                 model = saved.model.clone();
+                assert_eq!(counted(&states), expected(&model, parallelism), "seed {seed} step {step}");
                 assert_eq!(
                     states.all(),
                     model,
@@ -322,6 +328,114 @@ fn a_subtask_is_handed_only_the_files_that_have_its_key_groups() {
         shards = restored.checkpoint(&mut store, epoch);
         parallelism = next;
     }
+}
+
+/// Of each subtask: how many rows it says it has, and its namespaces.
+fn counted(states: &States) -> Vec<(u64, Vec<i64>)> {
+    states.states.iter().map(|s| (s.size().0, s.namespaces(i64::MIN..=i64::MAX))).collect()
+}
+
+/// The same of a map.
+fn expected(model: &Model, parallelism: u32) -> Vec<(u64, Vec<i64>)> {
+    let of_subtask = |index| {
+        let groups = KeyGroupRange::of_subtask(index, parallelism, model::GROUPS);
+        let mine = |key: u64| groups.contains(KeyGroup::of(model::hash(key), model::GROUPS));
+        let mut namespaces: Vec<i64> = model.keys().filter(|(_, key)| mine(*key)).map(|(n, _)| *n).collect();
+        let rows = namespaces.len() as u64;
+        namespaces.dedup();
+        (rows, namespaces)
+    };
+    (0..parallelism).map(of_subtask).collect()
+}
+
+/// Makes of the file beside the data files what earlier programs wrote: it says nothing of key groups. Before, it does if `told`.
+fn forget_groups(store: &mut Store, shards: &[Shard], told: bool) {
+    for shard in shards.iter().filter(|s| StateFiles::tells(s)) {
+        let blocks = read_blocks("rocksdb", &store.files[&shard.path]).unwrap();
+        let mut head: serde_json::Value = serde_json::from_slice(&blocks[0]).unwrap();
+        assert_eq!(head.as_object_mut().unwrap().remove("byGroup"), told.then_some(true.into()));
+        if !told {
+            continue;
+        }
+        let mut file = BlockWriter::new("rocksdb");
+        file.push(&serde_json::to_vec(&head).unwrap()).unwrap();
+        blocks[1..blocks.len() - 1].iter().for_each(|block| file.push(block).unwrap());
+        store.files.insert(shard.path.clone(), file.finish());
+    }
+}
+
+#[test]
+fn rows_are_counted_right_from_parallelism_to_parallelism() {
+    const KEYS: u64 = 30_000;
+    for (earlier, cache_bytes) in [(false, 64 << 10), (true, 64 << 10), (false, 64 << 20)] {
+        let folder = scratch();
+        let (env, backend) = (Env::system(), backend(folder.path(), cache_bytes));
+        let (mut store, mut random, mut parallelism) = (Store::default(), Random(5), 2);
+        let mut states = States::open(&backend, parallelism, None, &env);
+        let (mut model, mut told) = (Model::new(), true);
+        for (epoch, next) in [(1, 3), (2, 2), (3, 2), (4, 5), (5, 3), (6, 1), (7, 3), (8, 2)] {
+            for namespace in [-7, 0, 2] {
+                let keys: Vec<u64> = (0..3_000).map(|_| random.below(KEYS)).collect();
+                states.add(namespace, &keys, b"some text");
+                for key in &keys {
+                    let row = model.entry((namespace, *key)).or_default();
+                    *row = (row.0 + 1, b"some text".to_vec());
+                }
+                let over: Vec<u64> = (0..1_000).map(|_| random.below(KEYS)).collect();
+                states.remove(namespace, &over);
+                over.iter().for_each(|key| drop(model.remove(&(namespace, *key))));
+            }
+            // One that only some subtasks have, and one that goes.
+            states.add(epoch, &[random.below(KEYS)], b"one row");
+            states
+                .states
+                .iter_mut()
+                .for_each(|s| s.drop_namespace(if epoch % 2 == 0 { -7 } else { epoch - 1 }).unwrap());
+            model = states.all();
+            assert_eq!(counted(&states), expected(&model, parallelism), "before {epoch}");
+            let shards = states.checkpoint(&mut store, epoch as u64);
+            if earlier {
+                forget_groups(&mut store, &shards, told);
+                // Files that are taken as they are aren't read, and so stay uncounted.
+                told = parallelism != next;
+            }
+            states = States::open(&backend, next, None, &env);
+            states.restore(&store, &shards, parallelism).unwrap();
+            assert_eq!(counted(&states), expected(&model, next), "{parallelism} -> {next}, earlier program: {earlier}");
+            assert_eq!(states.all(), model, "{parallelism} -> {next}, earlier program: {earlier}");
+            parallelism = next;
+        }
+    }
+}
+
+#[test]
+fn a_restore_at_another_parallelism_goes_by_the_rows_that_the_checkpoint_tells() {
+    let folder = scratch();
+    let (env, backend) = (Env::system(), backend(folder.path(), 64 << 10));
+    let (mut states, mut store) = (States::open(&backend, 2, None, &env), Store::default());
+    states.add(3, &(0..10_000).collect::<Vec<_>>(), b"x");
+    let shards = states.checkpoint(&mut store, 1);
+    // The first key group of all, of the first subtask, is said to have as many rows as there are, and the others none.
+    let told = shards.iter().find(|s| StateFiles::tells(s) && s.subtask == 0).unwrap();
+    let mut blocks = read_blocks("rocksdb", &store.files[&told.path]).unwrap();
+    let rows = u64::from_le_bytes(blocks[2][8..16].try_into().unwrap());
+    assert!((4_000..6_000).contains(&rows), "{rows} rows");
+    let groups = vec![1, 0, rows as u8 | 0x80, (rows >> 7) as u8];
+    assert!(rows < 1 << 14, "two bytes of seven bits");
+    *blocks.last_mut().unwrap() = groups.into();
+    let mut file = BlockWriter::new("rocksdb");
+    blocks.iter().for_each(|block| file.push(block).unwrap());
+    store.files.insert(told.path.clone(), file.finish());
+    let mut restored = States::open(&backend, 3, None, &env);
+    restored.restore(&store, &shards, 2).unwrap();
+    assert_eq!(restored.states[0].size().0, rows, "rows have been counted, not taken from the checkpoint");
+    // Numbers that do not come to that of the namespace are refused.
+    *blocks.last_mut().unwrap() = vec![1, 0, 7].into();
+    let mut file = BlockWriter::new("rocksdb");
+    blocks.iter().for_each(|block| file.push(block).unwrap());
+    store.files.insert(told.path.clone(), file.finish());
+    let error = States::open(&backend, 3, None, &env).restore(&store, &shards, 2).expect_err("other numbers");
+    assert_eq!(error.disposition(), Disposition::Corrupt, "{error}");
 }
 
 #[test]
@@ -545,6 +659,19 @@ fn rows_whose_time_is_over_are_not_seen_and_go_by_and_by() {
         states.add(0, &[1], b"again");
     }
     assert_eq!(states.rows(), kept.len() as u64 + 1);
+    // What has gone of those that were restored is no longer counted for their key groups.
+    for _ in 0..2_000 {
+        restored.add(0, &(0..40).map(|n| 10_000 + n).collect::<Vec<_>>(), b"again");
+    }
+    let rows = counted(&restored);
+    assert_eq!(restored.all().len() as u64, rows.iter().map(|(rows, _)| rows).sum::<u64>());
+    let shards = restored.checkpoint(&mut store, 2);
+    for parallelism in [3, 2] {
+        let mut again = States::open(&backend, parallelism, ttl, &env);
+        again.restore(&store, &shards, 3).unwrap();
+        assert_eq!(counted(&again), expected(&restored.all(), parallelism));
+        assert_eq!(again.all(), restored.all());
+    }
 }
 
 #[test]
