@@ -30,9 +30,9 @@ pub(super) fn actions(status: &StreamJobStatus, seen: &Seen, wake: &mut Option<T
                 if there.workers_wanted != workers {
                     actions.push(Action::ScaleWorkers { run: number, pods: workers });
                 }
-                let finished = operation.is_none() && seen.phase_of(number) == ReportPhase::Finished;
-                if (finished || stops_coordinators(operation, number)) && there.coordinators_wanted > 0 {
-                    actions.push(Action::StopCoordinators { run: number });
+                let pods = coordinators(operation, number, seen);
+                if there.coordinators_wanted != pods {
+                    actions.push(Action::ScaleCoordinators { run: number, pods });
                 }
             }
             // Of a run that ends nothing is made anew.
@@ -45,8 +45,10 @@ pub(super) fn actions(status: &StreamJobStatus, seen: &Seen, wake: &mut Option<T
             actions.push(Action::RemoveRun { run });
         }
     }
-    let question = operation.and_then(|o| question(o, seen));
-    if let Some(question) = question
+    let ended = |run: &RunStatus| seen.report_of(run.number).is_some_and(Report::ended);
+    let stopped = operation.is_some_and(|o| o.step == Step::Stopping && o.from.as_ref().is_some_and(ended));
+    if let Some(question) = awaited(status)
+        && !stopped
         && let Reply::Ask(question) = seen.ask(question, wake)
     {
         actions.push(Action::Ask(question));
@@ -86,6 +88,15 @@ fn stops_coordinators(operation: Option<&Operation>, run: u64) -> bool {
     })
 }
 
+/// How many pods of coordinators a run shall have.
+fn coordinators(operation: Option<&Operation>, run: u64, seen: &Seen) -> u32 {
+    let finished = operation.is_none() && seen.phase_of(run) == ReportPhase::Finished;
+    if finished || stops_coordinators(operation, run) {
+        return 0;
+    }
+    1 + u32::from(seen.job.spec.coordinator.standby)
+}
+
 /// How many pods of workers a run shall have.
 fn workers(operation: Option<&Operation>, run: &RunStatus, seen: &Seen) -> u32 {
     let spec = &seen.job.spec;
@@ -98,19 +109,18 @@ fn workers(operation: Option<&Operation>, run: &RunStatus, seen: &Seen) -> u32 {
     spec.worker.pods(most)
 }
 
-/// What an operation has to know or have done in its present step.
-fn question(operation: &Operation, seen: &Seen) -> Option<Question> {
+/// What the operation that is under way has to know or have done in its present step. Answers to all else are to be forgotten:
+/// the same question may be asked again for another reason.
+#[must_use]
+pub fn awaited(status: &StreamJobStatus) -> Option<Question> {
+    let operation = status.operation.as_ref()?;
     match (operation.kind, operation.step) {
         (OperationKind::Rescale, Step::Starting) => rescale_question(operation),
         (_, Step::Checking) => {
             let to = operation.to.as_ref()?;
             Some(Question::Fits { revision: to.revision.clone(), restore: to.restore.clone() })
         }
-        (_, Step::Stopping) => {
-            let from = operation.from.as_ref()?;
-            let ended = seen.report_of(from.number).is_some_and(Report::ended);
-            stop_question(operation).filter(|_| !ended)
-        }
+        (_, Step::Stopping) => stop_question(operation),
         _ => None,
     }
 }

@@ -51,6 +51,12 @@ impl Next {
         self.keep(operation);
     }
 
+    /// Waits in this step for an answer; what it was that kept it so far stays told.
+    fn wait_for_answer(&mut self, operation: Operation, message: &str, seen: &Seen) {
+        let message = if operation.message.is_empty() { message.to_owned() } else { operation.message.clone() };
+        self.wait(operation, message, seen);
+    }
+
     /// Waits in this step, and says for what.
     fn wait(&mut self, mut operation: Operation, message: impl Into<String>, seen: &Seen) {
         operation.message = message.into();
@@ -79,7 +85,10 @@ impl Next {
             }
             (Some(to), _) => {
                 let nonces = spec.restart_nonce == self.status.restart_nonce && self.same_restore(seen);
-                !suspended && nonces && to.revision == seen.revision
+                let old = operation.from.as_ref().is_some_and(|f| f.revision == to.revision);
+                // What ran before serves as long as what the spec names is refused.
+                let serves = old && self.is_refused(seen, &seen.revision);
+                !suspended && nonces && (to.revision == seen.revision || serves)
             }
         };
         let other_mode = operation.savepoint.is_some()
@@ -108,16 +117,16 @@ impl Next {
         question.is_some_and(|q| matches!(seen.answers.get(&q), Some(Asked::UnderWay)))
     }
 
-    fn refuse(&mut self, operation: &Operation, revision: &str, reason: &'static str, message: String) {
+    fn refuse(&mut self, seen: &Seen, revision: &str, reason: &'static str, message: String) {
         self.warn(reason, message.clone());
         let (revision, reason) = (revision.to_owned(), reason.to_owned());
-        self.status.refused = Some(Refused { revision, mode: operation.mode, reason, message });
+        self.status.refused = Some(Refused { revision, mode: seen.job.spec.upgrade.mode, reason, message });
     }
 
     /// Ends an operation that has stopped nothing: the old run goes on.
-    fn give_up(&mut self, operation: &Operation, reason: &'static str, message: String) {
+    fn give_up(&mut self, operation: &Operation, reason: &'static str, message: String, seen: &Seen) {
         if let Some(to) = &operation.to {
-            self.refuse(operation, &to.revision, reason, message);
+            self.refuse(seen, &to.revision, reason, message);
         }
     }
 
@@ -127,9 +136,9 @@ impl Next {
         match seen.ask(question, &mut self.wake) {
             Reply::Yes if operation.from.is_some() => self.step(operation, Step::Preparing, seen),
             Reply::Yes => self.launch_to(operation, seen),
-            Reply::No(why) => self.give_up(&operation, "DoesNotFit", why),
+            Reply::No(why) => self.give_up(&operation, "DoesNotFit", why, seen),
             Reply::Wait(why) => self.wait(operation, format!("whether it fits is not known yet: {why}"), seen),
-            Reply::Ask(_) => self.wait(operation, "it is checked whether it fits", seen),
+            Reply::Ask(_) | Reply::UnderWay => self.wait_for_answer(operation, "it is checked whether it fits", seen),
         }
     }
 
@@ -148,13 +157,13 @@ impl Next {
         let Some((kind, message)) = trouble else {
             if in_step >= timeout_ms(seen) {
                 let message = format!("its pods were not ready within {}", seen.job.spec.upgrade.timeout);
-                return self.give_up(&operation, "PodsNotReady", message);
+                return self.give_up(&operation, "PodsNotReady", message, seen);
             }
             return self.wait(operation, "its pods start", seen);
         };
         let patience = trouble_patience(kind, seen);
         if in_step >= patience {
-            return self.give_up(&operation, reason_of(kind), message);
+            return self.give_up(&operation, reason_of(kind), message, seen);
         }
         self.wake_at(after(operation.since, patience));
         self.wait(operation, message, seen);
@@ -190,8 +199,9 @@ impl Next {
             Reply::Ask(question) if late && seen.answers.contains_key(&question) => {
                 self.no_savepoint(operation, "the job does not answer".to_owned(), seen);
             }
-            Reply::Wait(why) => self.wait(operation, format!("a savepoint is taken: {why}"), seen),
-            Reply::Ask(_) => self.wait(operation, "a savepoint is taken", seen),
+            Reply::Wait(why) => self.wait(operation, why, seen),
+            Reply::UnderWay if late => self.no_savepoint(operation, "the job does not answer".to_owned(), seen),
+            Reply::Ask(_) | Reply::UnderWay => self.wait_for_answer(operation, "a savepoint is taken", seen),
         }
     }
 
@@ -227,7 +237,7 @@ impl Next {
              spec.upgrade.mode to LastCheckpoint"
         );
         match &operation.to {
-            Some(_) => self.give_up(&operation, "SavepointFailed", message),
+            Some(_) => self.give_up(&operation, "SavepointFailed", message, seen),
             None => self.wait(operation, message, seen),
         }
     }
@@ -333,7 +343,7 @@ impl Next {
             let message = format!("{reason}: {why}");
             return self.wait(operation, message, seen);
         };
-        self.refuse(&operation, &to.revision, "RolledBack", format!("{reason}: {why}"));
+        self.refuse(seen, &to.revision, "RolledBack", format!("{reason}: {why}"));
         let restore = match operation.mode {
             _ if operation.kind == OperationKind::Restore => self.last_epoch(),
             UpgradeMode::Stateless => self.last_epoch(),
@@ -366,21 +376,26 @@ impl Next {
             let trouble = seen.runs.get(&to.number).and_then(|r| worst(&[&r.workers]));
             let message = trouble.map_or_else(|| "its pods start".to_owned(), |(_, message)| message);
             if late {
-                return self.refuse(&operation, &wanted, "PodsNotReady", message);
+                return self.refuse(seen, &wanted, "PodsNotReady", message);
             }
             return self.wait(operation, message, seen);
         }
         let Some(question) = rescale_question(&operation) else { return };
         match seen.ask(question, &mut self.wake) {
+            // Until its report says so too, it would look as if somebody had changed it back.
+            Reply::Yes if !late && seen.report_of(to.number).is_none_or(|r| r.parallelism != to.parallelism) => {
+                self.wait(operation, "the job goes on", seen);
+            }
             Reply::Yes => {
                 self.note("Rescaled", format!("to parallelism {}", to.parallelism));
                 self.status.stable_run = Some(to.clone());
                 self.status.run = Some(to);
             }
-            Reply::No(why) => self.refuse(&operation, &wanted, "RescaleFailed", why),
-            Reply::Wait(why) if late => self.refuse(&operation, &wanted, "RescaleFailed", why),
+            Reply::No(why) => self.refuse(seen, &wanted, "RescaleFailed", why),
+            Reply::Wait(why) if late => self.refuse(seen, &wanted, "RescaleFailed", why),
             Reply::Wait(why) => self.wait(operation, why, seen),
-            Reply::Ask(_) => self.wait(operation, "the job rescales", seen),
+            Reply::UnderWay if late => self.refuse(seen, &wanted, "RescaleFailed", "it takes too long".to_owned()),
+            Reply::Ask(_) | Reply::UnderWay => self.wait_for_answer(operation, "the job rescales", seen),
         }
     }
 }

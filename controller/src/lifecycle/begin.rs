@@ -1,7 +1,7 @@
 //! What the spec wants of a job with nothing under way: the next operation, or none.
 
 use floodmark_crds::{
-    CheckpointMode, DesiredState, Operation, OperationKind, ReportPhase, RunStatus, Step, UpgradeMode,
+    CheckpointMode, DesiredState, Operation, OperationKind, Report, ReportPhase, RunStatus, Step, UpgradeMode,
 };
 
 use super::{Next, Seen};
@@ -17,12 +17,17 @@ impl Next {
     pub(super) fn begin(&mut self, seen: &Seen) {
         let spec = &seen.job.spec;
         let running = spec.desired_state == DesiredState::Running;
-        let Some(run) = self.status.run.clone() else {
+        let Some(mut run) = self.status.run.clone() else {
             if running {
                 self.start(seen);
             }
             return;
         };
+        if !run.stable && seen.report_of(run.number).is_some_and(|r| r.completed > 0) {
+            run.stable = true;
+            self.status.run = Some(run.clone());
+            self.status.stable_run = Some(run.clone());
+        }
         if !running {
             return self.suspend(seen, run);
         }
@@ -41,14 +46,22 @@ impl Next {
         } else if restart_again {
             self.upgrade(seen, run, OperationKind::Restart);
         } else if phase == ReportPhase::Stopped {
-            // Somebody has stopped it, who was not the spec.
+            // Somebody has stopped it, who was not the spec; or what was to take its place was refused by then.
+            let revision = if other_revision { run.revision.clone() } else { seen.revision.clone() };
             self.replace(seen, run, OperationKind::Resume, UpgradeMode::LastCheckpoint, LATEST.to_owned());
+            if let Some(to) = self.status.operation.as_mut().and_then(|o| o.to.as_mut()) {
+                to.revision = revision;
+            }
+        } else if !run.stable && !seen.report_of(run.number).is_some_and(Report::ended) {
+            // It is watched until it has shown that it works.
+            let watched = operation(seen, OperationKind::Resume, UpgradeMode::LastCheckpoint, Step::Starting);
+            self.status.operation = Some(Operation { from: Some(run.clone()), to: Some(run), ..watched });
         } else {
             self.rescale(seen, run, phase);
         }
     }
 
-    fn is_refused(&self, seen: &Seen, revision: &str) -> bool {
+    pub(super) fn is_refused(&self, seen: &Seen, revision: &str) -> bool {
         let refused = self.status.refused.as_ref();
         refused.is_some_and(|r| r.revision == revision && r.mode == seen.job.spec.upgrade.mode)
     }
@@ -126,7 +139,7 @@ impl Next {
     fn suspend(&mut self, seen: &Seen, run: RunStatus) {
         let spec = &seen.job.spec;
         let disabled = spec.checkpoints.mode == CheckpointMode::Disabled;
-        let ended = seen.report_of(run.number).is_some_and(floodmark_crds::Report::ended);
+        let ended = seen.report_of(run.number).is_some_and(Report::ended);
         // One that has ended has nothing to save, and one of which nothing has come neither.
         let without = spec.upgrade.mode == UpgradeMode::LastCheckpoint || disabled || ended || !run.stable;
         let mode = if without { UpgradeMode::LastCheckpoint } else { UpgradeMode::Savepoint };

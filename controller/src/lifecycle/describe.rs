@@ -2,7 +2,7 @@
 
 use floodmark_crds::{
     Condition, ConditionStatus, DesiredState, JobState, LastCheckpoint, LastFailure, OperationKind, Report,
-    ReportPhase, StreamJobStatus, Timestamp,
+    ReportPhase, Step, StreamJobStatus, Timestamp,
 };
 
 use super::{Seen, begin::parallelism_revision};
@@ -95,7 +95,7 @@ fn state(status: &StreamJobStatus, seen: &Seen, report: Option<&Report>) -> JobS
     let phase = report.map(|r| r.phase);
     if let Some(operation) = &status.operation {
         return match operation.kind {
-            _ if phase == Some(ReportPhase::Failed) && operation.kind != OperationKind::Upgrade => JobState::Failed,
+            _ if phase == Some(ReportPhase::Failed) && operation.step == Step::Starting => JobState::Failed,
             OperationKind::Upgrade => JobState::Upgrading,
             OperationKind::Rescale => JobState::Rescaling,
             OperationKind::Rollback => JobState::RollingBack,
@@ -188,8 +188,9 @@ fn stalled(status: &StreamJobStatus, seen: &Seen, report: Option<&Report>) -> Op
     }
     if report.is_some_and(|r| r.phase == ReportPhase::Failed) {
         let cause = report.and_then(|r| r.failure.as_ref()).map_or("", |f| f.cause.as_str());
-        let upgrading = operation.is_some_and(|o| o.kind == OperationKind::Upgrade);
-        return (!upgrading).then(|| ("Failed".to_owned(), cause.to_owned()));
+        // The next revision may be on its way to take its place.
+        let replaced = operation.is_some_and(|o| o.to.is_some() && o.step < Step::Starting);
+        return (!replaced).then(|| ("Failed".to_owned(), cause.to_owned()));
     }
     let operation = operation?;
     let timeout = u64::try_from(spec.upgrade.timeout.get().as_millis()).unwrap_or(u64::MAX);

@@ -16,11 +16,14 @@ mod begin;
 mod describe;
 mod plan;
 mod seen;
+#[cfg(test)]
+mod tests;
 
 use floodmark_crds::{DeletionPolicy, JobState, Operation, Report, ReportPhase, RunStatus, StreamJobStatus, Timestamp};
 use kube::ResourceExt as _;
 
 pub use self::{
+    actions::awaited,
     plan::{Action, Note, Plan},
     seen::{Answer, Asked, LeaseSeen, PodsSeen, Question, RunSeen, Seen, Trouble, TroubleKind},
 };
@@ -139,12 +142,12 @@ fn leave(seen: &Seen) -> Plan {
         match seen.ask(Question::DeleteState, &mut plan.wake) {
             Reply::Yes => {}
             Reply::Ask(question) if seen.now < give_up => plan.actions.push(Action::Ask(question)),
-            Reply::Wait(_) if seen.now < give_up => earlier(&mut plan.wake, give_up),
+            Reply::Wait(_) | Reply::UnderWay if seen.now < give_up => earlier(&mut plan.wake, give_up),
             Reply::No(why) | Reply::Wait(why) => {
                 let message = format!("the job's checkpoints stay where they are: they could not be removed: {why}");
                 plan.notes.push(Note { warning: true, reason: "StateLeft", message });
             }
-            Reply::Ask(_) => {
+            Reply::Ask(_) | Reply::UnderWay => {
                 let message = "the job's checkpoints stay where they are: nobody could say whether they were removed";
                 plan.notes.push(Note { warning: true, reason: "StateLeft", message: message.to_owned() });
             }
@@ -161,7 +164,9 @@ fn leave(seen: &Seen) -> Plan {
 enum Reply {
     /// Ask it.
     Ask(Question),
-    /// Wait: for what.
+    /// Wait for the answer.
+    UnderWay,
+    /// Wait a while before it is asked again: why.
     Wait(String),
     Yes,
     No(String),
@@ -190,7 +195,7 @@ impl Seen {
     fn ask(&self, question: Question, wake: &mut Option<Timestamp>) -> Reply {
         match self.answers.get(&question) {
             None => Reply::Ask(question),
-            Some(Asked::UnderWay) => Reply::Wait("it is under way".to_owned()),
+            Some(Asked::UnderWay) => Reply::UnderWay,
             Some(Asked::Answered(Answer::Yes, _)) => Reply::Yes,
             Some(Asked::Answered(Answer::No(why), _)) => Reply::No(why.clone()),
             Some(Asked::Answered(Answer::Unknown(why), at)) => {

@@ -45,10 +45,12 @@ pub enum Action {
         /// How many.
         pods: u32,
     },
-    /// Take a run's coordinators away.
-    StopCoordinators {
+    /// Ask for another number of a run's coordinators.
+    ScaleCoordinators {
         /// The run.
         run: u64,
+        /// How many.
+        pods: u32,
     },
     /// Remove the objects of a run.
     RemoveRun {
@@ -87,7 +89,7 @@ impl fmt::Display for Action {
                 write!(f, "apply run {number} of revision {revision} from {restore}, {workers} workers")
             }
             Self::ScaleWorkers { run, pods } => write!(f, "scale the workers of run {run} to {pods}"),
-            Self::StopCoordinators { run } => write!(f, "stop the coordinators of run {run}"),
+            Self::ScaleCoordinators { run, pods } => write!(f, "scale the coordinators of run {run} to {pods}"),
             Self::RemoveRun { run } => write!(f, "remove run {run}"),
             Self::Allow { run: 0 } => f.write_str("allow no run to lead"),
             Self::Allow { run } => write!(f, "allow run {run} to lead"),
@@ -100,7 +102,6 @@ impl fmt::Display for Question {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Fits { revision, restore } => write!(f, "does {restore} fit revision {revision}?"),
-            Self::SavepointExists { name } => write!(f, "is there a savepoint {name}?"),
             Self::StopWithSavepoint { run, name } => write!(f, "stop run {run} with savepoint {name}"),
             Self::Rescale { run, parallelism } => write!(f, "rescale run {run} to {parallelism}"),
             Self::DeleteState => f.write_str("delete the job's checkpoints"),

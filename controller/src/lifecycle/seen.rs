@@ -104,11 +104,6 @@ pub enum Question {
         /// `latest`, `none`, the name of a savepoint, the number of a checkpoint, or a location.
         restore: String,
     },
-    /// Is there a savepoint of this name?
-    SavepointExists {
-        /// Its name.
-        name: String,
-    },
     /// Stop the job with a savepoint.
     StopWithSavepoint {
         /// Of the run that leads.
