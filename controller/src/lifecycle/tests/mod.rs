@@ -275,7 +275,7 @@ fn life(seed: u64) {
 
 #[test]
 fn random_lives_come_to_rest_as_the_spec_says() {
-    let lives = std::env::var("LIVES").ok().and_then(|n| n.parse().ok()).unwrap_or(3_000);
+    let lives = std::env::var("LIVES").ok().and_then(|n| n.parse().ok()).unwrap_or(1_000);
     let first = std::env::var("LIFE").ok().and_then(|n| n.parse().ok());
     for seed in first.map_or(0..lives, |seed| seed..seed + 1) {
         let lived = std::panic::catch_unwind(|| life(seed));

@@ -486,13 +486,6 @@ impl World {
                 }
                 if self.fault() { Answer::Unknown("the reply is lost".to_owned()) } else { Answer::Yes }
             }
-            Question::SavepointExists { name } => {
-                if self.savepoints.contains(name) {
-                    Answer::Yes
-                } else {
-                    Answer::No("there is none".to_owned())
-                }
-            }
             Question::DeleteState => {
                 self.state_deleted = true;
                 Answer::Yes
