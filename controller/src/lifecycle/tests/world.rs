@@ -278,11 +278,12 @@ impl World {
         let stalled = status.condition("Stalled").is_some_and(|c| c.status == ConditionStatus::True);
         let reconciling = status.condition("Reconciling").is_some_and(|c| c.status == ConditionStatus::True);
         assert_eq!([ready, stalled, reconciling].iter().filter(|b| **b).count(), 1, "{:?}", status.conditions);
-        if ready && status.run.is_some() && self.job.spec.desired_state == floodmark_crds::DesiredState::Running {
+        let running = self.job.spec.desired_state == floodmark_crds::DesiredState::Running;
+        if let Some(run) = status.run.as_ref().filter(|_| ready && running) {
             assert_eq!(status.operation, None);
-            assert_eq!(status.run.as_ref().unwrap().revision, self.revision);
+            assert_eq!(run.revision, self.revision);
             let report = self.report().unwrap();
-            assert_eq!(report.run, status.run.as_ref().unwrap().number);
+            assert_eq!(report.run, run.number);
             assert_eq!((report.phase, report.parallelism), (ReportPhase::Running, self.job.spec.parallelism));
         }
         let numbers = [status.run.as_ref(), status.operation.as_ref().and_then(|o| o.to.as_ref())];
