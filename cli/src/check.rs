@@ -13,7 +13,7 @@ use crate::{
 /// Checks the job; prints what it would do.
 pub(crate) fn check(args: &CheckArgs) -> Result<Exit, Failure> {
     let env = Env::system();
-    let job = Job::load(&args.job, None)?;
+    let job = job::load(&args.job, None)?;
     let spec = &job.manifest.spec;
     let head = format!("job {}: parallelism {}, {} key groups\n", job.id, spec.parallelism, spec.max_parallelism);
     print(&format!("{head}{}", job.graph));

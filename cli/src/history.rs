@@ -1,13 +1,13 @@
-//! A job's snapshots, as its log and its folder have them, and how a person's words lead to one of them. Reads only: a job
-//! that runs meanwhile does not notice.
+//! The history of the job that a command line names, and how a person's words lead to a snapshot of it. Reads only: a job that
+//! runs meanwhile does not notice.
 
-use std::{path::Path, sync::Arc};
+use std::{ops::Deref, path::Path};
 
+use floodmark_admission as admission;
 use floodmark_snapshot::{
     JobId,
-    log::{self, JobFolder, LogState},
-    restore::{self, Found, Reference, Scope},
-    storage::{self, Storage},
+    restore::{self, Found, Reference},
+    storage,
 };
 
 use crate::{
@@ -15,18 +15,21 @@ use crate::{
     job,
 };
 
-/// See the header of this file.
+pub(crate) use admission::history::entry_path;
+
+/// A job's history, and how its storage was named.
 pub(crate) struct History {
-    /// Whose.
-    pub(crate) job: JobId,
     /// Where its snapshots are; absolute.
     pub(crate) location: String,
-    /// The same, opened.
-    pub(crate) storage: Arc<dyn Storage>,
-    /// Its folder there.
-    pub(crate) folder: JobFolder,
-    /// Its log.
-    pub(crate) state: LogState,
+    read: admission::History,
+}
+
+impl Deref for History {
+    type Target = admission::History;
+
+    fn deref(&self) -> &Self::Target {
+        &self.read
+    }
 }
 
 impl History {
@@ -43,36 +46,19 @@ impl History {
     /// As [`History::read`], of a job whose manifest has been read.
     pub(crate) async fn of(job: JobId, location: String) -> Result<Self, Failure> {
         let storage = storage::open_existing(&location).map_err(unusable)?;
-        let folder = JobFolder::of(&job);
-        let state = log::read(&*storage, &folder).await.map_err(unusable)?;
-        Ok(Self { job, location, storage, folder, state })
+        let read = admission::History::read(job, storage).await.map_err(unusable)?;
+        Ok(Self { location, read })
     }
 
     /// Finds a snapshot by the words that `--restore` takes.
     pub(crate) async fn find(&self, reference: &Reference) -> Result<Found, Failure> {
-        let scope = Scope { storage: &self.storage, job: &self.job, state: &self.state };
-        restore::find(reference, scope).await.map_err(unusable)
-    }
-
-    /// Where something in the job's folder is, as a location.
-    pub(crate) fn locate(&self, relative: &str) -> String {
-        format!("{}/{}", self.storage.describe(), self.folder.path(relative))
-    }
-
-    /// The same for the checkpoint of a log entry.
-    pub(crate) fn locate_entry(&self, seq: u64) -> String {
-        self.locate(&entry_path(seq))
+        self.read.find(reference).await.map_err(unusable)
     }
 
     /// Why there is nothing to show.
     pub(crate) fn nothing(&self) -> Failure {
         Failure::new(Exit::Storage, format!("job {} has no checkpoints in {}", self.job, self.storage.describe()))
     }
-}
-
-/// The path of a log entry in its job's folder.
-pub(crate) fn entry_path(seq: u64) -> String {
-    format!("log/{seq:020}.json")
 }
 
 /// Finds the snapshot at a location, whoever's it is.

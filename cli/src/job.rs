@@ -1,49 +1,32 @@
-//! From a manifest to a dataflow: reads the file, and asks the planner. Touches no source, sink or storage.
+//! The manifests and places that a command line names: reads the file, and has it planned. Touches no source, sink or storage.
 
 use std::{io::Read, path::Path};
 
-use floodmark_crds::{CheckpointMode, ManifestError, StreamJob};
-use floodmark_dataflow::{
-    JobGraph,
-    connector::{Guarantee, PlanContext},
-};
+use floodmark_admission::{PlanError, job_id};
+use floodmark_crds::{ManifestError, StreamJob};
 use floodmark_snapshot::{JobId, restore::Reference};
 
 use crate::exit::{Exit, Failure};
 
-/// Uid of a job that no cluster has given one.
-const LOCAL_UID: &str = "local";
-/// Namespace of a manifest that names none.
-const DEFAULT_NAMESPACE: &str = "default";
+/// A job that is ready to run.
+pub(crate) use floodmark_admission::Planned as Job;
+
 /// A manifest above this is taken for a mistake, bytes.
 const MANIFEST_SIZE_MAX: u64 = 16 << 20;
 
-/// A job that is ready to run.
-pub(crate) struct Job {
-    /// Whose state it is.
-    pub(crate) id: JobId,
-    /// The manifest, defaults filled in.
-    pub(crate) manifest: StreamJob,
-    /// What it does.
-    pub(crate) graph: JobGraph,
-}
-
-impl Job {
-    /// Reads and plans a manifest; `-` is standard input. `parallelism` goes before the manifest's.
-    pub(crate) fn load(path: &Path, parallelism: Option<u32>) -> Result<Self, Failure> {
-        let (file, mut manifest) = manifest(path)?;
-        if let Some(parallelism) = parallelism {
-            manifest.spec.parallelism = parallelism;
-            let problems = manifest.problems();
-            if !problems.is_empty() {
-                let file = "--parallelism".to_owned();
-                return Err(Failure::input(ManifestError { file, problems }));
-            }
-        }
-        let id = job_id(&manifest);
-        let graph = plan(&manifest, &id).map_err(|e| Failure::input(format!("{file}: spec.sql: {e}")))?;
-        Ok(Self { id, manifest, graph })
+/// Reads and plans a manifest; `-` is standard input. `parallelism` goes before the manifest's.
+pub(crate) fn load(path: &Path, parallelism: Option<u32>) -> Result<Job, Failure> {
+    let (mut file, mut manifest) = manifest(path)?;
+    let named = file.clone();
+    if let Some(parallelism) = parallelism {
+        manifest.spec.parallelism = parallelism;
+        // The file's own fields are in order.
+        file = "--parallelism".to_owned();
     }
+    Job::of(&manifest).map_err(|error| match error {
+        PlanError::Fields(problems) => Failure::input(ManifestError { file, problems }),
+        PlanError::Sql(_) => Failure::input(format!("{named}: {error}")),
+    })
 }
 
 /// Where checkpoints go if nobody says where.
@@ -104,27 +87,4 @@ fn read(path: &Path) -> std::io::Result<String> {
         return Err(std::io::Error::other(format!("longer than {MANIFEST_SIZE_MAX} bytes")));
     }
     Ok(text)
-}
-
-fn job_id(manifest: &StreamJob) -> JobId {
-    let metadata = &manifest.metadata;
-    let or = |value: &Option<String>, default: &str| value.clone().unwrap_or_else(|| default.to_owned());
-    JobId {
-        namespace: or(&metadata.namespace, DEFAULT_NAMESPACE),
-        name: or(&metadata.name, "job"),
-        uid: or(&metadata.uid, LOCAL_UID),
-    }
-}
-
-/// The planner's error text comes rendered: each problem with its place in the SQL.
-fn plan(manifest: &StreamJob, id: &JobId) -> Result<JobGraph, String> {
-    let guarantee = match manifest.spec.checkpoints.mode {
-        CheckpointMode::ExactlyOnce => Guarantee::ExactlyOnce,
-        CheckpointMode::AtLeastOnce => Guarantee::AtLeastOnce,
-        CheckpointMode::Disabled => Guarantee::None,
-    };
-    let connectors = floodmark_connectors::all();
-    let options =
-        floodmark_sql::PlanOptions { context: PlanContext { job: id.clone(), guarantee }, connectors: &connectors };
-    floodmark_sql::plan(&manifest.spec.sql, &options).map_err(|e| e.to_string())
 }

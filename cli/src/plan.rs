@@ -1,51 +1,48 @@
 //! `floodmark plan`: what a snapshot's state would become in a job. Starts nothing and writes nothing: it is known before
 //! anything stops.
 
-use std::path::Path;
-
-use floodmark_crds::CheckpointMode;
+use floodmark_admission::{Start, Verdict, Wanted, check_state_at};
 use floodmark_dataflow::{JobGraph, graph::NodeKind};
 use floodmark_snapshot::{
-    Epoch, Manifest,
-    log::LogState,
-    restore::{self, Fate, Found, Line, Origin, Reference, StatePlan, Taker},
+    Manifest,
+    restore::{Fate, Line, Origin, Reference, StatePlan},
 };
-use floodmark_worker::takers;
 use serde::Serialize;
 
 use crate::{
     args::{Output, PlanArgs},
     exit::{Exit, Failure},
-    history::{History, find_at, unusable},
+    history::{History, unusable},
     job::{self, Job},
     screen::print,
 };
 
 /// Plans; exit code 4 if the state does not fit.
 pub(crate) fn plan(args: &PlanArgs) -> Result<Exit, Failure> {
-    let job = Job::load(&args.job, args.parallelism)?;
-    let spec = &job.manifest.spec;
-    if spec.checkpoints.mode == CheckpointMode::Disabled {
+    let job = job::load(&args.job, args.parallelism)?;
+    if job.keeps_nothing() {
         return Err(Failure::input(
             "the job takes no snapshots and starts from none: spec.checkpoints.mode is Disabled",
         ));
     }
-    let wanted = match (&args.from, spec.restore.from.as_deref()) {
-        (Some(reference), _) => Wanted::Asked(job::absolute_reference(reference.clone())?),
-        (None, Some(initial)) => {
-            let initial = initial.parse().map_err(|e| Failure::input(format!("spec.restore.from: {e}")))?;
-            Wanted::LatestOr(job::absolute_reference(initial)?)
-        }
-        (None, None) => Wanted::Asked(Reference::Latest),
+    let wanted = match &args.from {
+        Some(reference) => Wanted::Exactly(job::absolute_reference(reference.clone())?),
+        None => Wanted::Start { restore: Reference::Latest, initial: initial(&job)? },
     };
     let location = job::storage(args.storage.as_deref(), &job.manifest)?;
-    let start = job::runtime()?.block_on(find(&job, location, wanted))?;
+    let verdict = job::runtime()?.block_on(check_state_at(&job, &location, &wanted)).map_err(unusable)?;
+    let (start, problem) = match verdict {
+        Verdict::Admitted(start) => (start, None),
+        Verdict::Refused(refusal) => match refusal.start {
+            Some(start) => (start, Some(refusal.reason)),
+            None => return Err(unusable(refusal.reason)),
+        },
+    };
     let mut report = Report::new(&job, &start);
     if args.online {
         report.sources = ask_sources(&job.graph, start.manifest.as_ref());
     }
-    let admitted = start.plan.admit(spec.restore.allow_dropped_state);
-    report.problem = admitted.err().map(|e| e.to_string());
+    report.problem = problem;
     match args.output {
         Output::Json => print(&format!("{}\n", report.json()?)),
         Output::Text => print(&report.text(&start.plan)),
@@ -56,6 +53,11 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<Exit, Failure> {
     }
 }
 
+/// What a job without a past starts from, as its manifest has it.
+pub(crate) fn initial(job: &Job) -> Result<Option<Reference>, Failure> {
+    job.initial().map_err(Failure::input)?.map(job::absolute_reference).transpose()
+}
+
 /// Refuses a start whose state does not fit, before the start fences whoever runs the job now. `initial` is what a job
 /// without a past starts from. What can't be read is left to the start itself, which says so.
 pub(crate) async fn admit(
@@ -64,104 +66,18 @@ pub(crate) async fn admit(
     restore: &Reference,
     initial: Option<&Reference>,
 ) -> Result<(), Failure> {
-    if job.manifest.spec.checkpoints.mode == CheckpointMode::Disabled {
+    if job.keeps_nothing() {
         return Ok(());
     }
     let Ok(history) = History::of(job.id.clone(), location.to_owned()).await else { return Ok(()) };
-    let state = &history.state;
-    let found = match Origin::of_start(restore, initial, state) {
-        Origin::Nothing => return Ok(()),
-        Origin::Own if state.retained.is_empty() || state.finished.is_some() => return Ok(()),
-        Origin::Own => history.find(&Reference::Latest).await?,
-        Origin::From(reference) => history.find(reference).await?,
-    };
-    let start = Start::of(&found, job, &takers(&job.graph), state.committed, state.last_epoch.next())?;
-    start.plan.admit(job.manifest.spec.restore.allow_dropped_state).map_err(unusable)
-}
-
-/// What the job shall start from.
-enum Wanted {
-    /// This.
-    Asked(Reference),
-    /// Its newest checkpoint; if it has no past, this.
-    LatestOr(Reference),
-}
-
-/// What the job would start from.
-struct Start {
-    /// Where the snapshot is; `None` if there is none.
-    location: Option<String>,
-    /// As the job would take it over.
-    manifest: Option<Manifest>,
-    plan: StatePlan,
-    /// The job has finished: a start would do nothing.
-    finished: bool,
-}
-
-impl Start {
-    fn from_nothing(why: &str, takers: &[Taker]) -> Self {
-        let new = |t: &Taker| {
-            let (uid, kind, fate) = (t.uid.clone(), t.kind.clone(), Fate::New);
-            t.schema.is_some().then_some(Line { uid, kind, amount: String::new(), fate })
-        };
-        let lines = takers.iter().filter_map(new).collect();
-        let plan = StatePlan { snapshot: why.to_owned(), refused: Vec::new(), lines };
-        Self { location: None, manifest: None, plan, finished: false }
+    let wanted = Wanted::Start { restore: restore.clone(), initial: initial.cloned() };
+    if wanted.origin(&history.state) == Origin::Own && history.state.finished.is_some() {
+        return Ok(());
     }
-
-    fn of(found: &Found, job: &Job, takers: &[Taker], committed: Epoch, next: Epoch) -> Result<Self, Failure> {
-        let original = &found.snapshot.manifest;
-        restore::check_format(original).map_err(unusable)?;
-        let manifest = if found.own { (**original).clone() } else { found.adopted_as(next) };
-        let (fingerprint, max_parallelism) = (&job.graph.fingerprint, job.manifest.spec.max_parallelism);
-        let mut plan = StatePlan::new(&manifest, takers, fingerprint, max_parallelism, committed);
-        plan.snapshot = format!("checkpoint {} of {}", original.epoch, original.job);
-        Ok(Self { location: Some(found.snapshot.location()), manifest: Some(manifest), plan, finished: false })
+    match history.check(job, &wanted).await.map_err(unusable)? {
+        Verdict::Admitted(_) => Ok(()),
+        Verdict::Refused(refusal) => Err(unusable(refusal.reason)),
     }
-}
-
-impl Wanted {
-    /// What it comes to in a job with this past. A snapshot that is asked for is meant whatever the job was started from before.
-    fn origin(&self, state: &LogState) -> Origin<'_> {
-        match self {
-            Self::Asked(reference) => Origin::of(reference),
-            Self::LatestOr(initial) => Origin::of_start(&Reference::Latest, Some(initial), state),
-        }
-    }
-}
-
-async fn find(job: &Job, location: String, wanted: Wanted) -> Result<Start, Failure> {
-    let takers = takers(&job.graph);
-    let never_ran = !location.contains("://") && !Path::new(&location).exists();
-    if never_ran {
-        return match wanted.origin(&LogState::default()) {
-            Origin::From(Reference::Location(at)) => Start::of(&find_at(at).await?, job, &takers, Epoch(0), Epoch(1)),
-            Origin::From(named) => {
-                Err(unusable(format!("there is no snapshot '{named}': job {} never ran in {location}", job.id)))
-            }
-            Origin::Own | Origin::Nothing => Ok(Start::from_nothing("no snapshot: the job never ran", &takers)),
-        };
-    }
-    let history = History::of(job.id.clone(), location).await?;
-    let state = &history.state;
-    let origin = wanted.origin(state);
-    let found = match origin {
-        Origin::Nothing => return Ok(Start::from_nothing("no snapshot, as told to", &takers)),
-        Origin::Own if state.retained.is_empty() => {
-            return match restore::nothing_intact(&*history.storage, &job.id, state, &[]) {
-                Some(nothing) => Err(unusable(nothing)),
-                None => Ok(Start::from_nothing("no snapshot: the job has completed no checkpoint", &takers)),
-            };
-        }
-        Origin::Own => history.find(&Reference::Latest).await?,
-        Origin::From(reference) => history.find(reference).await?,
-    };
-    let mut start = Start::of(&found, job, &takers, state.committed, state.last_epoch.next())?;
-    let mut own = state.retained.iter().chain(&state.abandoned).filter(|r| found.own && r.from.is_none());
-    let entry = own.rfind(|r| Some(&r.manifest) == start.manifest.as_ref());
-    start.location = entry.map(|r| history.locate_entry(r.seq)).or(start.location);
-    start.finished = origin == Origin::Own && state.finished.is_some();
-    Ok(start)
 }
 
 /// What a plan says, for programs.

@@ -76,7 +76,7 @@ fn run_on(
     let started = env.clock.monotonic();
     let progress = Arc::new(Progress::default());
     let mut job = String::new();
-    let ran = Job::load(&args.job, args.parallelism).and_then(|loaded| {
+    let ran = job::load(&args.job, args.parallelism).and_then(|loaded| {
         job = loaded.id.to_string();
         let workers = workers(&loaded, &env)?;
         let restore = restore(args, &loaded)?;
@@ -139,9 +139,7 @@ impl Places<'_> {
 /// What the job starts from, and what if it has no past; refused here if that does not fit.
 fn restore(args: &RunArgs, job: &Job) -> Result<(Reference, Option<Reference>), Failure> {
     let location = job::storage(args.storage.as_deref(), &job.manifest)?;
-    let initial = job.manifest.spec.restore.from.as_deref().map(str::parse).transpose();
-    let initial = initial.map_err(|e| Failure::input(format!("spec.restore.from: {e}")))?;
-    let initial = initial.map(job::absolute_reference).transpose()?;
+    let initial = plan::initial(job)?;
     let restore = job::absolute_reference(args.restore.clone().unwrap_or(Reference::Latest))?;
     job::runtime()?.block_on(plan::admit(job, &location, &restore, initial.as_ref()))?;
     Ok((restore, initial))

@@ -35,7 +35,7 @@ use crate::{
     args::{HttpArgs, RunArgs, WorkerArgs},
     control,
     exit::{Exit, Failure},
-    job::Job,
+    job::{self, Job},
     run::{self, Places},
     screen::Screen,
     signals,
@@ -61,7 +61,7 @@ pub(crate) fn worker(args: &WorkerArgs, screen: &Screen) -> Result<Exit, Failure
         }
     }
     let env = crate::crash::arm(Env::system())?;
-    let job = Job::load(&args.job, None)?;
+    let job = job::load(&args.job, None)?;
     let places = Places {
         storage: args.storage.as_deref(),
         work_dir: args.work_dir.as_deref(),
@@ -135,7 +135,7 @@ impl LocalWorkers {
         option("slots", slots.to_string());
         option("parent", std::process::id().to_string());
         if let Some(storage) = &args.storage {
-            option("storage", crate::job::absolute(storage)?);
+            option("storage", job::absolute(storage)?);
         }
         if let Some(work_dir) = &args.work_dir {
             option("work-dir", work_dir.display().to_string());

@@ -30,7 +30,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::leadership::{Leadership, Whereabouts};
 pub use control::{Controls, Requests, RescaleRequest, Rescaled, SavepointMade, SavepointRequest};
-pub use coordinator::{RestartStrategy, takers};
+pub use coordinator::RestartStrategy;
 pub use progress::{
     AttemptStatus, CHECKPOINTS_REMEMBERED_MAX, CheckpointCounts, CheckpointRecord, CheckpointState, CheckpointStatus,
     FailureStatus, JobPhase, OperatorStatus, Progress, ProgressView, Shares, TaskIndex, TaskStatus, WorkerPhase,

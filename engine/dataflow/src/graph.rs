@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use floodmark_snapshot::{OperatorUid, StateSchema};
+use floodmark_snapshot::{OperatorUid, StateSchema, restore::Taker};
 use serde::{Deserialize, Serialize};
 
 use crate::{OperatorFactory, operator::Port, sink::SinkNode, source::SourceNode};
@@ -125,6 +125,19 @@ impl JobGraph {
             NodeKind::Operator(_) | NodeKind::Sink(_) => true,
         })
     }
+}
+
+/// The operators of a job, as far as their state goes: what a [`floodmark_snapshot::restore::StatePlan`] is made for.
+#[must_use]
+pub fn takers(graph: &JobGraph) -> Vec<Taker> {
+    let taker = |node: &Node| {
+        let schema = match &node.node {
+            NodeKind::Source(_) => Some(node.state_schema.clone().unwrap_or_default()),
+            NodeKind::Operator(_) | NodeKind::Sink(_) => node.state_schema.clone(),
+        };
+        Taker { uid: node.uid.clone(), kind: node.kind.clone(), schema }
+    };
+    graph.nodes().map(|(_, node)| taker(node)).collect()
 }
 
 /// The dataflow as text, a task per paragraph, for `floodmark check`.

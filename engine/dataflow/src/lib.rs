@@ -23,7 +23,7 @@ pub mod task;
 pub mod watermark;
 
 pub use frame::{Barrier, BarrierKind, Batch, Frame, ROW_KIND, RowKind, WATERMARK_MAX, WATERMARK_MIN};
-pub use graph::{Edge, Exchange, JobGraph, Node, TaskId, Vertex};
+pub use graph::{Edge, Exchange, JobGraph, Node, TaskId, Vertex, takers};
 pub use metrics::OperatorMetrics;
 pub use operator::{
     Operator, OperatorFactory, Output, PendingShard, Port, RestoredShard, StateSettings, StateSnapshot, SubtaskContext,

@@ -344,6 +344,17 @@ pub async fn read_folder(storage: &dyn Storage, root: &str) -> Result<LogState> 
     Ok(fold(entries))
 }
 
+/// The last entry of a job's log, and its number; `None` if there is none.
+///
+/// # Errors
+/// When the storage can't be read. An entry that is damaged is an error in the answer.
+pub async fn last(storage: &dyn Storage, folder: &JobFolder) -> Result<Option<(u64, Result<Entry>)>> {
+    let listed = storage.list(&folder.path("log"), None).await.context_with(|| "read checkpoint log")?;
+    let Some(seq) = listed.iter().filter_map(|o| number_of(&o.path)).max() else { return Ok(None) };
+    let bytes = storage.get(&folder.entry(seq)).await.context_with(|| "read checkpoint log")?;
+    Ok(bytes.map(|bytes| (seq, decode(&bytes))))
+}
+
 fn number_of(path: &str) -> Option<u64> {
     let name = path.rsplit('/').next()?.strip_suffix(".json")?;
     (name.len() == 20).then(|| name.parse().ok())?
@@ -453,6 +464,18 @@ impl CheckpointLog {
             }
         };
         match created {
+            Some(seq) => Ok(seq),
+            None => Err(self.fenced().await),
+        }
+    }
+
+    /// As [`CheckpointLog::append`], of a caller that tries again by itself: a storage that fails for now is an error at once.
+    ///
+    /// # Errors
+    /// As [`CheckpointLog::append`]; then the entry may be there all the same, and this log must be opened anew.
+    pub async fn append_once(&mut self, event: Event) -> Result<u64> {
+        let (path, bytes) = self.encode_next(event)?;
+        match self.create(&path, bytes).await? {
             Some(seq) => Ok(seq),
             None => Err(self.fenced().await),
         }

@@ -14,6 +14,7 @@ use floodmark_dataflow::{TaskId, graph::NodeKind, task::Command};
 use floodmark_snapshot::{Disposition, Env, Epoch, Error, Generation, Result, log::CheckpointLog, restore::Rejected};
 use tokio::sync::watch;
 
+pub use self::restarts::RestartStrategy;
 pub(crate) use self::{crew::Crew, joining::listen};
 use self::{
     rescaling::Rescaling,
@@ -21,7 +22,6 @@ use self::{
     shell::Shell,
     starting::{Look, Ready, Start},
 };
-pub use self::{restarts::RestartStrategy, starting::takers};
 use crate::{
     Controls, JobPhase, Outcome, Progress, RunError, RunSpec, Summary,
     words::{CommitterId, FromWorker, SubtaskId, ToWorker},

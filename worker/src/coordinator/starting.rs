@@ -9,12 +9,12 @@ use std::{
     sync::Arc,
 };
 
-use floodmark_dataflow::{JobGraph, Node, graph::NodeKind};
+use floodmark_dataflow::{JobGraph, graph::NodeKind, takers};
 use floodmark_snapshot::{
     Attempt, Disposition, Env, Epoch, Error, Generation, Manifest, OperatorUid, Result, SplitState,
     log::{self, CheckpointLog, Event, JobFolder, LogState},
     manifest::Rescaled,
-    restore::{self, Candidate, Origin, Reference, Rejected, Scope, StatePlan, Taker},
+    restore::{self, Candidate, Origin, Reference, Rejected, Scope, StatePlan},
     storage,
 };
 
@@ -342,17 +342,4 @@ fn splits(graph: &JobGraph, restored: Option<&Manifest>, first: bool) -> Result<
         }
     }
     Ok(splits)
-}
-
-/// The operators of a job, as far as their state goes: for [`StatePlan`].
-#[must_use]
-pub fn takers(graph: &JobGraph) -> Vec<Taker> {
-    let taker = |node: &Node| {
-        let schema = match &node.node {
-            NodeKind::Source(_) => Some(node.state_schema.clone().unwrap_or_default()),
-            NodeKind::Operator(_) | NodeKind::Sink(_) => node.state_schema.clone(),
-        };
-        Taker { uid: node.uid.clone(), kind: node.kind.clone(), schema }
-    };
-    graph.nodes().map(|(_, node)| taker(node)).collect()
 }

@@ -7,10 +7,10 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::{
-    BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, RetryConfig, WriteMultipart,
-    aws::AmazonS3Builder, local::LocalFileSystem, path::Path as ObjectPath, prefix::PrefixStore,
+    BackoffConfig, ClientOptions, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, RetryConfig,
+    WriteMultipart, aws::AmazonS3Builder, local::LocalFileSystem, path::Path as ObjectPath, prefix::PrefixStore,
 };
 use url::Url;
 
@@ -63,6 +63,13 @@ pub trait Storage: Send + Sync {
 
     /// Lists the objects whose path begins with the folder `prefix` and sorts after `start_after`, sorted by path.
     async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>>;
+
+    /// At most `limit` of those that [`Storage::list`] answers with: which of them is not said, but they are sorted.
+    async fn list_some(&self, prefix: &str, limit: usize) -> Result<Vec<ObjectInfo>> {
+        let mut listed = self.list(prefix, None).await?;
+        listed.truncate(limit);
+        Ok(listed)
+    }
 
     /// Deletes an object; one that is not there is no error.
     async fn delete(&self, path: &str) -> Result<()>;
@@ -213,6 +220,18 @@ impl ObjectStorage {
         Error::new(disposition, format!("{place}{hint}: {text}"))
     }
 
+    async fn sorted(
+        &self,
+        prefix: &str,
+        found: impl Stream<Item = object_store::Result<ObjectMeta>> + Send,
+    ) -> Result<Vec<ObjectInfo>> {
+        let found: Vec<_> = found.try_collect().await.map_err(|e| self.error("list", prefix, e))?;
+        let mut objects: Vec<_> =
+            found.into_iter().map(|o| ObjectInfo { path: o.location.to_string(), size: o.size }).collect();
+        objects.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(objects)
+    }
+
     async fn sync(&self, path: &str) -> Result<()> {
         let Some(root) = &self.local_root else { return Ok(()) };
         let file = root.join(path);
@@ -296,11 +315,12 @@ impl Storage for ObjectStorage {
             Some(after) => self.store.list_with_offset(Some(&folder), &ObjectPath::from(after)),
             None => self.store.list(Some(&folder)),
         };
-        let found: Vec<_> = found.try_collect().await.map_err(|e| self.error("list", prefix, e))?;
-        let mut objects: Vec<_> =
-            found.into_iter().map(|o| ObjectInfo { path: o.location.to_string(), size: o.size }).collect();
-        objects.sort_by(|a, b| a.path.cmp(&b.path));
-        Ok(objects)
+        self.sorted(prefix, found).await
+    }
+
+    async fn list_some(&self, prefix: &str, limit: usize) -> Result<Vec<ObjectInfo>> {
+        // Pages that are not wanted are not fetched.
+        self.sorted(prefix, self.store.list(Some(&ObjectPath::from(prefix))).take(limit)).await
     }
 
     async fn delete(&self, path: &str) -> Result<()> {
@@ -346,6 +366,8 @@ mod tests {
         let paths = |listed: Vec<ObjectInfo>| listed.into_iter().map(|o| o.path).collect::<Vec<_>>();
         assert_eq!(paths(storage.list("a", None).await.unwrap()), ["a/1", "a/2"]);
         assert_eq!(paths(storage.list("a", Some("a/1")).await.unwrap()), ["a/2"]);
+        assert_eq!(storage.list_some("a", 1).await.unwrap().len(), 1);
+        assert_eq!(paths(storage.list_some("a", 3).await.unwrap()), ["a/1", "a/2"]);
         assert!(storage.copy("a/2", "c/2").await.unwrap());
         assert!(!storage.copy("a/3", "c/3").await.unwrap());
         assert_eq!(storage.get("c/2").await.unwrap().unwrap(), "two");
