@@ -77,6 +77,7 @@ cluster-down: ## End that cluster, and leave nothing of it
 generate: ## Write generated files anew (crds/*.yaml, docs/openapi.json)
 	@scripts/setup-build.sh
 	cargo run --quiet -p floodmark-crds --bin crdgen -- crds
+	cargo run --quiet -p floodmark-crds --bin crdgen -- charts/floodmark/generated
 	cargo run --quiet -p floodmark-worker --bin apigen > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json
 
 fmt: ## Format all code

@@ -19,12 +19,29 @@ RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --works
 
 step "crds/*.yaml are what the Rust types say"
 cargo run --quiet --locked -p floodmark-crds --bin crdgen -- --check crds
+# Charts can only read what is in their own folder.
+cargo run --quiet --locked -p floodmark-crds --bin crdgen -- --check charts/floodmark/generated
 
 step "docs/openapi.json is what the Rust types say"
 cargo run --quiet --locked -p floodmark-worker --bin apigen -- --check docs/openapi.json
 
 step "shell scripts"
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
+
+step "chart"
+# What it renders with and without all that can be switched on, against the types of Kubernetes and the restricted profile.
+chart=charts/floodmark helm=$(command -v helm || echo "$(scripts/setup-cluster.sh --where)/bin/helm")
+if [ -x "$helm" ]; then
+  rendered() { "$helm" template floodmark "$chart" --namespace streams --kube-version 1.33.0 "$@"; }
+  for values in values.yaml ci/bare.yaml ci/cluster-wide.yaml ci/everything.yaml; do
+    lint=$("$helm" lint --quiet --strict "$chart" --values "$chart/$values") || { printf '%s\n' "$lint" >&2; exit 1; }
+    rendered --values "$chart/$values" | cargo run --quiet --locked -p floodmark-controller --example manifests
+  done
+  for wrong in replica=1 clusterWide=true,watchNamespaces={a} webhook.timeoutSeconds=60; do
+    ! rendered --set "$wrong" >/dev/null 2>&1 || fail "the chart takes $wrong"
+  done
+else skipped+=("chart (no helm: scripts/setup-cluster.sh brings it)")
+fi
 
 step "unused dependencies"
 if have cargo-shear; then cargo-shear; else skipped+=("unused dependencies (no cargo-shear)"); fi

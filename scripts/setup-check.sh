@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What `make check` needs beyond a build. cargo-deny and cargo-shear are optional: without them their checks are skipped,
-# and `make check` says so.
+# What `make check` needs beyond a build. cargo-deny, cargo-shear and helm are optional: without them their checks are skipped,
+# and `make check` says so. helm is not seen to here: it is built with the programs of the tests' cluster (setup-cluster.sh).
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 "$(dirname "$0")/setup-build.sh"

@@ -44,6 +44,8 @@ pub const REVISION_ANNOTATION: &str = "floodmark.io/revision";
 pub const PARALLELISM_ANNOTATION: &str = "floodmark.io/parallelism";
 /// Annotation of a run's Deployments: what the run is told to restore.
 pub const RESTORE_ANNOTATION: &str = "floodmark.io/restore";
+/// The label by which the controller's own pods are known, and its value; the chart gives it to them.
+pub const CONTROLLER_LABEL: (&str, &str) = ("app.kubernetes.io/name", "floodmark-controller");
 /// Where pods answer HTTP.
 pub const HTTP_PORT: u16 = 8080;
 
@@ -63,7 +65,7 @@ pub struct Defaults {
     pub image_pull_policy: Option<String>,
     /// The namespace of the controller's own pods, which may ask a job's pods over HTTP.
     pub controller_namespace: String,
-    /// Labels of the controller's own pods.
+    /// Labels of the controller's own pods: [`CONTROLLER_LABEL`].
     pub controller_labels: BTreeMap<String, String>,
     /// The cluster's DNS domain; none: names of Services are completed as pods of the cluster do it.
     pub cluster_domain: Option<String>,

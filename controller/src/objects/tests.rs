@@ -78,7 +78,7 @@ fn defaults() -> Defaults {
         image: "floodmark:0.1.0".into(),
         image_pull_policy: None,
         controller_namespace: "floodmark-system".into(),
-        controller_labels: strings([("app.kubernetes.io/name", "floodmark-controller")]),
+        controller_labels: strings([CONTROLLER_LABEL]),
         cluster_domain: None,
     }
 }
