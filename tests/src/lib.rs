@@ -12,4 +12,5 @@ pub mod compare;
 pub mod events;
 pub mod feeder;
 pub mod job;
+pub mod kubernetes;
 pub mod oracle;
