@@ -338,9 +338,30 @@ pub(crate) struct CoordinatorArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) standby_lock: Option<PathBuf>,
 
+    #[command(flatten)]
+    pub(crate) lease: LeaseArgs,
+
     /// The folder with this process's certificate (tls.crt), its key (tls.key) and the job's authority (ca.crt)
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct LeaseArgs {
+    /// Run the job only while this process holds the Lease of this name in its pod's namespace of a Kubernetes cluster, which also
+    /// says what becomes of the run. When the run has ended, the process stays; SIGTERM hands the job over as it is, without a
+    /// last checkpoint. Reads POD_NAME (or HOSTNAME), POD_NAMESPACE and POD_IP
+    #[arg(long, value_name = "NAME", requires = "run_number", conflicts_with = "standby_lock")]
+    pub(crate) lease: Option<String>,
+
+    /// The number of the run: it leads when the Lease's annotation floodmark.io/run is the same
+    #[arg(long = "run", value_name = "N", requires = "lease", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) run_number: Option<u64>,
+
+    /// Another coordinator of the run stands by, or this one does: renew the Lease each second, so that it is taken over after
+    /// 3 s, not 30 s
+    #[arg(long, requires = "lease")]
+    pub(crate) standby: bool,
 }
 
 #[derive(Debug, clap::Args)]

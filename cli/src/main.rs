@@ -15,6 +15,8 @@ mod display;
 mod exit;
 mod history;
 mod job;
+mod last_words;
+mod lease;
 mod logs;
 mod plan;
 mod rescale;
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
         Ok(exit) => exit.into(),
         Err(failure) => {
             eprintln!("error: {}", failure.message);
+            last_words::leave(&failure.message);
             failure.exit.into()
         }
     }

@@ -15,14 +15,14 @@ use floodmark_rocksdb::{RocksDb, Settings};
 use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
 use floodmark_state::{Heap, StateBackend, StateSettings, Whole};
 use floodmark_worker::{
-    CheckpointMode, CheckpointSettings, Controls, LOCAL_COPIES_BYTES_MAX, LocalCopies, Network, Outcome, Progress,
-    RestartStrategy, RunError, RunSpec, SLICE_BYTES, Summary,
+    Candidacy, CheckpointMode, CheckpointSettings, Controls, LOCAL_COPIES_BYTES_MAX, LocalCopies, Network, Outcome,
+    Progress, RestartStrategy, RunError, RunSpec, SLICE_BYTES, Summary,
     api::{self, JobApi, Outline},
-    leadership::FileLock,
+    leadership::{FileLock, KubernetesLease, Leadership},
     link::{tls::Folder, transport::Endpoint},
 };
 use nix::sys::resource::{UsageWho, getrusage};
-use tokio::sync::watch;
+use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     args::{CoordinatorArgs, HttpArgs, Output, RunArgs},
@@ -31,6 +31,7 @@ use crate::{
     display::Display,
     exit::{Exit, Failure},
     job::{self, Job},
+    lease::LeaseWanted,
     plan,
     screen::{Screen, print},
     signals,
@@ -47,8 +48,18 @@ enum Workers {
     Here,
     /// In processes that this one starts.
     Local(LocalWorkers),
-    /// In processes that come by themselves; once this one leads, if it has to.
-    Others(Network, Option<FileLock>),
+    /// In processes that come by themselves; once this one leads.
+    Others(Network, Election),
+}
+
+/// What makes a process lead.
+enum Election {
+    /// Nothing: it is the only one.
+    None,
+    /// A lock file, which it shares with others on this machine.
+    Lock(FileLock),
+    /// A Lease in its cluster.
+    Lease(LeaseWanted),
 }
 
 /// `floodmark run`: runs the job to its end and prints the summary.
@@ -63,7 +74,12 @@ pub(crate) fn run(args: &RunArgs, screen: &Screen) -> Result<Exit, Failure> {
 pub(crate) fn coordinate(args: &CoordinatorArgs, screen: &Screen) -> Result<Exit, Failure> {
     run_on(&args.run, screen, |_, env| {
         let network = network(env, Folder(args.identity.clone()), &args.listen);
-        Ok(Workers::Others(network, args.standby_lock.clone().map(|path| FileLock::new(path, env.clone()))))
+        let election = match (&args.standby_lock, LeaseWanted::of(&args.lease)?) {
+            (_, Some(wanted)) => Election::Lease(wanted),
+            (Some(path), None) => Election::Lock(FileLock::new(path.clone(), env.clone())),
+            (None, None) => Election::None,
+        };
+        Ok(Workers::Others(network, election))
     })
 }
 
@@ -79,7 +95,9 @@ fn run_on(
     let ran = job::load(&args.job, args.parallelism).and_then(|loaded| {
         job = loaded.id.to_string();
         let workers = workers(&loaded, &env)?;
-        let restore = restore(args, &loaded)?;
+        // What a run starts from may not be there yet while another leads: then its start says whether it fits.
+        let leads = !matches!(workers, Workers::Others(_, Election::Lease(_)));
+        let restore = restore(args, &loaded, leads)?;
         let places = Places {
             storage: args.storage.as_deref(),
             work_dir: args.work_dir.as_deref(),
@@ -96,10 +114,11 @@ fn run_on(
     });
     screen.clear();
     let (mut report, failure) = match ran {
-        Ok(summary) => {
+        Ok(Some(summary)) => {
             let last_epoch = summary.last_epoch.map(|e| e.0);
             (RunReport::empty(job, outcome(summary.outcome)).with_progress(&summary.progress, last_epoch), None)
         }
+        Ok(None) => (RunReport::empty(job, RunOutcome::HandedOver).with_progress(&progress.view(), None), None),
         Err(failure) => {
             let outcome = match failure.exit {
                 Exit::JobFailed | Exit::Done | Exit::Interrupted => RunOutcome::Failed,
@@ -136,12 +155,14 @@ impl Places<'_> {
     }
 }
 
-/// What the job starts from, and what if it has no past; refused here if that does not fit.
-fn restore(args: &RunArgs, job: &Job) -> Result<(Reference, Option<Reference>), Failure> {
+/// What the job starts from, and what if it has no past; refused here if that does not fit, unless that is not to be known yet.
+fn restore(args: &RunArgs, job: &Job, known: bool) -> Result<(Reference, Option<Reference>), Failure> {
     let location = job::storage(args.storage.as_deref(), &job.manifest)?;
     let initial = plan::initial(job)?;
     let restore = job::absolute_reference(args.restore.clone().unwrap_or(Reference::Latest))?;
-    job::runtime()?.block_on(plan::admit(job, &location, &restore, initial.as_ref()))?;
+    if known {
+        job::runtime()?.block_on(plan::admit(job, &location, &restore, initial.as_ref()))?;
+    }
     Ok((restore, initial))
 }
 
@@ -239,14 +260,21 @@ fn drive(
     env: &Env,
     progress: &Arc<Progress>,
     screen: &Screen,
-) -> Result<Summary, Failure> {
+) -> Result<Option<Summary>, Failure> {
     let failed = |what: &str, e: &dyn std::fmt::Display| Failure::new(Exit::JobFailed, format!("{what}: {e}"));
     let runtime = runtime()?;
     let listener = runtime.block_on(control::listen(http))?;
     let (stop, stopped) = watch::channel(false);
+    let (hand_over, handed_over) = watch::channel(false);
     let screen = if prints_rows(&spec.graph) { screen.shared_with_rows() } else { screen.clone() };
-    signals::listen(stop.clone(), screen.clone(), "taking a last checkpoint, then stopping")?;
+    match &workers {
+        Workers::Others(_, Election::Lease(_)) => signals::listen(hand_over, screen.clone(), "handing the job over")?,
+        Workers::Here | Workers::Local(_) | Workers::Others(..) => {
+            signals::listen(stop.clone(), screen.clone(), "taking a last checkpoint, then stopping")?;
+        }
+    }
     let display = Display::start(progress.clone(), env.clone(), screen).map_err(|e| failed("start the display", &e))?;
+    let workers = runtime.block_on(workers.elected(listener.as_ref(), spec.parallelism, progress, env))?;
     let (controls, requests) = Controls::new(stopped);
     let router = api::router(JobApi {
         job: spec.job.clone(),
@@ -261,24 +289,25 @@ fn drive(
     });
     let (end, ended) = watch::channel(false);
     // Whoever stands by answers nobody.
-    let (lead, mut leads) = watch::channel(!matches!(workers, Workers::Others(_, Some(_))));
+    let (lead, mut leads) = watch::channel(!matches!(workers, Ready::Others(_, Some(_))));
     let ran = runtime.block_on(async {
         let job = async {
+            let env = env.clone();
+            let listening = |endpoint: &Endpoint| {
+                tracing::info!("listening for workers at {endpoint}");
+                lead.send_replace(true);
+            };
+            let progress = progress.clone();
             let ran = match workers {
-                Workers::Here => floodmark_worker::run(spec, env.clone(), controls, progress.clone()).await,
-                Workers::Local(workers) => on_workers(spec, workers, env, controls, progress).await,
-                Workers::Others(network, lock) => {
-                    let listening = |endpoint: &Endpoint| {
-                        tracing::info!("listening for workers at {endpoint}");
-                        lead.send_replace(true);
-                    };
-                    let (env, progress) = (env.clone(), progress.clone());
-                    match lock {
-                        None => floodmark_worker::coordinate(spec, env, controls, progress, network, listening).await,
-                        Some(lock) => {
-                            floodmark_worker::stand_by(spec, env, controls, progress, network, &lock, listening).await
-                        }
-                    }
+                Ready::Here => floodmark_worker::run(spec, env, controls, progress).await.map(Some),
+                Ready::Local(workers) => on_workers(spec, workers, &env, controls, &progress).await.map(Some),
+                Ready::Others(network, None) => {
+                    let ran = floodmark_worker::coordinate(spec, env, controls, progress, network, listening);
+                    ran.await.map(Some)
+                }
+                Ready::Others(network, Some(leadership)) => {
+                    let candidacy = Candidacy { leadership: &*leadership, hand_over: handed_over };
+                    floodmark_worker::stand_by(spec, env, controls, progress, network, candidacy, listening).await
                 }
             };
             end.send_replace(true);
@@ -302,6 +331,39 @@ fn drive(
         let exit = exit_of(&error);
         Failure::new(exit, error)
     })
+}
+
+/// Where the job's subtasks run, and what makes this process lead.
+enum Ready {
+    Here,
+    Local(LocalWorkers),
+    Others(Network, Option<Box<dyn Leadership>>),
+}
+
+impl Workers {
+    /// Finds the way to whoever elects, within a runtime. `listener` is where this process answers HTTP.
+    async fn elected(
+        self,
+        listener: Option<&TcpListener>,
+        parallelism: u32,
+        progress: &Arc<Progress>,
+        env: &Env,
+    ) -> Result<Ready, Failure> {
+        Ok(match self {
+            Self::Here => Ready::Here,
+            Self::Local(workers) => Ready::Local(workers),
+            Self::Others(network, Election::None) => Ready::Others(network, None),
+            Self::Others(network, Election::Lock(lock)) => Ready::Others(network, Some(Box::new(lock))),
+            Self::Others(network, Election::Lease(wanted)) => {
+                let LeaseWanted { name, rhythm, .. } = &wanted;
+                let port = listener.and_then(|l| l.local_addr().ok()).map(|at| at.port());
+                let candidate = wanted.candidate(port, parallelism);
+                let lease = KubernetesLease::connect(name.clone(), candidate, *rhythm, progress.clone(), env.clone());
+                let lease = lease.await.map_err(|e| Failure::new(Exit::JobFailed, e))?;
+                Ready::Others(network, Some(Box::new(lease)))
+            }
+        })
+    }
 }
 
 /// Coordinates a job whose subtasks run in other processes on this machine.

@@ -38,6 +38,8 @@ pub(crate) enum RunOutcome {
     Stopped,
     /// An earlier run had processed all input; nothing was done.
     AlreadyFinished,
+    /// Others go on with it.
+    HandedOver,
     /// It failed while it ran.
     Failed,
     /// A newer process has taken over.
@@ -159,6 +161,7 @@ impl RunReport {
             RunOutcome::AlreadyFinished => {
                 "had finished in an earlier run; nothing to do (--restore none runs it anew)"
             }
+            RunOutcome::HandedOver => "was handed over; whoever leads next goes on from its newest checkpoint",
             RunOutcome::Failed => "failed",
             RunOutcome::Fenced => "was taken over by a newer process",
             RunOutcome::Refused => "did not start",

@@ -28,7 +28,10 @@ use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, restore::Referen
 use floodmark_state::StateSettings;
 use tokio::sync::{mpsc, watch};
 
-use crate::leadership::{Leadership, Whereabouts};
+use crate::{
+    coordinator::GivenUp,
+    leadership::{Ending, Leadership, Lease, Whereabouts},
+};
 pub use control::{Controls, Requests, RescaleRequest, Rescaled, SavepointMade, SavepointRequest};
 pub use coordinator::RestartStrategy;
 pub use progress::{
@@ -208,11 +211,25 @@ pub async fn coordinate(
     listening(&listener.endpoint());
     let outcome = coordinator::run(spec, env, controls.into(), progress, crew, false).await;
     listener.close().await;
-    outcome
+    Ok(outcome?)
 }
 
+/// How a process stands for election.
+pub struct Candidacy<'a> {
+    /// Who elects it.
+    pub leadership: &'a dyn Leadership,
+    /// Turns true when it shall leave the job to others, as it is.
+    pub hand_over: watch::Receiver<bool>,
+}
+
+/// How long somebody who ends may take to say so.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+
 /// As [`coordinate`], once this process leads; before that it holds everything ready. If the one that led until then has
-/// stopped the job, there is nothing to do. `listening` is told where when it leads.
+/// stopped the job, there is nothing to do. `listening` is told where when it leads. `None` if others go on with the job, or
+/// this process has never led.
+///
+/// When the run has ended, it may be that the process stays until it shall hand over: see [`Lease::end`].
 ///
 /// # Errors
 /// See [`RunError`]; [`RunError::Fenced`] when it does not lead any more.
@@ -222,35 +239,104 @@ pub async fn stand_by(
     controls: impl Into<Controls>,
     progress: Arc<Progress>,
     network: Network,
-    leadership: &dyn Leadership,
+    candidacy: Candidacy<'_>,
     listening: impl FnOnce(&Endpoint),
-) -> Result<Summary, RunError> {
+) -> Result<Option<Summary>, RunError> {
     let (spec, mut controls) = (Arc::new(spec), controls.into());
+    let Candidacy { leadership, mut hand_over } = candidacy;
     let mut lease = tokio::select! {
         biased;
+        () = coordinator::stopped(&mut hand_over) => return Ok(None),
         () = coordinator::stopped(&mut controls.stop) => {
             progress.phase(JobPhase::Done);
-            return Ok(Summary { outcome: Outcome::Stopped, progress: Box::new(progress.view()), last_epoch: None });
+            let progress = Box::new(progress.view());
+            return Ok(Some(Summary { outcome: Outcome::Stopped, progress, last_epoch: None }));
         }
         lease = leadership.acquire() => lease.map_err(RunError::Failed)?,
     };
     if lease.waited() {
         tracing::info!("this process leads now");
     }
-    let (crew, listener) = listen(&spec, &env, &progress, &network).await?;
-    lease.announce(&listener.endpoint()).await.map_err(RunError::Failed)?;
-    listening(&listener.endpoint());
-    let waited = lease.waited();
-    let outcome = tokio::select! {
-        biased;
-        outcome = coordinator::run(spec, env, controls, progress, crew, waited) => outcome,
-        reason = lease.lost() => {
-            let error = format!("this process is fenced: it does not lead any more, for {reason}; it writes nothing more");
-            Err(RunError::Fenced(Error::fenced(error)))
+    let led =
+        lead(spec, env.clone(), controls, progress.clone(), network, &mut *lease, (&mut hand_over, listening)).await;
+    let (ending, led) = match led {
+        Led::Ended(Ok(summary)) => {
+            let ending = match summary.outcome {
+                Outcome::Stopped => Ending::Stopped,
+                Outcome::Finished | Outcome::AlreadyFinished => Ending::Finished,
+            };
+            (ending, Ok(Some(summary)))
+        }
+        Led::Ended(Err(GivenUp { error, for_good })) => {
+            let for_good = for_good && error.cause().disposition() != Disposition::Fenced;
+            let cause = error.to_string();
+            (if for_good { Ending::Failed(cause) } else { Ending::Broken(cause) }, Err(error))
+        }
+        Led::HandedOver => (Ending::HandedOver, Ok(None)),
+        Led::Lost(reason) => {
+            let error =
+                format!("this process is fenced: it does not lead any more, for {reason}; it writes nothing more");
+            return Err(RunError::Fenced(Error::fenced(error)));
         }
     };
+    progress.phase(JobPhase::Done);
+    let enough = async {
+        if ending.is_for_good() {
+            coordinator::stopped(&mut hand_over).await;
+        }
+        env.runtime.sleep(LAST_WORDS).await;
+    };
+    let stays = tokio::select! {
+        biased;
+        stays = lease.end(&ending) => stays,
+        () = enough => false,
+    };
+    if stays {
+        match &led {
+            Ok(_) => tracing::info!("the run has ended; this process stays until it is told to end"),
+            Err(error) => tracing::error!(%error, "the run has failed; this process stays until it is told to end"),
+        }
+        coordinator::stopped(&mut hand_over).await;
+    }
+    led
+}
+
+/// What the time as the leader has come to.
+enum Led {
+    Ended(Result<Summary, GivenUp>),
+    HandedOver,
+    /// Another leads: why that is thought.
+    Lost(String),
+}
+
+/// Runs the job for as long as this process leads. When this returns, nothing of it runs here.
+async fn lead(
+    spec: Arc<RunSpec>,
+    env: Env,
+    controls: Controls,
+    progress: Arc<Progress>,
+    network: Network,
+    lease: &mut dyn Lease,
+    (hand_over, listening): (&mut watch::Receiver<bool>, impl FnOnce(&Endpoint)),
+) -> Led {
+    let broken = |error| Led::Ended(Err(GivenUp { error, for_good: false }));
+    let (crew, listener) = match listen(&spec, &env, &progress, &network).await {
+        Ok(listens) => listens,
+        Err(error) => return broken(error),
+    };
+    if let Err(error) = lease.announce(&listener.endpoint()).await {
+        return broken(RunError::Failed(error));
+    }
+    listening(&listener.endpoint());
+    let waited = lease.waited();
+    let led = tokio::select! {
+        biased;
+        ended = coordinator::run(spec, env, controls, progress, crew, waited) => Led::Ended(ended),
+        () = coordinator::stopped(hand_over) => Led::HandedOver,
+        reason = lease.lost() => Led::Lost(reason),
+    };
     listener.close().await;
-    outcome
+    led
 }
 
 /// Has this process listen for workers.
@@ -295,5 +381,5 @@ pub async fn run(
 ) -> Result<Summary, RunError> {
     let spec = Arc::new(spec);
     let crew = coordinator::Crew::local(&spec, &env, progress.counters.clone());
-    coordinator::run(spec, env, controls.into(), progress, crew, false).await
+    Ok(coordinator::run(spec, env, controls.into(), progress, crew, false).await?)
 }

@@ -40,7 +40,7 @@ pub(crate) async fn run(
     progress: Arc<Progress>,
     mut crew: Crew,
     stood_by: bool,
-) -> Result<Summary, RunError> {
+) -> Result<Summary, GivenUp> {
     let mut restarts = Restarts::new(spec.restarts.clone());
     let mut job = Job {
         spec,
@@ -73,7 +73,10 @@ pub(crate) async fn run(
             }
             Ok(Attempted::TakenOver(error)) => error,
             // What is wrong before anything has run is for whoever has started the job.
-            Err(error @ (RunError::Connector(_) | RunError::Storage(_))) if first => return Err(error),
+            Err(error @ (RunError::Connector(_) | RunError::Storage(_))) if first => {
+                let for_good = error.cause().disposition() != Disposition::Retry;
+                return Err(GivenUp { error, for_good });
+            }
             Err(error) => error,
         };
         first = false;
@@ -88,7 +91,7 @@ pub(crate) async fn run(
             Verdict::GiveUp(reason) => {
                 job.progress.attempt_failed(error.to_string(), job.env.clock.wall_ms(), false);
                 tracing::debug!(%error, "no other attempt: {reason}");
-                return Err(error);
+                return Err(GivenUp { error, for_good: true });
             }
             Verdict::Again(delay) => {
                 job.progress.attempt_failed(error.to_string(), job.env.clock.wall_ms(), true);
@@ -96,11 +99,24 @@ pub(crate) async fn run(
                 tokio::select! {
                     biased;
                     // Whoever stops a job that does not run is told why it does not.
-                    () = stopped(&mut controls.stop) => return Err(error),
+                    () = stopped(&mut controls.stop) => return Err(GivenUp { error, for_good: true }),
                     () = job.env.runtime.sleep(delay) => {}
                 }
             }
         }
+    }
+}
+
+/// A job that has failed.
+pub(crate) struct GivenUp {
+    pub(crate) error: RunError,
+    /// Whether it would do so again, as far as is known: it is not worth another start as it is.
+    pub(crate) for_good: bool,
+}
+
+impl From<GivenUp> for RunError {
+    fn from(given_up: GivenUp) -> Self {
+        given_up.error
     }
 }
 
@@ -159,10 +175,12 @@ impl Job {
             return Ok(self.nothing_to_do(outcome, epoch));
         }
         let Next { parallelism, crowd_after } = self.next;
+        self.progress.waiting(true);
         crew.assemble(parallelism, crowd_after).await.map_err(RunError::Failed)?;
+        self.progress.waiting(false);
         self.next.crowd_after = Some(REPLACEMENT_PATIENCE);
         let started = starting::start(&self.spec, &self.env, crew, &self.damaged, &mut self.held).await;
-        let Ready { built, log, state, note, restored } = match started {
+        let Ready { built, log, state, note, restored, fallback } = match started {
             Ok(Start::Ready(ready)) => *ready,
             Ok(Start::AlreadyFinished(epoch)) => return Ok(self.nothing_to_do(Outcome::AlreadyFinished, epoch)),
             Err(error) => {
@@ -172,7 +190,7 @@ impl Job {
             }
         };
         if let Some(epoch) = restored {
-            self.progress.restored_from(epoch);
+            self.progress.restored_from(epoch, fallback);
         }
         let attempt = log.as_ref().map(CheckpointLog::attempt);
         self.progress.begins(attempt, crew.parallelism(), built.arriving.len());

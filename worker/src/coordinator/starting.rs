@@ -35,6 +35,8 @@ pub(super) struct Ready {
     pub(super) note: Option<Event>,
     /// The checkpoint that it starts from, as the job's own log numbers it.
     pub(super) restored: Option<Epoch>,
+    /// Why that is not the newest one, if it is not.
+    pub(super) fallback: Option<String>,
 }
 
 /// Where a job stands before this process has done anything.
@@ -107,7 +109,14 @@ pub(super) async fn start(
             worker: WorkerId(0),
         };
         let built = crew.deploy(deployment).await.map_err(not_built)?;
-        return Ok(Start::Ready(Box::new(Ready { built, log: None, state, note: None, restored: None })));
+        return Ok(Start::Ready(Box::new(Ready {
+            built,
+            log: None,
+            state,
+            note: None,
+            restored: None,
+            fallback: None,
+        })));
     }
     let first = held.is_none();
     let opened = CheckpointLog::open_after(*held, spec.storage.clone(), env.clone(), &spec.job, &spec.holder).await;
@@ -170,7 +179,7 @@ impl Starter<'_> {
                 return Err(storage_error(error));
             }
             let built = self.build(crew, None).await.map_err(not_built)?;
-            return Ok(self.ready(built, None, note));
+            return Ok(self.ready(built, None, note, None));
         }
         // What is wrong elsewhere than in the checkpoint is wrong with the next one, too.
         let build = async |candidate: &Candidate| match self.build(&mut *crew, Some(candidate)).await {
@@ -190,8 +199,9 @@ impl Starter<'_> {
             return Err(storage_error(nothing.unwrap_or_else(|| Error::corrupt("no checkpoint is intact"))));
         };
         let (epoch, built) = (candidate.snapshot.manifest.epoch, built?);
-        let note = note.or_else(|| self.note_fallback(epoch, rejected.iter().any(|r| r.epoch > epoch)));
-        Ok(self.ready(built, Some(epoch), note))
+        let fallback = note.is_none().then(|| self.fallback(epoch, &rejected)).flatten();
+        let note = note.or_else(|| fallback.is_some().then_some(Event::Restored { epoch: Some(epoch), asked: None }));
+        Ok(self.ready(built, Some(epoch), note, fallback))
     }
 
     async fn choose(&self) -> Result<Choice> {
@@ -241,23 +251,25 @@ impl Starter<'_> {
         restore::nothing_intact(&*self.spec.storage, &self.spec.job, &self.state, rejected)
     }
 
-    /// What the log must say of a start from this checkpoint of the job's own: something if there are newer ones, or may be.
-    fn note_fallback(&self, epoch: Epoch, rejected: bool) -> Option<Event> {
+    /// Why the job starts from this checkpoint of its own, if there are newer ones, or may be. The log must say it then.
+    fn fallback(&self, epoch: Epoch, rejected: &[Rejected]) -> Option<String> {
         let own = self.state.retained.iter().rfind(|r| r.manifest.epoch == epoch);
         // Of what comes before a checkpoint in the log, nothing is newer.
         let behind = |seq: u64| own.is_none_or(|r| seq > r.seq);
-        if rejected {
+        if let Some(newer) = rejected.iter().filter(|r| r.epoch > epoch).max_by_key(|r| r.epoch) {
             tracing::warn!(checkpoint = %epoch, "restored an older checkpoint, because a newer one is damaged");
-        } else if self.state.damaged.iter().any(|d| behind(d.seq)) {
+            return Some(format!("checkpoint {} is damaged: {}", newer.epoch, newer.reason));
+        }
+        if let Some(entry) = self.state.damaged.iter().rfind(|d| behind(d.seq)) {
             tracing::warn!(
                 checkpoint = %epoch,
                 "restored the newest checkpoint that is known; what is damaged behind it in the log may have been a newer one"
             );
-        } else {
-            tracing::info!(checkpoint = %epoch, "restored the newest checkpoint");
-            return None;
+            let (seq, reason) = (entry.seq, &entry.reason);
+            return Some(format!("entry {seq} of the log, which may have been of a newer one, is damaged: {reason}"));
         }
-        Some(Event::Restored { epoch: Some(epoch), asked: None })
+        tracing::info!(checkpoint = %epoch, "restored the newest checkpoint");
+        None
     }
 
     async fn build(&self, crew: &mut Crew, candidate: Option<&Candidate>) -> Result<Built, NotBuilt> {
@@ -290,7 +302,7 @@ impl Starter<'_> {
     }
 
     /// What is built, and what the log must say of where the job goes on from.
-    fn ready(mut self, built: Built, epoch: Option<Epoch>, note: Option<Event>) -> Ready {
+    fn ready(mut self, built: Built, epoch: Option<Epoch>, note: Option<Event>, fallback: Option<String>) -> Ready {
         let committed = self.state.committed;
         let adopted = matches!(note, Some(Event::Adopted { .. }));
         if let Some(epoch) =
@@ -305,7 +317,7 @@ impl Starter<'_> {
             self.state.take(self.log.next_seq(), event.clone());
         }
         let Self { log, state, .. } = self;
-        Ready { built, log: Some(log), state, note, restored: epoch }
+        Ready { built, log: Some(log), state, note, restored: epoch, fallback }
     }
 }
 

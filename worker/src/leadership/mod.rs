@@ -6,6 +6,7 @@
 //! Invariant: a process that knows that its lease is lost coordinates no more.
 
 mod file;
+mod kubernetes;
 mod memory;
 
 use std::path::PathBuf;
@@ -14,7 +15,11 @@ use async_trait::async_trait;
 use floodmark_link::transport::Endpoint;
 use floodmark_snapshot::{Error, Result};
 
-pub use self::{file::FileLock, memory::Election};
+pub use self::{
+    file::FileLock,
+    kubernetes::{Candidate, KubernetesLease, LeaseName, Rhythm},
+    memory::Election,
+};
 
 /// A way to become the leader.
 #[async_trait]
@@ -26,10 +31,11 @@ pub trait Leadership: Send + Sync {
     async fn acquire(&self) -> Result<Box<dyn Lease>>;
 }
 
-/// Leadership, for as long as it lasts. Dropped, it goes back at once.
+/// Leadership, for as long as it lasts. Dropped, it goes back as soon as it can without a word.
 #[async_trait]
 pub trait Lease: Send {
-    /// Whether another process led until now, as far as this one knows.
+    /// Whether what this process is to run was run by another until now, or by an earlier one in its place, as far as it knows:
+    /// if that one has stopped it, it stays so.
     fn waited(&self) -> bool;
 
     /// Tells whoever looks for the leader where it listens.
@@ -40,6 +46,38 @@ pub trait Lease: Send {
 
     /// Renews the lease, and completes when it is lost: the reason. Can be dropped while it waits, and called again.
     async fn lost(&mut self) -> String;
+
+    /// Tells how the run has ended, if there is anybody to tell, and gives the lease back. True if this process is to stay until
+    /// it is told to end, because another would only be started in its place. Can be dropped while it waits.
+    async fn end(&mut self, _: &Ending) -> bool {
+        false
+    }
+}
+
+/// How a run has ended in this process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It was stopped when asked to.
+    Stopped,
+    /// All inputs have ended, and everything is committed.
+    Finished,
+    /// It has failed, and would do so again: why.
+    Failed(String),
+    /// It has failed for a reason that may go away by itself: why.
+    Broken(String),
+    /// Another goes on with it.
+    HandedOver,
+}
+
+impl Ending {
+    /// Whether it is not to be started again.
+    #[must_use]
+    pub fn is_for_good(&self) -> bool {
+        match self {
+            Self::Stopped | Self::Finished | Self::Failed(_) => true,
+            Self::Broken(_) | Self::HandedOver => false,
+        }
+    }
 }
 
 /// Endpoints that a worker may be given.
@@ -119,7 +157,7 @@ mod tests {
     }
 
     /// What every election must do. `depose` takes leadership away from whoever has it.
-    async fn one_leads_at_a_time(candidates: [Arc<dyn Leadership>; 2], depose: impl AsyncFn()) {
+    pub(super) async fn one_leads_at_a_time(candidates: [Arc<dyn Leadership>; 2], depose: impl AsyncFn()) {
         let [one, other] = candidates;
         let patience = Duration::from_secs(20);
         let soon = async |what: &str, lost: &mut Box<dyn Lease>| {

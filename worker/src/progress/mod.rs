@@ -13,6 +13,7 @@ use floodmark_snapshot::{
     Attempt, Epoch,
     coordination::{Barrier, Time},
 };
+use tokio::sync::watch;
 
 pub(crate) use self::counters::{Counted, Counters, Metrics};
 pub use self::counters::{OperatorStatus, Shares, TaskIndex, TaskStatus};
@@ -145,6 +146,8 @@ pub struct AttemptStatus {
     pub attempt: Option<Attempt>,
     /// Subtasks per task; `None` before the first attempt.
     pub parallelism: Option<u32>,
+    /// Whether workers are waited for, or the time of the next attempt.
+    pub waiting: bool,
     /// Subtasks whose state is not all there yet.
     pub restoring: usize,
     /// Attempts that have failed, and were followed by another.
@@ -169,6 +172,8 @@ pub struct ProgressView {
     pub phase: JobPhase,
     /// The checkpoint that it started from.
     pub restored_from: Option<Epoch>,
+    /// Why that is not the newest one, if it is not.
+    pub fallback: Option<String>,
     /// Its checkpoints.
     pub checkpoints: CheckpointCounts,
     /// Its operators, in the order of the graph.
@@ -191,6 +196,7 @@ impl ProgressView {
 struct State {
     phase: JobPhase,
     restored_from: Option<Epoch>,
+    fallback: Option<String>,
     checkpoints: CheckpointCounts,
     /// Oldest first.
     records: VecDeque<CheckpointRecord>,
@@ -201,6 +207,7 @@ struct State {
 #[derive(Default)]
 pub struct Progress {
     state: Mutex<State>,
+    changed: watch::Sender<()>,
     /// Of the subtasks in this process.
     pub(crate) counters: Arc<Counters>,
 }
@@ -214,6 +221,7 @@ impl Progress {
         ProgressView {
             phase: state.phase,
             restored_from: state.restored_from,
+            fallback: state.fallback.clone(),
             checkpoints: state.checkpoints,
             operators,
             tasks,
@@ -233,41 +241,58 @@ impl Progress {
         self.counters.phase()
     }
 
-    pub(crate) fn phase(&self, phase: JobPhase) {
-        self.lock().phase = phase;
+    /// Changes whenever the view has, but for what is counted.
+    pub(crate) fn news(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
     }
 
-    pub(crate) fn restored_from(&self, epoch: Epoch) {
-        self.lock().restored_from = Some(epoch);
+    pub(crate) fn phase(&self, phase: JobPhase) {
+        self.change(|state| state.phase = phase);
+    }
+
+    /// Workers are waited for, or the time of the next attempt; or not any more.
+    pub(crate) fn waiting(&self, waiting: bool) {
+        self.change(|state| state.attempt.waiting = waiting);
+    }
+
+    /// The job starts from this checkpoint; `fallback` says why not from the newest, if so.
+    pub(crate) fn restored_from(&self, epoch: Epoch, mut fallback: Option<String>) {
+        if let Some(why) = &mut fallback {
+            why.truncate(why.floor_char_boundary(CAUSE_MAX));
+        }
+        self.change(|state| (state.restored_from, state.fallback) = (Some(epoch), fallback));
     }
 
     /// An attempt is built, and runs next. `restoring` of its subtasks have not all their state.
     pub(crate) fn begins(&self, attempt: Option<Attempt>, parallelism: u32, restoring: usize) {
-        let status = &mut self.lock().attempt;
-        (status.attempt, status.parallelism, status.restoring) = (attempt, Some(parallelism), restoring);
+        self.change(|State { attempt: status, .. }| {
+            (status.attempt, status.parallelism, status.restoring) = (attempt, Some(parallelism), restoring);
+        });
     }
 
     /// So many subtasks have not all their state yet.
     pub(crate) fn restoring(&self, subtasks: usize) {
-        self.lock().attempt.restoring = subtasks;
+        self.change(|state| state.attempt.restoring = subtasks);
     }
 
     /// An attempt has failed. `again`: another follows.
     pub(crate) fn attempt_failed(&self, mut cause: String, at_ms: i64, again: bool) {
         cause.truncate(cause.floor_char_boundary(CAUSE_MAX));
-        let state = &mut *self.lock();
-        for record in &mut state.records {
-            if record.state == CheckpointState::UnderWay {
-                let duration_ms = (at_ms - record.triggered_at_ms).max(0).cast_unsigned();
-                let reason = "the attempt failed before it was complete".to_owned();
-                record.state = CheckpointState::Failed { duration_ms, reason };
+        self.change(|state| {
+            for record in &mut state.records {
+                if record.state == CheckpointState::UnderWay {
+                    let duration_ms = (at_ms - record.triggered_at_ms).max(0).cast_unsigned();
+                    let reason = "the attempt failed before it was complete".to_owned();
+                    record.state = CheckpointState::Failed { duration_ms, reason };
+                }
             }
-        }
-        state.attempt.last_failure = Some(FailureStatus { cause, at_ms });
-        if again {
-            state.attempt.restarts += 1;
-            state.phase = JobPhase::Restoring;
-        }
+            state.attempt.last_failure = Some(FailureStatus { cause, at_ms });
+            if again {
+                state.attempt.restarts += 1;
+                state.attempt.waiting = true;
+                state.phase = JobPhase::Restoring;
+            }
+        });
     }
 
     pub(crate) fn triggered(&self, barrier: Barrier, at: Time) {
@@ -291,13 +316,14 @@ impl Progress {
     }
 
     pub(crate) fn completed(&self, checkpoint: CheckpointStatus) {
-        let state = &mut *self.lock();
-        state.checkpoints.completed += 1;
-        state.checkpoints.last = Some(checkpoint);
-        if let Some(record) = state.of(checkpoint.epoch) {
-            let CheckpointStatus { duration_ms, size, .. } = checkpoint;
-            record.state = CheckpointState::Completed { duration_ms, size };
-        }
+        self.change(|state| {
+            state.checkpoints.completed += 1;
+            state.checkpoints.last = Some(checkpoint);
+            if let Some(record) = state.of(checkpoint.epoch) {
+                let CheckpointStatus { duration_ms, size, .. } = checkpoint;
+                record.state = CheckpointState::Completed { duration_ms, size };
+            }
+        });
     }
 
     /// A checkpoint has been given up.
@@ -317,6 +343,11 @@ impl Progress {
                 CheckpointState::Failed { duration_ms, reason }
             };
         }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.lock());
+        self.changed.send_replace(());
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
