@@ -26,6 +26,13 @@ if recall; then
   for ((i = 0; i < nodes; i++)); do [ ! -e "$state/cgroups" ] || stop_node "$i"; done
   [ ! -e "/run/netns/$link" ] || ip netns delete "$link"
   ip link delete "$link" 2>/dev/null || true
+  if [ -e "$state/controllers" ]; then
+    # Those that were not allowed before; they stay if somebody else uses them now.
+    read -r root <"$state/cgroups"
+    for controller in $(<"$root/cgroup.subtree_control"); do
+      grep -w "$controller" "$state/controllers" >/dev/null || echo "-$controller" >"$root/cgroup.subtree_control" 2>/dev/null || true
+    done
+  fi
 fi
 rm -rf --one-file-system "$state"
 [ "${1:-}" = --locked ] || { rmdir --ignore-fail-on-non-empty "$clusters"; say "cluster '$name' is gone"; }

@@ -44,6 +44,8 @@ mount_folders() {
   mount --bind /mnt/tmp /tmp
 }
 
+has_moved() { grep -x 0::/programs /proc/self/cgroup && [ -n "$(</sys/fs/cgroup/cgroup.subtree_control)" ]; }
+
 # Only the node's own groups may be seen, or programs look for limits in those of the machine.
 mount_cgroups() {
   local controllers folder one
@@ -51,10 +53,8 @@ mount_cgroups() {
   mount -t sysfs sysfs /sys
   if only_unified_cgroups; then
     mount -t cgroup2 cgroup2 /sys/fs/cgroup
-    # A group with limits below it may have no processes itself.
-    mkdir /sys/fs/cgroup/programs
-    for one in $(</sys/fs/cgroup/cgroup.procs); do echo "$one" >/sys/fs/cgroup/programs/cgroup.procs 2>/dev/null || true; done
-    sed 's/\(^\| \)/ +/g' /sys/fs/cgroup/cgroup.controllers >/sys/fs/cgroup/cgroup.subtree_control
+    # nodes.sh moves this process out of the way from outside; until then no group can be made for pods.
+    until_done 100 has_moved
     return
   fi
   mount -t tmpfs -o mode=755 tmpfs /sys/fs/cgroup

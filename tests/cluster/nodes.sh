@@ -5,6 +5,7 @@
 # again is the same machine after a power cut. Nothing outside its namespaces, its folder and its cgroups is changed by it.
 
 ENDING_TENTHS_MAX=100
+SETTLING_TENTHS_MAX=100
 
 # Where the nodes' cgroups hang: in the old hierarchies below this process's own group, so that its limits hold for them, too.
 # In the unified one a group with processes can't have groups with limits below it, so there it is the root.
@@ -28,18 +29,45 @@ enter_cgroups() {
   local parent group file
   while read -r parent; do
     group="$parent/$(node_network "$1")"
-    if [ -e "$parent/cgroup.controllers" ]; then
-      sed 's/\(^\| \)/ +/g' "$parent/cgroup.controllers" >"$parent/cgroup.subtree_control" ||
-        fail "cgroups below $parent can't be limited: is this a container? Run this on the machine itself"
-    fi
     mkdir -p "$group"
-    # A new group of this kind has no processor and no memory until told.
-    for file in cpuset.cpus cpuset.mems; do
-      [ ! -e "$group/$file" ] || [ -e "$parent/cgroup.controllers" ] || cat "$parent/$file" >"$group/$file"
-    done
-    [ ! -e "$group/memory.use_hierarchy" ] || echo 1 >"$group/memory.use_hierarchy" 2>/dev/null || true
+    if ! only_unified_cgroups; then
+      # A new group of this kind has no processor and no memory until told.
+      for file in cpuset.cpus cpuset.mems; do
+        [ ! -e "$group/$file" ] || cat "$parent/$file" >"$group/$file"
+      done
+      [ ! -e "$group/memory.use_hierarchy" ] || echo 1 >"$group/memory.use_hierarchy" 2>/dev/null || true
+    fi
     printf '%s\n' "$BASHPID" >"$group/cgroup.procs"
   done <"$state/cgroups"
+}
+
+# In the unified hierarchy a group that limits others may have no processes itself: once the node's process PID has made the group
+# the root of what it sees, it and its first child go one group down. settle_cgroups NODE PID
+settle_cgroups() {
+  local parent group one i
+  read -r parent <"$state/cgroups"
+  group="$parent/$(node_network "$1")"
+  for ((i = 0; i < SETTLING_TENTHS_MAX; i++)); do
+    if [ "$(readlink "/proc/$2/ns/cgroup")" != "$(readlink /proc/self/ns/cgroup)" ]; then
+      mkdir -p "$group/programs"
+      while read -r one; do echo "$one" >"$group/programs/cgroup.procs" || true; done <"$group/cgroup.procs"
+      ! allow_controllers "$group" || return 0
+    fi
+    sleep 0.1
+  done 2>/dev/null
+  fail "the cgroups of node $1 can't have limits: is this a container? Run this on the machine itself"
+}
+
+# Lets the groups below one have the limits that a kubelet sets.
+allow_controllers() {
+  local controller
+  for controller in $(<"$1/cgroup.controllers"); do
+    case "$controller" in
+      cpu | cpuset | hugetlb | io | memory | pids)
+        grep -w "$controller" "$1/cgroup.subtree_control" >/dev/null || echo "+$controller" >"$1/cgroup.subtree_control" || return 1
+        ;;
+    esac
+  done
 }
 
 leave_no_cgroups() {
@@ -55,7 +83,8 @@ lay_cable() {
   local i network gateway
   network=$(node_network "$1")
   ip netns add "$network"
-  ip link add eth0 netns "$network" type veth peer name "n$1" netns "$link"
+  # A node that comes back has the hardware address that everybody remembers.
+  ip link add eth0 netns "$network" address "$(printf '02:fd:00:00:%02x:%02x' "$x" "$1")" type veth peer name "n$1" netns "$link"
   ip -n "$link" link set "n$1" master switch up
   ip -n "$network" address add "$(node_address "$1")/24" dev eth0
   ip -n "$network" link set lo up
@@ -81,7 +110,9 @@ start_node() {
       "$here/node-init.sh" "$name" "$1" </dev/null >>"$state/log/node-$1.log" 2>&1
   ) &
   pid=$!
+  disown "$pid"
   printf '%s %s\n' "$pid" "$(started_at "$pid")" >"$state/node-$1.pid"
+  ! only_unified_cgroups || settle_cgroups "$1" "$pid"
 }
 
 # Ends a node as a power cut does: at once, with all that runs in it.

@@ -102,6 +102,7 @@ k port-forward pod/peer-1 :8080 >"$scratch/forward" &
 children+=("$!")
 soon "a forwarded port" grep -q Forwarding "$scratch/forward"
 same "through the forwarded port" "$("$installed/bin/probe" get "http://127.0.0.1:$(sed -n 's/.*127.0.0.1:\([0-9]*\) .*/\1/p' "$scratch/forward")")" peer-1
+kill "$!"
 
 step "a container that is killed is started again, a pod that is deleted comes back: both with the volume"
 container=$(field pod/peer-1 '.status.containerStatuses[0].containerID')

@@ -124,6 +124,11 @@ say "bringing up cluster '$name' ($nodes nodes, Kubernetes $(kubernetes_version)
 printf '%s\n' "$installed" >"$state/installed"
 lay_network
 cgroup_parents >"$state/cgroups"
+if only_unified_cgroups; then
+  read -r root <"$state/cgroups"
+  cp "$root/cgroup.subtree_control" "$state/controllers"
+  allow_controllers "$root" || fail "cgroups below $root can't have limits: is this a container? Run this on the machine itself"
+fi
 certify >"$state/log/kubeadm.log" 2>&1 || fail "certificates could not be made: $(tail -n 1 "$state/log/kubeadm.log")"
 for ((i = 0; i < nodes; i++)); do start_node "$i"; done
 say "nodes are running ($(since))"
