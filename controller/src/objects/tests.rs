@@ -190,6 +190,17 @@ fn every_pod_is_restricted() {
 }
 
 #[test]
+fn the_template_in_the_documentation_is_one() {
+    let page = include_str!("../../../docs/kubernetes.md");
+    let example = page.split("```yaml\nspec:\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let worker = pods_of(&job(&format!("  sql: a\n{example}")), &run(1, 1)).1[1].clone().spec.unwrap();
+    assert_eq!(restricted::violations(&serde_json::to_value(&worker).unwrap()), Vec::<String>::new());
+    let work = worker.volumes.unwrap().into_iter().find(|volume| volume.name == "work").unwrap();
+    assert!(work.ephemeral.is_some() && work.empty_dir.is_none());
+    assert_eq!(worker.tolerations.unwrap().len(), 3);
+}
+
+#[test]
 fn a_worker_has_no_key_but_its_own_and_nobody_the_authoritys() {
     let [coordinator, worker] = pods_of(&job(SMALL), &run(1, 1)).1;
     let keys = |pod: PodTemplateSpec| {
