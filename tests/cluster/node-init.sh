@@ -174,7 +174,9 @@ start_control_plane() {
     --requestheader-extra-headers-prefix X-Remote-Extra- \
     --proxy-client-cert-file $pki/front-proxy-client.crt --proxy-client-key-file $pki/front-proxy-client.key
   until_done 600 api_answers
+  # At the pace that they keep by themselves, the controllers would take five seconds to start.
   keep kube-controller-manager kube-controller-manager --bind-address 127.0.0.1 --leader-elect=false --profiling=false \
+    --kube-api-qps 200 --kube-api-burst 400 \
     --kubeconfig $pki/controller-manager.conf --authentication-kubeconfig $pki/controller-manager.conf \
     --authorization-kubeconfig $pki/controller-manager.conf --use-service-account-credentials \
     --client-ca-file $pki/ca.crt --requestheader-client-ca-file $pki/front-proxy-ca.crt --root-ca-file $pki/ca.crt \
