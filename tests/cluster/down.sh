@@ -14,6 +14,8 @@ shift "$shifted"
 case "${1:-}" in
   --locked) ;;
   '')
+    # What a cluster said that did not come up.
+    rm -rf "$clusters/$name.failed"
     [ -e "$state" ] || { say "no cluster '$name' is up"; exit; }
     exec 9>"$lock"
     flock 9

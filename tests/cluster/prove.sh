@@ -98,7 +98,7 @@ same "pod to machine" "$(in_pod peer-1 get "http://$(sed -n 's/.*listening on //
 step "logs, exec with its exit code, port-forward"
 grep -q 'starts: 1' <<<"$(k logs peer-1)" || fail "peer-1's log does not say how often it has started"
 refused 'exit code 1' in_pod peer-0 get http://peer-1.peer:1
-k port-forward pod/peer-1 :8080 >"$scratch/forward" &
+kubectl --namespace "$space" port-forward pod/peer-1 :8080 >"$scratch/forward" &
 children+=("$!")
 soon "a forwarded port" grep -q Forwarding "$scratch/forward"
 same "through the forwarded port" "$("$installed/bin/probe" get "http://127.0.0.1:$(sed -n 's/.*127.0.0.1:\([0-9]*\) .*/\1/p' "$scratch/forward")")" peer-1
