@@ -151,7 +151,7 @@ pub async fn find(reference: &Reference, scope: Scope<'_>) -> Result<Found> {
             // What lies in the job's own storage is read by the client that is at hand.
             let found = match inside(storage, location) {
                 Some(path) => within(storage.clone(), path, location).await?,
-                None => at(location).await?,
+                None => look(location, |at| storage.open_other(at)).await?,
             };
             let same = |r: &&Retained| r.from.is_none() && r.manifest == *found.snapshot.manifest;
             match state.retained.iter().chain(&state.abandoned).find(same) {
@@ -167,9 +167,13 @@ pub async fn find(reference: &Reference, scope: Scope<'_>) -> Result<Found> {
 /// # Errors
 /// When there is none, or it is damaged.
 pub async fn at(location: &str) -> Result<Found> {
+    look(location, storage::open_existing).await
+}
+
+async fn look(location: &str, open: impl Fn(&str) -> Result<Arc<dyn Storage>>) -> Result<Found> {
     match location.rsplit_once("/log/").filter(|(_, entry)| entry.ends_with(".json")) {
-        Some((folder, entry)) => within(storage::open_existing(folder)?, &format!("log/{entry}"), location).await,
-        None => within(storage::open_existing(location)?, "", location).await,
+        Some((folder, entry)) => within(open(folder)?, &format!("log/{entry}"), location).await,
+        None => within(open(location)?, "", location).await,
     }
 }
 
@@ -231,7 +235,7 @@ pub fn located(manifest: Arc<Manifest>, location: &str, storage: &Arc<dyn Storag
     }
     match inside(storage, location) {
         Some(root) => Ok(Snapshot::new(manifest, storage.clone(), root)),
-        None => Ok(Snapshot::new(manifest, storage::open_existing(location)?, "")),
+        None => Ok(Snapshot::new(manifest, storage.open_other(location)?, "")),
     }
 }
 

@@ -14,13 +14,43 @@ use object_store::{
 };
 use url::Url;
 
+pub use self::credentials::Credentials;
+use self::credentials::{REGION_DEFAULT, Secrets};
 use crate::{Disposition, Env, Error, Result};
 
-/// Requests of one operation are repeated for at most this long before it fails.
-const RETRY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a storage that does not answer, or not well, is tried.
+struct Patience {
+    connect: Duration,
+    /// For one answer, all of it.
+    answer: Duration,
+    /// Requests of one operation are repeated for at most this long before it fails.
+    retry: Duration,
+    backoff_max: Duration,
+}
+
+/// A job's: state is large, and waiting costs less than a failure.
+const JOB: Patience = Patience {
+    connect: Duration::from_secs(5),
+    answer: Duration::from_secs(60),
+    retry: Duration::from_secs(10),
+    backoff_max: Duration::from_secs(2),
+};
+/// Of somebody who looks after many jobs, and comes back later: an error within ten seconds at worst.
+const VISITOR: Patience = Patience {
+    connect: Duration::from_secs(2),
+    answer: Duration::from_secs(4),
+    retry: Duration::from_secs(4),
+    backoff_max: Duration::from_secs(1),
+};
+/// Codes of S3 for what it has understood and refused: waiting won't change it.
+const REFUSALS: [&str; 5] =
+    ["AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"];
+/// Requests of one operation after the first.
+const RETRIES_MAX: usize = 8;
 /// Objects above this size are uploaded in parts, bytes.
 const MULTIPART_THRESHOLD: usize = 16 << 20;
 
+mod credentials;
 mod memory;
 
 /// What became of a create.
@@ -82,6 +112,14 @@ pub trait Storage: Send + Sync {
         }
     }
 
+    /// Opens another location to read what is there, with what this one was opened with.
+    ///
+    /// # Errors
+    /// `Abort` if the location can't be used, or is none for whoever opened this one; the network is not touched.
+    fn open_other(&self, location: &str) -> Result<Arc<dyn Storage>> {
+        open_existing(location)
+    }
+
     /// Where it is, for people: `s3://bucket/prefix`. Holds no secret.
     fn describe(&self) -> String;
 
@@ -99,7 +137,7 @@ pub trait Storage: Send + Sync {
 /// # Errors
 /// `Abort` if the URL can't be used; the network is not touched.
 pub fn open(location: &str) -> Result<Arc<dyn Storage>> {
-    open_as(location, true)
+    open_as(location, true, None)
 }
 
 /// Opens a storage to read what is there: as [`open`], but makes no folder.
@@ -107,17 +145,32 @@ pub fn open(location: &str) -> Result<Arc<dyn Storage>> {
 /// # Errors
 /// As [`open`]; also if a local folder does not exist.
 pub fn open_existing(location: &str) -> Result<Arc<dyn Storage>> {
-    open_as(location, false)
+    open_as(location, false, None)
 }
 
-fn open_as(location: &str, create: bool) -> Result<Arc<dyn Storage>> {
+/// Opens a job's storage as [`open_existing`], but for somebody who looks after many jobs: S3 is reached with the job's
+/// credentials and nothing of this process's environment, and one that is down is an error within ten seconds.
+///
+/// # Errors
+/// As [`open_existing`]; also if the location is memory, which is in the process that runs the job.
+pub fn open_with(location: &str, credentials: &Credentials) -> Result<Arc<dyn Storage>> {
+    open_as(location, false, Some(credentials))
+}
+
+fn open_as(location: &str, create: bool, credentials: Option<&Credentials>) -> Result<Arc<dyn Storage>> {
     let (store, root, local_root): (Arc<dyn ObjectStore>, ObjectPath, Option<PathBuf>) = match Url::parse(location) {
         Ok(url) if url.scheme() == "s3" => {
             let bucket = url.host_str().unwrap_or_default();
             if bucket.is_empty() {
                 return Err(Error::abort(format!("storage '{location}': name a bucket, as in s3://bucket/folder")));
             }
-            (s3(bucket)?, object_path(location, url.path())?, None)
+            (s3(bucket, credentials)?, object_path(location, url.path())?, None)
+        }
+        Ok(url) if url.scheme() == "memory" && credentials.is_some() => {
+            return Err(Error::abort(format!(
+                "storage '{location}': memory is in the process that runs the job, and out of reach for others; use \
+                 s3://bucket/folder"
+            )));
         }
         Ok(url) if url.scheme() == "memory" => return Ok(Arc::new(memory::LimitedMemory::new(location, &url)?)),
         Ok(url) if url.scheme() == "file" => {
@@ -135,7 +188,13 @@ fn open_as(location: &str, create: bool) -> Result<Arc<dyn Storage>> {
         Ok(_) | Err(_) => local(location, PathBuf::from(location), create)?,
     };
     let store: Arc<dyn ObjectStore> = Arc::new(PrefixStore::new(store, root));
-    Ok(Arc::new(ObjectStorage { store, location: location.trim_end_matches('/').to_owned(), local_root }))
+    let secrets = match (credentials, &local_root) {
+        (Some(credentials), _) => credentials.secrets(),
+        (None, Some(_)) => Secrets::none(),
+        (None, None) => Secrets::of_environment(),
+    };
+    let (location, credentials) = (location.trim_end_matches('/').to_owned(), credentials.cloned());
+    Ok(Arc::new(ObjectStorage { store, location, local_root, credentials, secrets }))
 }
 
 /// Checks that the storage can be written, read and listed, with an object that is removed again.
@@ -150,26 +209,27 @@ pub async fn check_writable(storage: &dyn Storage, env: &Env) -> Result<()> {
     storage.delete(&path).await.map_err(context)
 }
 
-fn s3(bucket: &str) -> Result<Arc<dyn ObjectStore>> {
-    let retry = RetryConfig {
-        backoff: BackoffConfig {
-            init_backoff: Duration::from_millis(50),
-            max_backoff: Duration::from_secs(2),
-            base: 2.0,
-        },
-        max_retries: 8,
-        retry_timeout: RETRY_TIMEOUT,
+fn s3(bucket: &str, credentials: Option<&Credentials>) -> Result<Arc<dyn ObjectStore>> {
+    let Patience { connect, answer, retry, backoff_max } = if credentials.is_some() { VISITOR } else { JOB };
+    let backoff = BackoffConfig { init_backoff: Duration::from_millis(50), max_backoff: backoff_max, base: 2.0 };
+    let retry = RetryConfig { backoff, max_retries: RETRIES_MAX, retry_timeout: retry };
+    let options = ClientOptions::new().with_connect_timeout(connect).with_timeout(answer);
+    let builder = match credentials {
+        Some(credentials) => credentials.builder(options),
+        None => {
+            let allow_http = std::env::var("AWS_ALLOW_HTTP").is_ok_and(|v| v == "true" || v == "1");
+            let builder = AmazonS3Builder::from_env().with_client_options(options.with_allow_http(allow_http));
+            match ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().all(|name| std::env::var_os(name).is_none()) {
+                true => builder.with_region(REGION_DEFAULT),
+                false => builder,
+            }
+        }
     };
-    let options = ClientOptions::new()
-        .with_connect_timeout(Duration::from_secs(5))
-        .with_timeout(Duration::from_secs(60))
-        .with_allow_http(std::env::var("AWS_ALLOW_HTTP").is_ok_and(|v| v == "true" || v == "1"));
-    let mut builder =
-        AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retry).with_client_options(options);
-    if std::env::var_os("AWS_REGION").is_none() && std::env::var_os("AWS_DEFAULT_REGION").is_none() {
-        builder = builder.with_region("us-east-1");
-    }
-    let store = builder.build().map_err(|e| Error::abort(format!("open bucket '{bucket}': {e}")))?;
+    let store = builder.with_bucket_name(bucket).with_retry(retry).build();
+    let store = store.map_err(|e| {
+        let secrets = credentials.map_or_else(Secrets::of_environment, Credentials::secrets);
+        Error::abort(secrets.hide(&format!("open bucket '{bucket}': {e}")))
+    })?;
     Ok(Arc::new(store))
 }
 
@@ -196,6 +256,10 @@ struct ObjectStorage {
     location: String,
     /// The folder of local storage: its writes are synchronised before they count.
     local_root: Option<PathBuf>,
+    /// What it was opened with; `None` stands for this process's environment.
+    credentials: Option<Credentials>,
+    /// What none of its errors may show.
+    secrets: Secrets,
 }
 
 impl ObjectStorage {
@@ -203,20 +267,22 @@ impl ObjectStorage {
         use object_store::Error as E;
         let text = error.to_string();
         let place = format!("{action} {}/{path}", self.location);
+        let code = credentials::code(&text);
+        let refused = matches!(&error, E::PermissionDenied { .. } | E::Unauthenticated { .. })
+            || code.is_some_and(|code| REFUSALS.contains(&code));
         let disposition = match &error {
-            E::PermissionDenied { .. } | E::Unauthenticated { .. } | E::NotSupported { .. } | E::InvalidPath { .. } => {
-                Disposition::Abort
-            }
+            E::NotSupported { .. } | E::InvalidPath { .. } => Disposition::Abort,
+            _ if refused => Disposition::Abort,
             _ => Disposition::Retry,
         };
         let hint = match &error {
             _ if self.local_root.is_some() => "",
-            E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
-                " (check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy)"
-            }
+            _ if refused => " (check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy)",
             E::NotFound { .. } => " (does the bucket exist?)",
+            _ if code == Some("NoSuchBucket") => " (does the bucket exist?)",
             _ => " (check AWS_ENDPOINT_URL, and AWS_ALLOW_HTTP=true for plain http)",
         };
+        let text = self.secrets.hide(&text);
         Error::new(disposition, format!("{place}{hint}: {text}"))
     }
 
@@ -336,6 +402,16 @@ impl Storage for ObjectStorage {
             Err(object_store::Error::NotFound { .. }) => Ok(false),
             Err(e) => Err(self.error("copy", from, e)),
         }
+    }
+
+    fn open_other(&self, location: &str) -> Result<Arc<dyn Storage>> {
+        let Some(credentials) = &self.credentials else { return open_existing(location) };
+        let other = open_with(location, credentials)?;
+        // A job in a bucket has no business in the folders of whoever looks after it.
+        if other.is_local() && !self.is_local() {
+            return Err(Error::abort(format!("{location} can't be reached from {}: name a bucket", self.location)));
+        }
+        Ok(other)
     }
 
     fn describe(&self) -> String {
