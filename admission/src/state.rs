@@ -7,7 +7,7 @@ use floodmark_dataflow::takers;
 use floodmark_snapshot::{
     Disposition, Epoch, Error, Manifest,
     log::LogState,
-    restore::{self, Fate, Found, Line, Origin, Reference, StatePlan, Taker},
+    restore::{self, Fate, Found, Line, Origin, Reference, StartId, StatePlan, Taker},
     storage::{self, Storage},
 };
 
@@ -33,7 +33,11 @@ impl Wanted {
     pub fn origin(&self, state: &LogState) -> Origin<'_> {
         match self {
             Self::Exactly(reference) => Origin::of(reference),
-            Self::Start { restore, initial } => Origin::of_start(restore, initial.as_ref(), state),
+            Self::Start { restore, initial } => {
+                // No start has said these words yet.
+                let start = StartId::Process(String::new());
+                Origin::of_start(restore, initial.as_ref(), &start, state)
+            }
         }
     }
 }

@@ -13,8 +13,9 @@ pub(crate) struct LeaseWanted {
     pub(crate) name: LeaseName,
     /// How often it is renewed.
     pub(crate) rhythm: Rhythm,
+    /// The run that it is for.
+    pub(crate) run: u64,
     identity: String,
-    run: u64,
     ip: Option<IpAddr>,
 }
 

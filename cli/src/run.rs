@@ -12,7 +12,11 @@ use floodmark_crds::{
 };
 use floodmark_dataflow::{JobGraph, channel::CHANNEL_BYTES_MAX, graph::NodeKind};
 use floodmark_rocksdb::{RocksDb, Settings};
-use floodmark_snapshot::{Disposition, Env, restore::Reference, storage};
+use floodmark_snapshot::{
+    Disposition, Env,
+    restore::{Reference, StartId},
+    storage,
+};
 use floodmark_state::{Heap, StateBackend, StateSettings, Whole};
 use floodmark_worker::{
     Candidacy, CheckpointMode, CheckpointSettings, Controls, LOCAL_COPIES_BYTES_MAX, LocalCopies, Network, Outcome,
@@ -110,6 +114,9 @@ fn run_on(
         tracing::info!("job {}: checkpoints in {}", spec.job, spec.storage.describe());
         let place = Place::of(&spec.job, &location);
         (spec.restore, spec.initial) = restore;
+        if let Workers::Others(_, Election::Lease(wanted)) = &workers {
+            spec.start = StartId::Run(wanted.run);
+        }
         drive(spec, &place, &args.http, workers, &env, &progress, screen)
     });
     screen.clear();
@@ -182,6 +189,7 @@ pub(crate) fn spec(job: Job, places: &Places<'_>, env: &Env) -> Result<(RunSpec,
         storage,
         restore: Reference::Latest,
         initial: None,
+        start: StartId::Process(env.ids.ulid()),
         slice_bytes: SLICE_BYTES,
         channel_bytes: CHANNEL_BYTES_MAX,
         restarts: restarts(&spec.restarts),

@@ -24,7 +24,11 @@ use floodmark_link::{
     control::Heartbeat,
     transport::{Endpoint, Listening, Transport},
 };
-use floodmark_snapshot::{Disposition, Env, Epoch, Error, JobId, restore::Reference, storage::Storage};
+use floodmark_snapshot::{
+    Disposition, Env, Epoch, Error, JobId,
+    restore::{Reference, StartId},
+    storage::Storage,
+};
 use floodmark_state::StateSettings;
 use tokio::sync::{mpsc, watch};
 
@@ -112,6 +116,8 @@ pub struct RunSpec {
     pub restore: Reference,
     /// What to start from if it is [`Reference::Latest`] and the job has no past.
     pub initial: Option<Reference>,
+    /// Which start this is: it begins at `restore` once, and goes on after that.
+    pub start: StartId,
     /// Bytes of state files that a subtask takes over at a time, about: [`SLICE_BYTES`].
     pub slice_bytes: u64,
     /// Bytes that a channel between subtasks holds before its sender waits:

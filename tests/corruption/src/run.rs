@@ -8,7 +8,11 @@ use std::{
 };
 
 use floodmark_dataflow::{JobGraph, channel::CHANNEL_BYTES_MAX};
-use floodmark_snapshot::{JobId, coordination::BarrierKind, restore::Reference};
+use floodmark_snapshot::{
+    JobId,
+    coordination::BarrierKind,
+    restore::{Reference, StartId},
+};
 use floodmark_state::{StateBackend, StateSettings};
 use floodmark_worker::{
     CheckpointMode, CheckpointSettings, Controls, Progress, RunError, RunSpec, SavepointRequest, Summary,
@@ -161,6 +165,7 @@ pub fn run_graph(
         storage: storage.clone(),
         restore: start.restore.clone(),
         initial: None,
+        start: StartId::Process(format!("process:{}", start.process)),
         slice_bytes: 512,
         channel_bytes: CHANNEL_BYTES_MAX,
         restarts: floodmark_worker::RestartStrategy::None,

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use floodmark_rocksdb::{RocksDb, Settings};
-use floodmark_snapshot::{JobId, Result, restore::Reference};
+use floodmark_snapshot::{
+    JobId, Result,
+    restore::{Reference, StartId},
+};
 use floodmark_state::{Heap, StateBackend, Whole};
 use floodmark_worker::{CheckpointSettings, RunSpec};
 
@@ -57,6 +60,8 @@ pub(crate) fn spec(process: &Arc<Process>, start: usize, from: Start) -> Result<
         storage: Arc::new(Client::of(process)),
         restore: from.restore,
         initial: from.initial,
+        // All processes of a life are one run: what it is told to begin at counts once.
+        start: StartId::Run(1),
         slice_bytes: plan.slice_bytes,
         channel_bytes: plan.channel_bytes,
         restarts: plan.restarts.clone(),

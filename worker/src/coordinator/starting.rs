@@ -136,7 +136,7 @@ pub(super) async fn start(
 
 /// At which checkpoint the job has finished, if it is asked for nothing but to go on.
 fn finished(spec: &RunSpec, state: &LogState) -> Option<Epoch> {
-    let origin = Origin::of_start(&spec.restore, spec.initial.as_ref(), state);
+    let origin = Origin::of_start(&spec.restore, spec.initial.as_ref(), &spec.start, state);
     state.finished.filter(|_| origin == Origin::Own)
 }
 
@@ -206,20 +206,21 @@ impl Starter<'_> {
 
     async fn choose(&self) -> Result<Choice> {
         let Self { spec, state, .. } = self;
-        match Origin::of_start(&spec.restore, spec.initial.as_ref(), state) {
+        match Origin::of_start(&spec.restore, spec.initial.as_ref(), &spec.start, state) {
             Origin::Own => {
-                if let Some(asked) = state.asked.as_ref().filter(|asked| **asked == spec.restore.to_string()) {
-                    tracing::info!("the job was started from {asked} before, and goes on from where it is");
+                if state.asked == Some(spec.start.asked(&spec.restore)) {
+                    tracing::info!("the job was started from {} before, and goes on from where it is", spec.restore);
                 }
                 let candidates = restore::candidates(&spec.storage, &spec.job, state)?;
                 Ok(Choice { candidates, note: None, fall_back: true })
             }
             Origin::Nothing => {
-                let note = state.has_history().then(|| {
+                if state.has_history() {
                     tracing::warn!("starting from nothing, as told to; earlier checkpoints are given up");
-                    Event::Restored { epoch: None, asked: Some(Reference::Nothing.to_string()) }
-                });
-                Ok(Choice { candidates: Vec::new(), note, fall_back: false })
+                }
+                // Also without a past: the next attempt is to go on from the checkpoints of this one.
+                let note = Event::Restored { epoch: None, asked: Some(spec.start.asked(&Reference::Nothing)) };
+                Ok(Choice { candidates: Vec::new(), note: Some(note), fall_back: false })
             }
             Origin::From(reference) => self.named(reference).await,
         }
@@ -228,10 +229,10 @@ impl Starter<'_> {
     /// A snapshot that somebody has named: no other stands in for it.
     async fn named(&self, reference: &Reference) -> Result<Choice> {
         let Self { spec, state, .. } = self;
-        let asked = reference.to_string();
+        let asked = spec.start.asked(reference);
         let scope = Scope { storage: &spec.storage, job: &spec.job, state };
         let found = restore::find(reference, scope).await?;
-        restore::check_format(&found.snapshot.manifest).map_err(|e| e.context(&asked))?;
+        restore::check_format(&found.snapshot.manifest).map_err(|e| e.context(reference))?;
         let (candidate, note) = if found.own {
             let epoch = found.snapshot.manifest.epoch;
             let mut known = state.retained.iter().chain(&state.abandoned);

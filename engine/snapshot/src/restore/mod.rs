@@ -11,7 +11,7 @@ mod source;
 use std::{fmt::Write as _, sync::Arc};
 
 pub use self::{
-    origin::Origin,
+    origin::{Origin, StartId},
     plan::{Fate, Line, StatePlan, Taker},
     reference::{Found, Reference, Scope, at, find, located},
     source::Snapshot,

@@ -16,18 +16,41 @@ pub enum Origin<'a> {
     From(&'a Reference),
 }
 
+/// Tells one start of a job from another: what it was told to begin at counts once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StartId {
+    /// The start of this process, by whatever it is known. Others that name the same snapshot go on with it; what begins with
+    /// nothing is each process's own.
+    Process(String),
+    /// The run of a job that has this number, whichever process runs it: the next one begins anew, with the same words too.
+    Run(u64),
+}
+
+impl StartId {
+    /// How the log remembers what such a start was told to begin at.
+    #[must_use]
+    pub fn asked(&self, reference: &Reference) -> String {
+        match (self, reference) {
+            (Self::Run(number), reference) => format!("{reference} (run {number})"),
+            (Self::Process(process), Reference::Nothing) => format!("{reference} ({process})"),
+            (Self::Process(_), named) => named.to_string(),
+        }
+    }
+}
+
 impl<'a> Origin<'a> {
-    /// What the start of a job means that is told to begin at `restore`. `initial` is what it begins at if that is
+    /// What a start of a job means that is told to begin at `restore`. `initial` is what it begins at if that is
     /// [`Reference::Latest`] and the job has no past.
     #[must_use]
-    pub fn of_start(restore: &'a Reference, initial: Option<&'a Reference>, state: &LogState) -> Self {
+    pub fn of_start(restore: &'a Reference, initial: Option<&'a Reference>, start: &StartId, state: &LogState) -> Self {
         let wanted = match (restore, initial) {
             (Reference::Latest, Some(initial)) if !state.has_history() => initial,
             (wanted, _) => wanted,
         };
         match Self::of(wanted) {
-            // Whoever restarts the process with the same words wants it to go on, not back again.
-            Self::From(named) if state.asked == Some(named.to_string()) && !state.retained.is_empty() => Self::Own,
+            Self::Own => Self::Own,
+            // It has begun there: now it goes on, after a failure too, and not back again.
+            _ if state.asked == Some(start.asked(wanted)) && !state.retained.is_empty() => Self::Own,
             origin => origin,
         }
     }
@@ -58,7 +81,7 @@ mod tests {
                 "retained" => state.retained.push(checkpoint.clone()),
                 "abandoned" => state.abandoned.push(checkpoint.clone()),
                 "damaged" => state.damaged.push(crate::log::Damaged { seq: 1, reason: "cut".into() }),
-                asked => state.asked = Some(asked.to_owned()),
+                asked => state.asked = Some(asked.replace('_', " ")),
             }
         }
         state
@@ -88,6 +111,9 @@ mod tests {
             ("none", "", "", "nothing"),
             ("none", "base", "retained", "nothing"),
             ("none", "", "retained none", "nothing"),
+            ("none", "", "retained none_(p)", "own"),
+            ("none", "", "retained none_(q)", "nothing"),
+            ("none", "", "abandoned none_(p)", "nothing"),
             ("7", "", "", "7"),
             ("7", "base", "", "7"),
             ("7", "", "retained", "7"),
@@ -103,8 +129,21 @@ mod tests {
         for (restore, initial, words, expected) in cases {
             let (wanted, state) = (restore.parse().unwrap(), past(words));
             let initial = (!initial.is_empty()).then(|| initial.parse().unwrap());
-            let origin = Origin::of_start(&wanted, initial.as_ref(), &state);
+            let origin = Origin::of_start(&wanted, initial.as_ref(), &StartId::Process("p".into()), &state);
             assert_eq!(shown(origin), expected, "{restore}, {initial:?}, past: {words}");
+        }
+    }
+
+    #[test]
+    fn a_run_begins_once_where_it_was_told_to() {
+        for words in ["none", "7", "base"] {
+            let wanted: Reference = words.parse().unwrap();
+            let of_run =
+                |number, state: &LogState| shown(Origin::of_start(&wanted, None, &StartId::Run(number), state));
+            let begun = past(&format!("retained {words}_(run_3)"));
+            assert_eq!(of_run(3, &begun), "own");
+            let anew = if words == "none" { "nothing" } else { words };
+            assert_eq!((of_run(4, &begun), of_run(3, &past("retained"))), (anew.to_owned(), anew.to_owned()));
         }
     }
 
