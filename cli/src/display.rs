@@ -127,7 +127,7 @@ impl Moment {
 
 /// A line for the job, and one for each operator.
 fn live_lines(before: &Moment, now: &Moment) -> Vec<String> {
-    let mut lines = vec![format!("{}  {}", phase(now.view.phase), now.checkpoint())];
+    let mut lines = vec![format!("{}  {}", phase(&now.view), now.checkpoint())];
     let width = now.view.operators.iter().map(|o| o.uid.0.chars().count()).max().unwrap_or(0);
     for operator in &now.view.operators {
         let mut line = format!(
@@ -149,7 +149,7 @@ fn live_lines(before: &Moment, now: &Moment) -> Vec<String> {
 
 /// The job in one line: sources and sinks only.
 fn log_line(before: &Moment, now: &Moment) -> String {
-    let mut parts = vec![phase(now.view.phase).to_owned()];
+    let mut parts = vec![phase(&now.view).to_owned()];
     for operator in &now.view.operators {
         let table = match Table::of(&operator.uid) {
             Some(Table::Source(table)) => format!("from {table}"),
@@ -166,8 +166,9 @@ fn log_line(before: &Moment, now: &Moment) -> String {
     parts.join("; ")
 }
 
-fn phase(phase: JobPhase) -> &'static str {
-    match phase {
+fn phase(view: &ProgressView) -> &'static str {
+    match view.phase {
+        JobPhase::Restoring if view.attempt.waiting => "waiting",
         JobPhase::Restoring => "restoring",
         JobPhase::Running => "running",
         JobPhase::Stopping => "stopping",

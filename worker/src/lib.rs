@@ -250,6 +250,7 @@ pub async fn stand_by(
 ) -> Result<Option<Summary>, RunError> {
     let (spec, mut controls) = (Arc::new(spec), controls.into());
     let Candidacy { leadership, mut hand_over } = candidacy;
+    progress.waiting(true);
     let mut lease = tokio::select! {
         biased;
         () = coordinator::stopped(&mut hand_over) => return Ok(None),

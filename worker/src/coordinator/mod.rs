@@ -209,7 +209,7 @@ impl Job {
             Some(log) => {
                 let mut shell = Shell::new(&running, log, state, note, restored, self.rescaling.take());
                 let ended = shell.run(&mut running, controls).await;
-                let (state, rescaling) = shell.left();
+                let (state, rescaling) = shell.left(&ended);
                 let crowded = rescaling.as_ref().is_some_and(|r| r.crowded);
                 let patience = if crowded { Duration::ZERO } else { REPLACEMENT_PATIENCE };
                 let parallelism = starting::parallelism(&self.spec, &state);

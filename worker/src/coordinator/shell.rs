@@ -11,7 +11,8 @@ use floodmark_dataflow::task::Command;
 use floodmark_snapshot::{
     Env, Epoch, Error, OperatorSnapshot, OperatorUid, Result, Shard, Step,
     coordination::{
-        self, Coordinator, Decision, End, Participants, SavepointId, Schedule, StartingPoint, Subtask, Time,
+        self, BarrierKind, Coordinator, Decision, End, Participants, SavepointId, Schedule, StartingPoint, Subtask,
+        Time,
     },
     log::{CheckpointLog, Event as LogEvent, LogState},
     manifest::{Rescaled, ShardStatus},
@@ -48,7 +49,7 @@ pub(super) struct Shell {
     asked: BTreeMap<SavepointId, SavepointRequest>,
     next_asked: u64,
     /// Checkpoints whose savepoints are copied, or have failed.
-    exported: (mpsc::UnboundedSender<Epoch>, mpsc::UnboundedReceiver<Epoch>),
+    exported: (mpsc::UnboundedSender<Exported>, mpsc::UnboundedReceiver<Exported>),
     settled: u64,
     /// The checkpoint that the tasks have started from.
     restored: Option<Epoch>,
@@ -110,8 +111,19 @@ impl Shell {
         }
     }
 
-    /// Where the job stands, and the rescale that the next attempt is for.
-    pub(super) fn left(self) -> (LogState, Option<Rescaling>) {
+    /// Where the job stands, and the rescale that the next attempt is for. Whoever waits for a savepoint still is told that it
+    /// has come to nothing.
+    pub(super) fn left(self, ended: &Result<Ended>) -> (LogState, Option<Rescaling>) {
+        let why = match ended {
+            Ok(Ended::Job(..)) => "the job has ended before it was complete".to_owned(),
+            Ok(Ended::Rescaled | Ended::Unfinished) => "the job goes on without it; ask again".to_owned(),
+            Err(error) => format!("the attempt has failed before it was complete: {error}"),
+        };
+        for request in self.asked.into_values() {
+            tracing::warn!(savepoint = %request.name, reason = %why, "no savepoint");
+            // One that no longer listens has no need of the answer.
+            let _ = request.reply.send(Err(why.clone()));
+        }
         (self.state, self.rescaling)
     }
 
@@ -165,7 +177,13 @@ impl Shell {
                     pending.extend(self.ask_rescale(request, running));
                 }
                 Some(request) = controls.savepoints.recv(), if self.rescaling.is_none() => pending.extend(self.ask(request)),
-                Some(epoch) = self.exported.1.recv() => pending.push(coordination::Event::Exported(epoch)),
+                Some(Exported { epoch, unmade }) = self.exported.1.recv() => match unmade {
+                    Some(why) if !stopping => {
+                        tracing::warn!("the job does not stop, without the savepoint that it was to stop with: {why}");
+                        return Ok(Ended::Unfinished);
+                    }
+                    Some(_) | None => pending.push(coordination::Event::Exported(epoch)),
+                },
                 report = running.crew.next() => pending.extend(self.report(report?, running)?),
             }
         }
@@ -421,7 +439,8 @@ impl Shell {
         let (storage, folder, env) = (running.spec.storage.clone(), self.log.folder().clone(), running.env.clone());
         let exported = self.exported.0.clone();
         running.env.runtime.spawn(Box::pin(async move {
-            for SavepointRequest { name, then: _, reply } in requests {
+            let (mut stops, mut unmade) = (false, None);
+            for SavepointRequest { name, then, reply } in requests {
                 let made = match manifest.clone() {
                     Some(manifest) => {
                         let size = manifest.size();
@@ -435,11 +454,25 @@ impl Shell {
                     Ok(made) => tracing::info!(savepoint = %name, location = %made.location, "savepoint complete"),
                     Err(error) => tracing::warn!(savepoint = %name, %error, "no savepoint"),
                 }
+                match (then, &made) {
+                    (BarrierKind::Checkpoint, _) => {}
+                    (BarrierKind::Stop, Err(error)) => unmade = Some(error.to_string()),
+                    // Behind a drain there is no way back: event time is at its end.
+                    (BarrierKind::Stop, Ok(_)) | (BarrierKind::Drain, _) => stops = true,
+                }
                 let _ = reply.send(made.map_err(|e| e.to_string()));
             }
-            let _ = exported.send(epoch);
+            let unmade = unmade.filter(|_| !stops);
+            let _ = exported.send(Exported { epoch, unmade });
         }));
     }
+}
+
+/// A checkpoint whose savepoints are copied, or have failed.
+struct Exported {
+    epoch: Epoch,
+    /// Why there is no savepoint to stop with, if the job was to stop with one.
+    unmade: Option<String>,
 }
 
 /// What follows from a decision that was carried out.

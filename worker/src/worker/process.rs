@@ -21,9 +21,9 @@ use crate::{
     words::{FromWorker, Hello, ToWorker},
 };
 
-/// From one look for the coordinator to the next.
-const RETRY: Duration = Duration::from_millis(100);
-/// Looks in vain before it is said: a coordinator that ends takes its workers with it.
+/// From one look for the coordinator to the next, at first and at most.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(250));
+/// Looks in vain before it is said, and before looks become rarer: a coordinator that ends takes its workers with it.
 const SAY_AFTER: u32 = 10;
 /// From one word on what has been counted to the next.
 const COUNT_EVERY: Duration = Duration::from_secs(1);
@@ -75,7 +75,7 @@ pub(crate) async fn serve(
                     if in_vain == SAY_AFTER {
                         tracing::warn!(%error, "the coordinator can't be reached; looking for it again and again");
                     }
-                    env.runtime.sleep(RETRY).await;
+                    env.runtime.sleep(if in_vain < SAY_AFTER { RETRY.0 } else { RETRY.1 }).await;
                     continue;
                 }
                 Err(error) => return Err(error.context("serve the coordinator")),

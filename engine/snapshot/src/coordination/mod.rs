@@ -551,7 +551,9 @@ impl Coordinator {
         if barrier.stops() {
             // The sources have ended behind that barrier: there is nobody left to send another.
             self.life = Life::Over;
-            out.push(Decision::Fail(format!("the last checkpoint ({epoch}) failed: {reason}")));
+            let failed = format!("the last checkpoint ({epoch}) failed: {reason}");
+            // Without the savepoint that it was to stop with, the job does not stop. Who asked for it knows.
+            out.push(if barrier.whole { Decision::Restart(failed) } else { Decision::Fail(failed) });
             return;
         }
         if barrier.whole {

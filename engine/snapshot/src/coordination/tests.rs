@@ -270,6 +270,18 @@ fn a_failed_last_checkpoint_fails_the_job() {
 }
 
 #[test]
+fn a_job_that_can_not_stop_with_a_savepoint_goes_on() {
+    check(
+        machine(&[], StartingPoint::default()),
+        &["savepoint 5 and stop", "decline a 1"],
+        expect![[r#"
+            savepoint 5 and stop -> trigger 1 for a savepoint and stop
+            decline a 1 -> abort 1 (declined by 0.0: disk full), delete []; refuse savepoint 5: declined by 0.0: disk full; restart: the last checkpoint (1) failed: declined by 0.0: disk full
+        "#]],
+    );
+}
+
+#[test]
 fn two_checkpoints_may_be_under_way_and_complete_in_order() {
     check(
         scheduled(PIPELINED, &[], StartingPoint::default()),
