@@ -8,7 +8,7 @@ ENV RUSTUP_TOOLCHAIN=1.95.0 FLOODMARK_CACHE=/cache CARGO_TARGET_DIR=/cache/targe
 WORKDIR /floodmark
 COPY . .
 RUN scripts/setup-build.sh
-RUN ROCKSDB_LIB_DIR=$(scripts/setup-rocksdb.sh --where) cargo build --release --locked -p floodmark --bin floodmark
+RUN ROCKSDB_LIB_DIR=$(scripts/setup-rocksdb.sh --where) cargo build --release --locked -p floodmark -p floodmark-controller --bins
 
 FROM debian:bookworm-slim
 RUN apt-get update \
@@ -16,7 +16,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && echo 'floodmark:x:65532:65532::/nonexistent:/usr/sbin/nologin' >>/etc/passwd \
     && echo 'floodmark:x:65532:' >>/etc/group
-COPY --from=build /cache/target/release/floodmark /usr/local/bin/floodmark
+COPY --from=build /cache/target/release/floodmark /cache/target/release/floodmark-controller /usr/local/bin/
 USER 65532:65532
 WORKDIR /
 ENTRYPOINT ["/usr/local/bin/floodmark"]

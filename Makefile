@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check simulate fuzz bench image cluster cluster-down generate fmt
+.PHONY: help build demo test check simulate fuzz bench image cluster cluster-down e2e generate fmt
 
 # Built files and fetched tools live outside the clone, so that several clones share them.
 export FLOODMARK_CACHE ?= $(HOME)/.cache/floodmark
@@ -18,7 +18,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # One selection of packages for all release builds: another one would compile shared dependencies anew.
-RELEASED := -p floodmark -p floodmark-tests -p floodmark-bench
+RELEASED := -p floodmark -p floodmark-controller -p floodmark-tests -p floodmark-bench
 
 build: ## Build the floodmark program, the demo and the benchmark (release)
 	@scripts/setup-build.sh
@@ -73,6 +73,9 @@ cluster: ## Bring up a real Kubernetes cluster of NODES=3 on this machine, and s
 
 cluster-down: ## End that cluster, and leave nothing of it
 	@$(cluster_down)
+
+e2e: build ## Prove the operator on a real cluster with a real Kafka broker and S3 server, from its chart and image (SCENARIO=part of a name)
+	@scripts/e2e.sh $(SCENARIO)
 
 generate: ## Write generated files anew (crds/*.yaml, docs/openapi.json)
 	@scripts/setup-build.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Writes the image of Floodmark to a file, without Docker: the same content as ../../../Dockerfile's.
-#   build.sh [PROGRAM]      PROGRAM is the floodmark to put into it (default: $FLOODMARK_BIN, the release build)
+#   build.sh [PROGRAM]      PROGRAM is the floodmark to put into it (default: $FLOODMARK_BIN, the release build);
+#                           floodmark-controller is taken from beside it
 # On standard output: the file, $FLOODMARK_CACHE/images/floodmark-VERSION.tar. The image's name is floodmark:VERSION.
 #
 # Below the program is a layer of Debian's (or Ubuntu's) packages of this machine's release: those whose libraries the program
@@ -17,7 +18,8 @@ RECIPE=1
 USER_ID=65532
 
 program=${1:-${FLOODMARK_BIN:-${CARGO_TARGET_DIR:-$FLOODMARK_CACHE/target}/release/floodmark}}
-[ -x "$program" ] || fail "there is no program at $program: make build"
+controller="$(dirname "$program")/floodmark-controller"
+for file in "$program" "$controller"; do [ -x "$file" ] || fail "there is no program at $file: make build"; done
 for tool in apt-get apt-cache dpkg-deb dpkg-query; do
   have "$tool" || fail "an image is built of Debian's packages, and there is no $tool here: use the Dockerfile instead"
 done
@@ -34,7 +36,7 @@ owner() {
 }
 wanted=(base-files ca-certificates)
 readelf -h "$program" >/dev/null || fail "$program is not a program of this machine"
-for library in $(ldd "$program" | sed -n 's/.*=> \(\/[^ ]*\) .*/\1/p; s/^\s*\(\/[^ ]*\) (.*/\1/p'); do
+for library in $(ldd "$program" "$controller" | sed -n 's/.*=> \(\/[^ ]*\) .*/\1/p; s/^\s*\(\/[^ ]*\) (.*/\1/p'); do
   package=$(owner "$library")
   [ -n "$package" ] || fail "no package brings $library, with which $program is linked: build it on a machine where one does"
   wanted+=("$package")
@@ -93,6 +95,7 @@ if [ ! -e "$base" ]; then
 fi
 mkdir -p "$work/program/usr/local/bin"
 install -m 755 "$program" "$work/program/usr/local/bin/floodmark"
+install -m 755 "$controller" "$work/program/usr/local/bin/floodmark-controller"
 image="$images/floodmark-$version.tar"
 python3 "$here/archive.py" "$image" "floodmark:$version" --entrypoint /usr/local/bin/floodmark --user "$USER_ID:$USER_ID" \
   "$base" "$work/program"
