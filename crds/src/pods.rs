@@ -46,7 +46,8 @@ pub struct CoordinatorSpec {
     pub resources: Resources,
 
     /// What is added to the pods: a pod template as in a Deployment. Maps are merged, and lists of things with names by their
-    /// names (the container is called `floodmark`, the volume that is its working folder `work`); other lists replace.
+    /// names (the container is called `floodmark`, the volume that is its working folder `work`); `tolerations` and `envFrom` are
+    /// added to; other lists replace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_template: Option<PodTemplate>,
 }

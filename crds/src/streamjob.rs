@@ -260,7 +260,7 @@ pub struct StateSpec {
     #[serde(default)]
     pub backend: StateBackend,
 
-    /// How long the state of a key is kept after it was last changed, such as `1d`, where nothing else bounds it (aggregates
+    /// How long the state of a key is kept after it was last changed, such as `24h`, where nothing else bounds it (aggregates
     /// without a window). Left out, it is kept for ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttl: Option<HumanDuration>,
