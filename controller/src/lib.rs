@@ -7,3 +7,4 @@
 pub mod lifecycle;
 pub mod objects;
 pub mod revision;
+pub mod savepoints;
