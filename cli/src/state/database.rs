@@ -186,6 +186,13 @@ fn load_manifest(database: &Connection, manifest: &Manifest) -> rusqlite::Result
 async fn load_state(database: &Connection, snapshot: &Snapshot, table: &StateTable) -> Result<()> {
     let mut loader: Option<Loader> = None;
     for shard in table.shards.iter().filter(|s| s.kind == ShardKind::Keyed) {
+        if shard.cut_from.is_some() {
+            return Err(Error::abort(format!(
+                "{} has changed its parallelism, and the checkpoint names parts of the files from before, which only the job \
+                 can tell apart; take a savepoint, and ask that",
+                table.uid
+            )));
+        }
         let file = snapshot.read(shard).await?;
         let reader = Reader::verified(&file).map_err(|e| e.context(format!("read shard {}", shard.path)))?;
         let header = reader.header();

@@ -126,6 +126,12 @@ impl KeyGroupRange {
         self.first <= group && group <= self.last
     }
 
+    /// Number of key groups in it.
+    #[must_use]
+    pub fn width(&self) -> u64 {
+        u64::from(self.last.0.saturating_sub(self.first.0)) + 1
+    }
+
     /// Whether the two ranges share a key group.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {

@@ -96,7 +96,7 @@ impl Manifest {
     /// Bytes of all shards.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.shards().map(|s| s.size).sum()
+        self.shards().map(Shard::own_size).sum()
     }
 
     /// All shards of all operators.
@@ -190,7 +190,10 @@ pub struct Shard {
     /// The key groups of a keyed shard.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_groups: Option<KeyGroupRange>,
-    /// Rows (keys or records) in it.
+    /// The key groups of its file, if those are more than `key_groups`: then the others' rows in it are not this shard's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut_from: Option<KeyGroupRange>,
+    /// Rows (keys or records) in it; if it is cut, about.
     pub rows: u64,
     /// Where its bytes stand.
     pub status: ShardStatus,
@@ -205,7 +208,33 @@ pub struct Shard {
     pub name: Option<String>,
 }
 
+/// What these key groups have of what `all` have, about.
+fn share(of: u64, own: KeyGroupRange, all: KeyGroupRange) -> u64 {
+    (u128::from(of) * u128::from(own.width()) / u128::from(all.width())) as u64
+}
+
 impl Shard {
+    /// The part of it in these key groups; `None` if it has none there, or does not tell its key groups.
+    #[must_use]
+    pub fn cut_to(&self, key_groups: KeyGroupRange) -> Option<Self> {
+        let all = self.key_groups?;
+        let own = all.common(&key_groups)?;
+        if own == all {
+            return Some(self.clone());
+        }
+        let rows = share(self.rows, own, all);
+        Some(Self { key_groups: Some(own), cut_from: Some(self.cut_from.unwrap_or(all)), rows, ..self.clone() })
+    }
+
+    /// Bytes of its file; if it is cut, its share of them, about.
+    #[must_use]
+    pub fn own_size(&self) -> u64 {
+        match (self.key_groups, self.cut_from) {
+            (Some(own), Some(all)) => share(self.size, own, all),
+            (Some(_) | None, _) => self.size,
+        }
+    }
+
     /// A shard of this kind at this path, of subtask 0, freshly uploaded and of layer 0; the rest is empty.
     #[must_use]
     pub fn new(path: impl Into<String>, kind: ShardKind) -> Self {
@@ -217,6 +246,7 @@ impl Shard {
             subtask: 0,
             kind,
             key_groups: None,
+            cut_from: None,
             rows: 0,
             status: ShardStatus::Uploaded,
             layer: 0,
@@ -229,4 +259,27 @@ impl Shard {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde asks for")]
 fn is_zero(n: &u32) -> bool {
     *n == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::KeyGroup;
+
+    #[test]
+    fn a_part_of_a_file_knows_its_key_groups_and_its_share() {
+        let range = |first, last| KeyGroupRange { first: KeyGroup(first), last: KeyGroup(last) };
+        let whole =
+            Shard { size: 1_000, rows: 100, key_groups: Some(range(0, 9)), ..Shard::new("a", ShardKind::Keyed) };
+        assert_eq!(whole.cut_to(range(0, 63)), Some(whole.clone()), "all of it");
+        assert_eq!(whole.cut_to(range(10, 63)), None);
+        let part = whole.cut_to(range(5, 63)).unwrap();
+        assert_eq!((part.key_groups, part.cut_from, part.rows), (Some(range(5, 9)), whole.key_groups, 50));
+        assert_eq!((part.size, part.own_size()), (1_000, 500));
+        let less = part.cut_to(range(0, 5)).unwrap();
+        assert_eq!((less.key_groups, less.cut_from, less.own_size()), (Some(range(5, 5)), whole.key_groups, 100));
+        let json = serde_json::to_string(&less).unwrap();
+        assert_eq!(serde_json::from_str::<Shard>(&json).unwrap(), less);
+        assert!(!serde_json::to_string(&whole).unwrap().contains("cutFrom"));
+    }
 }

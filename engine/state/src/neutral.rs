@@ -145,8 +145,8 @@ pub struct Pages<'a> {
     spec: &'a StateSpec,
     bytes: &'a Bytes,
     reader: Reader,
-    /// The key groups wanted: the subtask's, or those of a slice.
-    groups: KeyGroupRange,
+    /// The key groups wanted: the subtask's, or those of a slice; of a shard that is cut, no others than its own.
+    groups: Option<KeyGroupRange>,
 }
 
 impl<'a> Pages<'a> {
@@ -162,7 +162,11 @@ impl<'a> Pages<'a> {
                 shard.shard.path
             )));
         }
-        let groups = shard.slice.unwrap_or(spec.key_groups);
+        let wanted = shard.slice.unwrap_or(spec.key_groups);
+        let groups = match (shard.shard.cut_from, shard.shard.key_groups) {
+            (Some(_), Some(own)) => own.common(&wanted),
+            (Some(_), None) | (None, _) => Some(wanted),
+        };
         Ok(Self { spec, bytes: &shard.bytes, reader: Reader::whole(&shard.bytes)?, groups })
     }
 
@@ -175,7 +179,7 @@ impl<'a> Pages<'a> {
     /// Number of rows, about: others' may be counted too.
     #[must_use]
     pub fn rows(&self) -> u64 {
-        self.reader.rows_of(self.groups)
+        self.groups.map_or(0, |groups| self.reader.rows_of(groups))
     }
 
     /// Whether the rows have the columns that the layout has now.
@@ -190,24 +194,25 @@ impl<'a> Pages<'a> {
     /// # Errors
     /// `Corrupt` if they are damaged, `Abort` if the layout can't take them; and those of `page`.
     pub fn each(&self, mut page: impl FnMut(Page) -> Result<()>) -> Result<()> {
-        for (block, place) in self.reader.ranges(self.groups) {
+        let Some(groups) = self.groups else { return Ok(()) };
+        for (block, place) in self.reader.ranges(groups) {
             let of = self.reader.key_groups(block);
-            let foreign = of.first < self.groups.first || self.groups.last < of.last;
+            let foreign = of.first < groups.first || groups.last < of.last;
             for batch in self.reader.block(self.bytes, block, place)? {
-                page(self.page(batch, foreign)?)?;
+                page(self.page(batch, foreign.then_some(groups))?)?;
             }
         }
         Ok(())
     }
 
-    /// The rows of a block. If it is not `foreign`, all of them are wanted.
-    fn page(&self, mut batch: RecordBatch, foreign: bool) -> Result<Page> {
+    /// The rows of a block; `only` those of some key groups.
+    fn page(&self, mut batch: RecordBatch, only: Option<KeyGroupRange>) -> Result<Page> {
         let mut keys = self.spec.layout.decode(&batch)?;
         if keys.len() != batch.num_rows() {
             return Err(Error::abort("internal error: a layout found another number of keys than rows"));
         }
-        let wanted = |hash: &u64| self.groups.contains(KeyGroup::of(*hash, self.spec.max_parallelism));
-        if foreign && !keys.hashes.iter().all(wanted) {
+        let wanted = |hash: &u64| only.is_none_or(|g| g.contains(KeyGroup::of(*hash, self.spec.max_parallelism)));
+        if !keys.hashes.iter().all(wanted) {
             let mine: BooleanArray = keys.hashes.iter().map(|hash| Some(wanted(hash))).collect();
             batch = filter_record_batch(&batch, &mine).map_err(undecodable)?;
             let mut kept = RowKeys::default();

@@ -60,7 +60,8 @@ impl Files {
     /// # Errors
     /// `Corrupt` if it is damaged in the storage.
     pub(super) async fn read_of(&self, shard: &Shard, owned: KeyGroupRange) -> Result<Bytes> {
-        if shard.key_groups.is_none_or(|g| owned.first <= g.first && g.last <= owned.last) {
+        let all = shard.cut_from.or(shard.key_groups);
+        if all.is_none_or(|g| owned.first <= g.first && g.last <= owned.last) {
             return self.read(shard).await;
         }
         Parts::open(self, shard).await?.read(self, owned).await
@@ -147,7 +148,13 @@ impl Parts {
         match &self.content {
             Content::Whole(bytes) => Ok(bytes.clone()),
             Content::Indexed(reader) => {
-                files.cut(&self.shard, reader, key_groups).await.map_err(|e| of(&self.shard, e))
+                // Of a shard that is cut nobody wants the rest.
+                let own = self.shard.key_groups.map_or(Some(key_groups), |own| own.common(&key_groups));
+                let cut = match own {
+                    Some(own) => files.cut(&self.shard, reader, own).await,
+                    None => reader.cut(&[]),
+                };
+                cut.map_err(|e| of(&self.shard, e))
             }
         }
     }

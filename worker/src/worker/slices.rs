@@ -60,13 +60,8 @@ async fn read(files: &Files, parts: &[Parts], key_groups: KeyGroupRange) -> Resu
 
 /// How many slices these shards make, as far as they are the subtask's.
 fn slices(shards: &[Shard], owned: KeyGroupRange, slice_bytes: u64) -> u64 {
-    let width = |g: KeyGroupRange| u64::from(g.last.0 - g.first.0) + 1;
-    let bytes = |shard: &Shard| {
-        let Some(all) = shard.key_groups.filter(|g| g.overlaps(&owned)) else { return shard.size };
-        let both = KeyGroupRange { first: all.first.max(owned.first), last: all.last.min(owned.last) };
-        shard.size / width(all) * width(both)
-    };
-    shards.iter().map(bytes).sum::<u64>().div_ceil(slice_bytes.max(1)).clamp(1, width(owned))
+    let bytes = |shard: &Shard| shard.cut_to(owned).map_or(shard.size, |own| own.own_size());
+    shards.iter().map(bytes).sum::<u64>().div_ceil(slice_bytes.max(1)).clamp(1, owned.width())
 }
 
 /// Cuts a range into `n` of about the same width; `n` is no more than it has key groups.

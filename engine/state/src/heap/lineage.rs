@@ -1,5 +1,8 @@
 //! Which layers a checkpoint consists of: those of the last completed one, and what has changed since. Pure.
 //!
+//! When key groups have moved, a subtask goes on from the parts of others' layers that have its key groups: then there are several
+//! layers of one number, of different key groups, and the first checkpoint writes a layer above all of them.
+//!
 //! Only completed checkpoints are built upon, so what an aborted one uploaded is never named again, and completions and aborts
 //! may come in any order.
 
@@ -20,6 +23,10 @@ use crate::{
 
 /// Layers of a checkpoint, at most. Then those above the whole one become one.
 const LAYERS_MAX: usize = 16;
+/// Shards of all layers, at most: each layer may come from several earlier subtasks. Then the same is done.
+const SHARDS_MAX: usize = 64;
+/// Shards of the lowest layer, at most. Then everything is written anew.
+const LOWEST_MAX: usize = 16;
 /// How many times the size of the state its layers may have before everything is written anew.
 const WASTE_MAX: u64 = 2;
 /// Layers may waste this many bytes however small the state is.
@@ -62,6 +69,8 @@ pub(super) struct Lineage {
     under_way: BTreeMap<Epoch, UnderWay>,
     /// Rows written or removed in each interval since the first layer.
     changes: VecDeque<(u32, u64)>,
+    /// Whether the last layer has not all key groups, so that nobody would know the watermarks of the others by it.
+    uneven: bool,
 }
 
 impl Lineage {
@@ -82,16 +91,20 @@ impl Lineage {
         self.note(interval, changed);
         let whole = Part { kept: Vec::new(), since: None, changed: rows };
         let (Some(first), Some(last)) = (self.base.first(), self.base.last()) else { return whole };
-        let size: u64 = self.base.iter().map(|layer| layer.shard.size).sum();
-        let state = first.shard.size.saturating_mul(rows) / first.shard.rows.max(1);
-        if size > WASTE_MAX * state + WASTE_FREE {
+        let lowest = &self.base[..self.base.iter().take_while(|layer| layer.interval == first.interval).count()];
+        let size = |layers: &[Layer]| layers.iter().map(|layer| layer.shard.own_size()).sum::<u64>();
+        let lowest_rows: u64 = lowest.iter().map(|layer| layer.shard.rows).sum();
+        let state = size(lowest).saturating_mul(rows) / lowest_rows.max(1);
+        if size(&self.base) > WASTE_MAX * state + WASTE_FREE || lowest.len() > LOWEST_MAX {
             return whole;
         }
-        let kept = if self.base.len() >= LAYERS_MAX { &self.base[..1] } else { &self.base[..] };
+        let layers = self.base.chunk_by(|a, b| a.interval == b.interval).count();
+        let full = layers >= LAYERS_MAX || self.base.len() >= SHARDS_MAX;
+        let kept = if full { lowest } else { &self.base[..] };
         let since = kept.last().map_or(last.interval, |layer| layer.interval);
         let changed: u64 = self.changes.iter().filter(|(at, _)| *at > since).map(|(_, n)| n).sum();
         // Without changes, also of watermarks, the layers stand as they are.
-        let same = changed == 0 && *watermarks == self.watermarks && kept.len() == self.base.len();
+        let same = changed == 0 && *watermarks == self.watermarks && kept.len() == self.base.len() && !self.uneven;
         let since = if same { interval } else { since };
         Part { kept: kept.to_vec(), since: Some(since), changed }
     }
@@ -118,6 +131,7 @@ impl Lineage {
         if let Some(uploaded) = uploaded {
             let uploaded = uploaded.lock().unwrap_or_else(PoisonError::into_inner).take()?;
             base.push(Layer { shard: Shard { status: ShardStatus::Reused, ..uploaded }, interval });
+            self.uneven = false;
         }
         self.base = base;
         self.watermarks = watermarks;
@@ -141,6 +155,8 @@ pub(super) struct Restoring {
     subtasks: BTreeSet<u32>,
     watermarks: RestoredWatermarks,
     /// Each shard once, however many slices it comes in.
+    seen: Vec<Seen>,
+    /// Of each the part in the key groups of the subtask.
     layers: Vec<Layer>,
     /// The slice that came first; all of the state, if it comes in one.
     first_slice: Option<Option<KeyGroupRange>>,
@@ -149,6 +165,15 @@ pub(super) struct Restoring {
     removals: Removals,
     removals_of: u32,
     interval: u32,
+}
+
+/// Which shard it is: one file may be several.
+#[derive(Debug, PartialEq)]
+struct Seen {
+    path: String,
+    subtask: u32,
+    layer: u32,
+    key_groups: Option<KeyGroupRange>,
 }
 
 /// A restored state's past.
@@ -175,26 +200,30 @@ impl Restoring {
                 shard.path, shard.layer, shard.subtask
             )));
         }
-        let known = |l: &Layer| {
-            let of = |s: &Shard| (s.subtask, s.layer, s.key_groups);
-            of(&l.shard) == of(shard) && l.shard.path == shard.path
-        };
-        if self.layers.iter().any(known) {
+        let Shard { subtask, layer, key_groups, .. } = *shard;
+        let seen = Seen { path: shard.path.clone(), subtask, layer, key_groups };
+        if self.seen.contains(&seen) {
             return Ok(false);
         }
+        self.seen.push(seen);
         self.subtasks.insert(shard.subtask);
         self.watermarks.shard(shard.subtask, shard.layer, shard.key_groups, header.watermarks()?);
         // Of a shard that is not in every slice, nobody knows whether rows written meanwhile are newer.
         let late = restored.slice != *self.first_slice.get_or_insert(restored.slice);
+        // Namespaces go for all key groups of a subtask, or for none.
+        let dropped_elsewhere =
+            |own: &Shard| own.key_groups != Some(spec.key_groups) && !header.dropped.is_empty() && shard.layer > 0;
+        let own = shard.cut_to(spec.key_groups);
         self.foreign |= late
             || !spec.reuse_restored
             || !same_columns
-            || shard.key_groups != Some(spec.key_groups)
-            || self.subtasks.len() > 1
-            || shard.layer as usize != self.layers.len();
+            || shard.key_groups.is_none()
+            || own.as_ref().is_some_and(dropped_elsewhere);
         self.interval = self.interval.max(shard.layer);
-        let reused = Shard { status: ShardStatus::Reused, ..shard.clone() };
-        self.layers.push(Layer { shard: reused, interval: shard.layer });
+        if let Some(own) = own {
+            let reused = Shard { status: ShardStatus::Reused, ..own };
+            self.layers.push(Layer { shard: reused, interval: shard.layer });
+        }
         if !self.foreign && shard.layer > 0 {
             self.removals_in(shard.layer);
             header.dropped.iter().for_each(|namespace| self.removals.namespace(*namespace));
@@ -244,10 +273,14 @@ impl Restoring {
         let (lineage, removals) = if self.foreign {
             (Lineage::default(), Removals::default())
         } else {
-            let changes = self.layers.iter().skip(1).map(|l| (l.interval, l.shard.rows)).collect();
-            let lineage =
-                Lineage { base: self.layers, watermarks: watermarks.clone(), under_way: BTreeMap::new(), changes };
-            (lineage, self.removals)
+            let mut base = self.layers;
+            base.sort_by_key(|layer| layer.interval);
+            let lowest = base.first().map_or(0, |layer| layer.interval);
+            let above = base.iter().filter(|layer| layer.interval > lowest);
+            let changes = above.map(|layer| (layer.interval, layer.shard.rows)).collect();
+            let uneven = base.last().is_some_and(|last| last.shard.key_groups != Some(spec.key_groups));
+            let (watermarks, under_way) = (watermarks.clone(), BTreeMap::new());
+            (Lineage { base, watermarks, under_way, changes, uneven }, self.removals)
         };
         Restored { watermarks, lineage, removals }
     }

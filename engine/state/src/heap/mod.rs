@@ -288,7 +288,8 @@ impl KeyedState for HeapState {
             self.lineage.plan(ended, written + removed, live, watermarks)
         };
         let reused = kept.iter().map(|layer| layer.shard.clone()).collect();
-        let layer = kept.len() as u32;
+        // Above all that are kept.
+        let layer = kept.iter().map(|layer| layer.shard.layer + 1).max().unwrap_or(0);
         if since == Some(ended) {
             self.lineage.under_way(barrier.epoch, ended, watermarks.clone(), kept, None);
             return Ok(StateSnapshot { reused, pending: Vec::new() });
@@ -380,4 +381,9 @@ mod tests {
     }
 
     crate::keyed_state_suite!(heap);
+
+    #[test]
+    fn key_groups_that_move_are_named_again() {
+        crate::conformance::key_groups_that_move_are_named_again(&heap);
+    }
 }

@@ -72,7 +72,7 @@ impl HeapState {
         shards.iter().for_each(|shard| by_subtask.entry(shard.shard.subtask).or_default().push(shard));
         for mut layers in by_subtask.into_values() {
             layers.sort_by_key(|shard| shard.shard.layer);
-            if layers.first().is_some_and(|lowest| lowest.shard.layer > 0) {
+            if !begins_anew(&layers, spec.key_groups) {
                 // There may be rows that these replace.
                 layers.into_iter().try_for_each(|shard| self.take_in(shard))?;
                 continue;
@@ -80,7 +80,8 @@ impl HeapState {
             let opened: Vec<Opened<'_>> =
                 layers.into_iter().map(|shard| self.open(&spec, shard)).collect::<Result<_>>()?;
             let mut above = Above::default();
-            let mut expected = opened.first().map_or(0, |lowest| self.expected(lowest));
+            let lowest = opened.iter().filter(|opened| opened.shard.shard.layer == 0);
+            let mut expected = lowest.map(|lowest| self.expected(lowest)).sum();
             for layer in opened.iter().rev() {
                 self.take(layer, &mut expected, Some(&mut above))?;
                 above.end(&layer.pages.header().dropped);
@@ -255,16 +256,28 @@ impl HeapState {
     }
 }
 
+/// Whether of each of these shards that is a layer above others, all that is below it is among them. They are in the order of
+/// their layers.
+fn begins_anew(layers: &[&RestoredShard], owned: KeyGroupRange) -> bool {
+    let of = |shard: &Shard| shard.key_groups.unwrap_or(owned).common(&owned);
+    let (lowest, above): (Vec<_>, Vec<_>) = layers.iter().map(|l| &l.shard).partition(|shard| shard.layer == 0);
+    let mut there: Vec<KeyGroupRange> = lowest.into_iter().filter_map(of).collect();
+    there.sort_by_key(|groups| groups.first);
+    above.into_iter().filter_map(of).all(|groups| {
+        // The first that is not known to be there.
+        let mut next = u32::from(groups.first.0);
+        for part in &there {
+            if u32::from(part.first.0) <= next {
+                next = next.max(u32::from(part.last.0) + 1);
+            }
+        }
+        next > u32::from(groups.last.0)
+    })
+}
+
 /// How many rows of a shard are in key groups, about.
 fn rows_of(shard: &Shard, owned: KeyGroupRange) -> u64 {
-    let width = |g: KeyGroupRange| u64::from(g.last.0.saturating_sub(g.first.0)) + 1;
-    match shard.key_groups.filter(|g| g.overlaps(&owned)) {
-        Some(all) => {
-            let both = KeyGroupRange { first: all.first.max(owned.first), last: all.last.min(owned.last) };
-            shard.rows / width(all) * width(both)
-        }
-        None => 0,
-    }
+    shard.cut_to(owned).map_or(0, |own| own.rows)
 }
 
 /// The hashes and keys of some rows of a page.
