@@ -532,6 +532,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn parts_of_files_are_refused_and_not_read_as_if_they_were_all() {
+        let whole = snapshot(&[(0, 0, &[], &[(1, "a", Some(1))])], ShardKind::Keyed).await;
+        let mut manifest = (*whole.manifest).clone();
+        let groups = |last| KeyGroupRange { first: KeyGroup(0), last: KeyGroup(last) };
+        manifest.operators.values_mut().for_each(|o| {
+            o.shards[0].key_groups = Some(groups(127));
+            o.shards[0] = o.shards[0].cut_to(groups(63)).unwrap();
+        });
+        let cut = whole.with_manifest(manifest);
+        let error = load(&cut, ALL).await.unwrap_err().to_string();
+        assert!(error.contains("hot/window-1") && error.contains("take a savepoint"), "{error}");
+        assert!(load(&cut, "SELECT * FROM sources").await.is_ok(), "the rest can be read");
+    }
+
+    #[tokio::test]
     async fn damage_and_files_that_are_none_of_rocksdb_are_refused_with_a_reason() {
         let damaged = snapshot(&[(0, 0, &[], &[(1, "a", Some(1))])], ShardKind::Keyed).await;
         let mut manifest = (*damaged.manifest).clone();

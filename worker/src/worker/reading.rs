@@ -279,6 +279,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn of_a_shard_that_is_cut_nothing_is_read_but_its_own_key_groups() {
+        let bytes = file(0);
+        let (_, files, shard) = stored(&bytes).await;
+        let cut = shard.cut_to(range(4, 7)).unwrap();
+        for (owned, groups) in [(range(0, GROUPS - 2), 4), (range(6, 9), 2), (range(0, 3), 0), (range(9, 12), 0)] {
+            let parts = Parts::open(&files, &cut).await.unwrap();
+            let part = parts.read(&files, owned).await.unwrap();
+            let rows = Reader::verified(&part).unwrap().rows();
+            assert_eq!(rows, groups * 20_000, "{owned}");
+            assert_eq!(files.read_of(&cut, owned).await.unwrap(), part, "{owned}");
+        }
+        assert_eq!(
+            files.read_of(&cut, range(0, GROUPS - 1)).await.unwrap(),
+            bytes,
+            "who has all key groups reads it as it is"
+        );
+    }
+
+    #[tokio::test]
     async fn damage_in_a_part_and_a_file_in_the_place_of_another_are_found() {
         let bytes = file(0);
         let (storage, files, shard) = stored(&bytes).await;

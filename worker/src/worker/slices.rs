@@ -103,5 +103,7 @@ mod tests {
         assert_eq!(slices(&[shard(1_280, Some(range(0, 127)))], owned, 100), 7, "half of it");
         assert_eq!(slices(&[shard(1_280, Some(range(0, 63))), shard(20, None)], owned, 100), 13);
         assert_eq!(slices(&[shard(u64::MAX / 2, Some(range(0, 63)))], owned, 100), 64, "one key group at least");
+        let cut = shard(1_280, Some(range(0, 127))).cut_to(range(32, 127)).unwrap();
+        assert_eq!(slices(&[cut], owned, 100), 4, "a quarter of the file");
     }
 }
