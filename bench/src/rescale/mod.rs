@@ -28,6 +28,8 @@ const GOAL_SECONDS: f64 = 2.0;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How often the checkpoint log is looked at: only for the parts, the output has its own clock.
 const POLL: Duration = Duration::from_millis(20);
+/// Output is looked at from so long before an order on: it has begun its pause by then, or not.
+const BEFORE: Duration = Duration::from_millis(1_500);
 /// Checkpoints that the job completes between two rescales.
 const CALM_CHECKPOINTS: usize = 3;
 
@@ -37,9 +39,9 @@ Without new output while a job is brought to another parallelism, in seconds.
 `floodmark coordinator` and two `floodmark worker` (two slots each) run GROUP BY over as many keys as make --state-mb of checkpoint
 files, --text characters of them a key, from Kafka JSON to exactly-once upserts in Kafka, on a real broker; checkpoints go to local
 files. --rate events a second keep coming. `floodmark rescale` brings the job from the first of --steps to the second, and so on, round
-and round (of `2,4,3`: 2 -> 4, 4 -> 3, 3 -> 2), at random moments of the checkpoint interval. A pause is the time from the last record
-that a reader of committed records gets of the old attempt to the first one that tells of an event which the old attempt's last
-checkpoint does not hold: rows that have gone through the new tasks, a checkpoint and a transaction. Between checkpoints there is none
+and round (of `2,4,3`: 2 -> 4, 4 -> 3, 3 -> 2), at random moments of the checkpoint interval. The pause is the longest time in which a
+reader of committed records gets none, from the order on until the first one that tells of an event which the old attempt's last
+checkpoint does not hold: that has gone through the new tasks, a checkpoint and a transaction. Between checkpoints there is none
 either: told beside it is the median pause while nothing happens. Goal: at most 2 s, each time. In the end the input stops, and the
 totals of all keys must be those of all events, and no record may have come twice. Parts: from the trigger of the last checkpoint,
 behind which sources read no more, until that is complete, until the next attempt is in the log (output committed, tasks ended), until
@@ -131,7 +133,10 @@ pub(crate) fn bench(args: &Args, report: &mut Report) -> Result<()> {
 struct Measured {
     from: u32,
     to: u32,
+    /// The longest, from the order to the first new row.
     pause: f64,
+    /// From the last row of the old attempt to the first new one.
+    between: f64,
     /// From the trigger of the old attempt's last checkpoint until that was complete.
     last: f64,
     /// Until its output was known to be visible, if the log was seen to say so.
@@ -176,7 +181,7 @@ fn rescales(args: &Args, backend: Backend, delivery: Delivery, interval: Duratio
         let measured = rescale(&world, *from, *to).with_context(|| format!("rescale {number}, {from} -> {to}"))?;
         report.run(json!({
             "figure": RESCALE, "setting": setting, "rescale": number, "from": from, "to": to, "load": load,
-            "pause": rounded(measured.pause), "lastCheckpoint": rounded(measured.last),
+            "pause": rounded(measured.pause), "between": rounded(measured.between), "lastCheckpoint": rounded(measured.last),
             "committed": measured.committed.map(rounded), "ended": rounded(measured.ended),
             "restored": rounded(measured.restored), "firstCheckpoint": rounded(measured.first),
             "answered": rounded(measured.answered),
@@ -209,6 +214,8 @@ fn usual(world: &mut World) -> Result<Option<Spread>> {
 fn rescale(world: &World, from: u32, to: u32) -> Result<Measured> {
     let mut old = world.checkpoints()?.newest().context("it has no checkpoint")?;
     let (start, parallelism) = (Instant::now(), to.to_string());
+    // There was some output then.
+    let before = start.checked_sub(BEFORE).unwrap_or(start);
     let words = ["rescale", "JOB", &parallelism, "--storage", "STORAGE"];
     std::thread::scope(|scope| {
         let order = scope.spawn(|| world.command(&words).map(|()| start.elapsed().as_secs_f64()));
@@ -227,12 +234,14 @@ fn rescale(world: &World, from: u32, to: u32) -> Result<Measured> {
             else {
                 continue;
             };
-            let Some(pause) = pause(&world.seen_since(start), |n| old.holds(n)) else { continue };
+            let seen = world.seen_since(before);
+            let Some(Pause { between, longest }) = pause(&seen, |n| old.holds(n)) else { continue };
             let seconds = |from: i64, to: i64| (to - from) as f64 / 1e3;
             return Ok(Measured {
                 from,
                 to,
-                pause: pause.as_secs_f64(),
+                pause: longest.as_secs_f64(),
+                between: between.as_secs_f64(),
                 last: seconds(old.triggered_at_ms, old.written_at_ms),
                 committed: committed.map(|at| seconds(old.written_at_ms, at)),
                 ended: seconds(committed.unwrap_or(old.written_at_ms), opened),
@@ -244,11 +253,20 @@ fn rescale(world: &World, from: u32, to: u32) -> Result<Measured> {
     })
 }
 
-/// From the last record of an `old` event to the first of another, which must have come.
-fn pause(seen: &[(Instant, u64)], old: impl Fn(u64) -> bool) -> Option<Duration> {
+/// Pauses in the output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pause {
+    /// From the last record of an old event to the first of a new one.
+    between: Duration,
+    /// The longest up to that one.
+    longest: Duration,
+}
+
+/// `None` if no record of an event that is not `old` has come yet.
+fn pause(seen: &[(Instant, u64)], old: impl Fn(u64) -> bool) -> Option<Pause> {
     let new = seen.iter().position(|(_, event)| !old(*event))?;
-    let (before, _) = seen[..new].last()?;
-    Some(seen[new].0.duration_since(*before))
+    let pauses = seen[..=new].windows(2).map(|w| w[1].0.duration_since(w[0].0));
+    Some(Pause { between: pauses.clone().next_back()?, longest: pauses.max()? })
 }
 
 fn figures(report: &mut Report, setting: &str, all: &[Measured]) {
@@ -267,6 +285,7 @@ fn figures(report: &mut Report, setting: &str, all: &[Measured]) {
     for (from, to) in steps {
         add(&format!("  {from} -> {to}"), &|m| (m.from == from && m.to == to).then_some(m.pause));
     }
+    add("  between the old attempt's last row and the first new one", &|m| Some(m.between));
     add("  last checkpoint", &|m| Some(m.last));
     add("  complete to committed", &|m| m.committed);
     add("  committed to new attempt in the log", &|m| Some(m.ended));
@@ -287,7 +306,10 @@ mod tests {
         let start = Instant::now();
         let at = |ms: u64, event: u64| (start + Duration::from_millis(ms), event);
         let seen = [at(100, 3), at(900, 7), at(2_400, 12), at(2_500, 2), at(2_600, 14)];
-        assert_eq!(pause(&seen, |n| n < 10), Some(Duration::from_millis(1_500)));
+        let ms = Duration::from_millis;
+        assert_eq!(pause(&seen, |n| n < 10), Some(Pause { between: ms(1_500), longest: ms(1_500) }));
+        let slow = [at(100, 3), at(3_900, 7), at(4_400, 12)];
+        assert_eq!(pause(&slow, |n| n < 10), Some(Pause { between: ms(500), longest: ms(3_800) }));
         assert_eq!(pause(&seen[..2], |n| n < 10), None, "there is nothing new yet");
         assert_eq!(pause(&seen[2..], |n| n < 10), None, "what came before was not seen");
     }

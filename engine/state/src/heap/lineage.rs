@@ -21,8 +21,11 @@ use crate::{
     watermarks::{KeyGroupWatermarks, RestoredWatermarks},
 };
 
-/// Layers of a checkpoint, at most. Then those above the whole one become one.
+/// Layers of a checkpoint, at most. Then the upper ones become one: see [`standing`].
 const LAYERS_MAX: usize = 16;
+/// Layers beyond those that the last checkpoint of an attempt and the first of the next may have: output waits for these, and whoever
+/// brings layers together writes much.
+const LAYERS_IN_HASTE: usize = 4;
 /// Shards of all layers, at most: each layer may come from several earlier subtasks. Then the same is done.
 const SHARDS_MAX: usize = 64;
 /// Shards of the lowest layer, at most. Then everything is written anew.
@@ -71,6 +74,8 @@ pub(super) struct Lineage {
     changes: VecDeque<(u32, u64)>,
     /// Whether the last layer has not all key groups, so that nobody would know the watermarks of the others by it.
     uneven: bool,
+    /// Whether no checkpoint is complete since a restore.
+    fresh: bool,
 }
 
 impl Lineage {
@@ -86,8 +91,17 @@ impl Lineage {
         }
     }
 
-    /// What a checkpoint at the end of `interval`, in which so many rows `changed`, consists of.
-    pub(super) fn plan(&mut self, interval: u32, changed: u64, rows: u64, watermarks: &KeyGroupWatermarks) -> Part {
+    /// What a checkpoint at the end of `interval`, in which so many rows `changed`, consists of. `ends` says whether tasks end
+    /// behind it.
+    pub(super) fn plan(
+        &mut self,
+        interval: u32,
+        changed: u64,
+        rows: u64,
+        watermarks: &KeyGroupWatermarks,
+        ends: bool,
+    ) -> Part {
+        let haste = ends || self.fresh;
         self.note(interval, changed);
         let whole = Part { kept: Vec::new(), since: None, changed: rows };
         let (Some(first), Some(last)) = (self.base.first(), self.base.last()) else { return whole };
@@ -95,12 +109,20 @@ impl Lineage {
         let size = |layers: &[Layer]| layers.iter().map(|layer| layer.shard.own_size()).sum::<u64>();
         let lowest_rows: u64 = lowest.iter().map(|layer| layer.shard.rows).sum();
         let state = size(lowest).saturating_mul(rows) / lowest_rows.max(1);
-        if size(&self.base) > WASTE_MAX * state + WASTE_FREE || lowest.len() > LOWEST_MAX {
+        let waste_max = if haste { WASTE_MAX + 1 } else { WASTE_MAX };
+        if size(&self.base) > waste_max * state + WASTE_FREE || lowest.len() > LOWEST_MAX {
             return whole;
         }
-        let layers = self.base.chunk_by(|a, b| a.interval == b.interval).count();
-        let full = layers >= LAYERS_MAX || self.base.len() >= SHARDS_MAX;
-        let kept = if full { lowest } else { &self.base[..] };
+        let layers: Vec<&[Layer]> = self.base.chunk_by(|a, b| a.interval == b.interval).collect();
+        let layers_max = if haste { LAYERS_MAX + LAYERS_IN_HASTE } else { LAYERS_MAX };
+        let full = layers.len() >= layers_max || self.base.len() >= SHARDS_MAX;
+        let standing = || standing(&layers.iter().map(|layer| size(layer)).collect::<Vec<_>>());
+        let shards = || layers[..standing()].iter().map(|layer| layer.len()).sum::<usize>();
+        let kept = match full.then(shards) {
+            None => &self.base[..],
+            Some(shards) if shards < SHARDS_MAX => &self.base[..shards],
+            Some(_) => lowest,
+        };
         let since = kept.last().map_or(last.interval, |layer| layer.interval);
         let changed: u64 = self.changes.iter().filter(|(at, _)| *at > since).map(|(_, n)| n).sum();
         // Without changes, also of watermarks, the layers stand as they are.
@@ -127,6 +149,7 @@ impl Lineage {
         if self.base.last().is_some_and(|last| last.interval >= interval) {
             return None; // a later one is complete already
         }
+        self.fresh = false;
         let mut base = kept;
         if let Some(uploaded) = uploaded {
             let uploaded = uploaded.lock().unwrap_or_else(PoisonError::into_inner).take()?;
@@ -146,6 +169,18 @@ impl Lineage {
     pub(super) fn aborted(&mut self, epoch: Epoch) {
         self.under_way.remove(&epoch);
     }
+}
+
+/// How many of the lowest layers of these sizes, one at least, stay as they are when those above become one: the lowest, and those that are larger
+/// than all above them together. So what is large is seldom written again.
+fn standing(sizes: &[u64]) -> usize {
+    let Some((top, below)) = sizes.split_last() else { return 1 };
+    let (mut stand, mut above) = (below.len().max(1), *top);
+    while stand > 1 && below[stand - 1] <= above {
+        stand -= 1;
+        above = above.saturating_add(below[stand]);
+    }
+    stand
 }
 
 /// What the shards of a restore say, until all are there.
@@ -280,8 +315,29 @@ impl Restoring {
             let changes = above.map(|layer| (layer.interval, layer.shard.rows)).collect();
             let uneven = base.last().is_some_and(|last| last.shard.key_groups != Some(spec.key_groups));
             let (watermarks, under_way) = (watermarks.clone(), BTreeMap::new());
-            (Lineage { base, watermarks, under_way, changes, uneven }, self.removals)
+            (Lineage { base, watermarks, under_way, changes, uneven, fresh: true }, self.removals)
         };
         Restored { watermarks, lineage, removals }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_that_are_larger_than_all_above_them_stand() {
+        for (sizes, expected) in [
+            (&[100, 1, 1, 1][..], 1),
+            (&[100, 90, 1, 1, 1], 2),
+            (&[10, 900, 1, 1], 2),
+            (&[100, 90, 40, 20, 20], 2),
+            (&[100, 80, 40, 20, 20], 1),
+            (&[100, 90, 30, 20, 9], 4),
+            (&[1, 1], 1),
+            (&[5], 1),
+        ] {
+            assert_eq!(standing(sizes), expected, "{sizes:?}");
+        }
     }
 }

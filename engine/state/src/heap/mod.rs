@@ -285,7 +285,7 @@ impl KeyedState for HeapState {
             self.lineage.note(ended, written + removed);
             Part { kept: Vec::new(), since: None, changed: live }
         } else {
-            self.lineage.plan(ended, written + removed, live, watermarks)
+            self.lineage.plan(ended, written + removed, live, watermarks, barrier.stops())
         };
         let reused = kept.iter().map(|layer| layer.shard.clone()).collect();
         // Above all that are kept.
