@@ -170,7 +170,7 @@ pub fn encode(entry: &Entry) -> Result<Bytes> {
 /// Verifies and decodes an entry's file.
 ///
 /// # Errors
-/// `Corrupt` if a single byte is not as [`encode`] wrote it.
+/// `Corrupt` if a single byte is not as [`encode`] wrote it; `Abort` if a later version of this program has written it.
 pub fn decode(bytes: &[u8]) -> Result<Entry> {
     sealed::open("entry", "log entry", bytes)
 }
@@ -317,7 +317,8 @@ impl LogState {
 /// Reads a job's log, changing nothing.
 ///
 /// # Errors
-/// When the storage can't be read. Damaged entries are no error: see [`LogState::damaged`].
+/// When the storage can't be read; `Abort` if a later version of this program has written an entry. Damaged entries are no error: see
+/// [`LogState::damaged`].
 pub async fn read(storage: &dyn Storage, folder: &JobFolder) -> Result<LogState> {
     read_folder(storage, folder.root()).await
 }
@@ -341,7 +342,7 @@ pub async fn read_folder(storage: &dyn Storage, root: &str) -> Result<LogState> 
         .try_collect()
         .await
         .context_with(|| "read checkpoint log")?;
-    Ok(fold(entries))
+    fold(entries)
 }
 
 /// The last entry of a job's log, and its number; `None` if there is none.
@@ -367,7 +368,7 @@ fn newest_run(mut numbers: Vec<u64>) -> Vec<u64> {
     numbers.split_off(start.min(numbers.len()))
 }
 
-fn fold(entries: Vec<(u64, Result<Entry>)>) -> LogState {
+fn fold(entries: Vec<(u64, Result<Entry>)>) -> Result<LogState> {
     let released = |e: &(u64, Result<Entry>)| match &e.1 {
         Ok(Entry { event: Event::Released { oldest_seq, .. }, .. }) => Some(*oldest_seq),
         Ok(_) | Err(_) => None,
@@ -379,9 +380,15 @@ fn fold(entries: Vec<(u64, Result<Entry>)>) -> LogState {
         state.damage(first - 1, "the entry is missing, and so is whatever came before it".to_owned());
     }
     for (seq, entry) in entries.into_iter().filter(|(seq, _)| *seq >= oldest) {
-        state.apply(seq, entry);
+        match entry {
+            // Not to be taken for damage: nobody may go on from what is older.
+            Err(error) if error.disposition() != Disposition::Corrupt => {
+                return Err(error.context(format!("read entry {seq} of the checkpoint log")));
+            }
+            entry => state.apply(seq, entry),
+        }
     }
-    state
+    Ok(state)
 }
 
 /// The log as its present coordinator writes it.
@@ -798,6 +805,30 @@ mod tests {
             assert_eq!(state.retained.len(), if seq == 0 { 3 } else { 2 }, "{seq}");
             storage.put(&path, good).await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn an_entry_of_a_later_version_is_no_damage_and_nobody_goes_on_without_it() {
+        let storage = storage::open("memory://").unwrap();
+        let (mut log, _) = open(&storage, "a:1").await;
+        for epoch in 1..=3 {
+            log.append(Event::Completed { manifest: manifest(epoch) }).await.unwrap();
+        }
+        let path = log.folder().entry(3);
+        let later: Entry = decode(&storage.get(&path).await.unwrap().unwrap()).unwrap();
+        let mut later = serde_json::to_value(later).unwrap();
+        later["event"]["manifest"]["unheardOf"] = true.into();
+        storage.put(&path, sealed::seal("entry", &later).unwrap()).await.unwrap();
+        let error = CheckpointLog::open(storage.clone(), Env::system(), &job(), "b:2").await.err().unwrap();
+        assert_eq!(error.disposition(), Disposition::Abort);
+        let error = error.to_string();
+        assert!(error.starts_with("read entry 3 of the checkpoint log: log entry is not damaged"), "{error}");
+        assert!(error.contains("`unheardOf`") && error.contains("a later version"), "{error}");
+        assert_eq!(storage.list(&log.folder().path("log"), None).await.unwrap().len(), 4, "nothing is written");
+        // What counts no more may be anything.
+        log.append(Event::Completed { manifest: manifest(4) }).await.unwrap();
+        log.append(Event::Released { epochs: vec![Epoch(1), Epoch(2), Epoch(3)], oldest_seq: 4 }).await.unwrap();
+        assert_eq!(epochs(&read(&*storage, log.folder()).await.unwrap().retained), [4]);
     }
 
     #[tokio::test]

@@ -2,14 +2,22 @@
 //!
 //! A manifest is the body of a `Completed` log entry, and `_manifest.json` of a savepoint. People read it with `jq`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Attempt, Epoch, Generation, JobId, KeyGroupRange, OperatorUid, StateSchema, TimestampMs};
 
-/// Version of the manifest's shape that this code writes.
-pub const MANIFEST_FORMAT: u32 = 1;
+/// The newest shape of manifests that this code reads: some shards are parts of their files.
+pub const MANIFEST_FORMAT: u32 = 2;
+/// The shape of manifests all of whose shards are whole files: earlier programs read them, too.
+const WHOLE_FILES: u32 = 1;
+
+/// The lowest format that can say what these shards are.
+#[must_use]
+pub fn format_of<'a>(mut shards: impl Iterator<Item = &'a Shard>) -> u32 {
+    if shards.any(|shard| shard.cut_from.is_some()) { MANIFEST_FORMAT } else { WHOLE_FILES }
+}
 
 /// The hash by which a shard's bytes are known: xxh3-128, 32 hex digits.
 #[must_use]
@@ -30,7 +38,7 @@ pub fn tail_hash(bytes: &[u8]) -> String {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Manifest {
-    /// [`MANIFEST_FORMAT`] of the writer.
+    /// What [`format_of`] says of its shards.
     pub format: u32,
     /// Whose snapshot it is.
     pub job: JobId,
@@ -77,7 +85,7 @@ impl Manifest {
     #[must_use]
     pub fn new(job: JobId, epoch: Epoch) -> Self {
         Self {
-            format: MANIFEST_FORMAT,
+            format: WHOLE_FILES,
             job,
             epoch,
             generation: Generation(1),
@@ -93,10 +101,16 @@ impl Manifest {
         }
     }
 
-    /// Bytes of all shards.
+    /// Bytes of all shards; of one that is cut, its share of the file.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.shards().map(Shard::own_size).sum()
+    }
+
+    /// Each file once, by one of the shards that name it.
+    pub fn files(&self) -> impl Iterator<Item = &Shard> {
+        let mut named = BTreeSet::new();
+        self.shards().filter(move |shard| named.insert(shard.path.as_str()))
     }
 
     /// All shards of all operators.
@@ -226,6 +240,19 @@ impl Shard {
         Some(Self { key_groups: Some(own), cut_from: Some(self.cut_from.unwrap_or(all)), rows, ..self.clone() })
     }
 
+    /// This part of a file and one behind it as one; `None` if they are not next to each other in one file.
+    #[must_use]
+    pub fn joined(&self, next: &Self) -> Option<Self> {
+        let (own, theirs) = (self.key_groups?, next.key_groups?);
+        let of = |shard: &Self| (shard.cut_from, shard.layer);
+        if self.path != next.path || of(self) != of(next) || u32::from(own.last.0) + 1 != u32::from(theirs.first.0) {
+            return None;
+        }
+        let both = KeyGroupRange { first: own.first, last: theirs.last };
+        let cut_from = self.cut_from.filter(|all| *all != both);
+        Some(Self { key_groups: Some(both), cut_from, rows: self.rows.saturating_add(next.rows), ..self.clone() })
+    }
+
     /// Bytes of its file; if it is cut, its share of them, about.
     #[must_use]
     pub fn own_size(&self) -> u64 {
@@ -278,8 +305,14 @@ mod tests {
         assert_eq!((part.size, part.own_size()), (1_000, 500));
         let less = part.cut_to(range(0, 5)).unwrap();
         assert_eq!((less.key_groups, less.cut_from, less.own_size()), (Some(range(5, 5)), whole.key_groups, 100));
+        let rest = whole.cut_to(range(0, 4)).unwrap();
+        assert_eq!(rest.joined(&part), Some(whole.clone()));
+        assert_eq!((part.joined(&rest), rest.joined(&less).unwrap().own_size()), (None, 600));
+        assert_eq!(rest.joined(&whole.cut_to(range(6, 9)).unwrap()), None, "key group 5 is between them");
+        assert_eq!(rest.joined(&Shard { path: "b".into(), ..part.clone() }), None, "another file");
         let json = serde_json::to_string(&less).unwrap();
         assert_eq!(serde_json::from_str::<Shard>(&json).unwrap(), less);
         assert!(!serde_json::to_string(&whole).unwrap().contains("cutFrom"));
+        assert_eq!([&whole, &less].map(|shard| format_of([shard].into_iter())), [1, 2]);
     }
 }

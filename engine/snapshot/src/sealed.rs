@@ -1,6 +1,7 @@
 //! JSON files that people read with `jq` and that no damage goes unnoticed in: `{"format":1,"crc32c":"…","entry":{…}}`.
 //!
-//! Every byte is covered: the frame is compared literally, the body by a CRC32C.
+//! Every byte is covered: the frame is compared literally, the body by a CRC32C. So what is intact and not understood was written by
+//! another program, and is no damage: whoever took it for that would go on from something older.
 
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
@@ -23,7 +24,7 @@ pub fn seal<T: Serialize>(key: &str, body: &T) -> Result<Bytes> {
 /// Verifies and decodes a file that [`seal`] wrote. `what` names it in errors.
 ///
 /// # Errors
-/// `Corrupt` if a single byte is not as it was written.
+/// `Corrupt` if a single byte is not as it was written; `Abort` if all are, and this program does not understand them.
 pub fn open<T: DeserializeOwned>(key: &str, what: &str, bytes: &[u8]) -> Result<T> {
     let corrupt = |reason: &str| Error::corrupt(format!("{what} is damaged: {reason}"));
     let text = std::str::from_utf8(bytes).map_err(|_| corrupt("not UTF-8"))?;
@@ -36,7 +37,12 @@ pub fn open<T: DeserializeOwned>(key: &str, what: &str, bytes: &[u8]) -> Result<
     if crc != format!("{:08x}", crc32c::crc32c(body.as_bytes())) {
         return Err(corrupt("checksum mismatch"));
     }
-    serde_json::from_str(body).map_err(|e| corrupt(&e.to_string()))
+    serde_json::from_str(body).map_err(|e| {
+        Error::abort(format!(
+            "{what} is not damaged, but this program does not understand it ({e}): a later version of floodmark has written it; \
+             use that one"
+        ))
+    })
 }
 
 fn middle(key: &str) -> String {

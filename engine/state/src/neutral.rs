@@ -145,7 +145,7 @@ pub struct Pages<'a> {
     spec: &'a StateSpec,
     bytes: &'a Bytes,
     reader: Reader,
-    /// The key groups wanted: the subtask's, or those of a slice; of a shard that is cut, no others than its own.
+    /// The key groups wanted: the subtask's, or those of a slice. No others than the shard's own: its file may have more.
     groups: Option<KeyGroupRange>,
 }
 
@@ -163,9 +163,13 @@ impl<'a> Pages<'a> {
             )));
         }
         let wanted = shard.slice.unwrap_or(spec.key_groups);
-        let groups = match (shard.shard.cut_from, shard.shard.key_groups) {
-            (Some(_), Some(own)) => own.common(&wanted),
-            (Some(_), None) | (None, _) => Some(wanted),
+        let groups = match (shard.shard.key_groups, shard.shard.cut_from) {
+            (Some(own), _) => own.common(&wanted),
+            (None, None) => Some(wanted),
+            (None, Some(_)) => {
+                let path = &shard.shard.path;
+                return Err(Error::corrupt(format!("shard {path} is a part of its file, and does not say which")));
+            }
         };
         Ok(Self { spec, bytes: &shard.bytes, reader: Reader::whole(&shard.bytes)?, groups })
     }

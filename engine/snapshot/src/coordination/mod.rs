@@ -30,7 +30,7 @@ pub use self::vocabulary::{
 use crate::{
     Epoch, Manifest, OperatorSnapshot, OperatorUid, Shard,
     log::Event as LogEvent,
-    manifest::{MANIFEST_FORMAT, Rescaled, ShardStatus},
+    manifest::{self, Rescaled, ShardStatus},
 };
 
 /// Aborted checkpoints whose late acknowledgements are still told apart; those of older ones are left for a sweep.
@@ -418,7 +418,7 @@ impl Coordinator {
             operator.shards.sort_by(|a, b| (a.subtask, a.layer, &a.path).cmp(&(b.subtask, b.layer, &b.path)));
         }
         let manifest = Manifest {
-            format: MANIFEST_FORMAT,
+            format: manifest::format_of(operators.values().flat_map(|o| &o.shards)),
             job: self.who.job.clone(),
             epoch,
             generation: self.who.generation,

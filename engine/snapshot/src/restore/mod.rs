@@ -64,13 +64,13 @@ pub fn candidates(storage: &Arc<dyn Storage>, job: &JobId, state: &LogState) -> 
 /// Whether this program can read a manifest.
 ///
 /// # Errors
-/// Says which format it reads.
+/// Says which formats it reads.
 pub fn check_format(manifest: &Manifest) -> Result<()> {
     let format = manifest.format;
-    if format == MANIFEST_FORMAT {
+    if (1..=MANIFEST_FORMAT).contains(&format) {
         return Ok(());
     }
-    Err(Error::abort(format!("its format is {format}, and this program reads {MANIFEST_FORMAT}")))
+    Err(Error::abort(format!("its format is {format}, and this program reads 1 to {MANIFEST_FORMAT}")))
 }
 
 /// Starts from the first candidate whose files are intact: `start` reads and takes over what it needs, and fails as `Corrupt`
