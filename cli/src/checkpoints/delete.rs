@@ -69,7 +69,7 @@ async fn delete_checkpoint(history: &History, epoch: Epoch, yes: bool) -> Result
             history.job
         )));
     };
-    let size: u64 = retained.manifest.shards().filter(|s| release.blobs.contains(&s.path)).map(|s| s.size).sum();
+    let size: u64 = retained.manifest.files().filter(|s| release.blobs.contains(&s.path)).map(|s| s.size).sum();
     let mut what = format!("checkpoint {epoch} of {}: {} files, {}", history.job, release.blobs.len(), bytes(size));
     let newest = state.retained.last().is_some_and(|r| r.manifest.epoch == epoch);
     if let Some(next) = state.retained.iter().rev().nth(1).filter(|_| newest) {

@@ -83,13 +83,13 @@ pub async fn export(
     for operator in manifest.operators.values_mut() {
         operator.shards.retain(|s| s.kind != ShardKind::Staged);
     }
-    let copies = manifest.operators.values_mut().flat_map(|o| &mut o.shards).map(|shard| {
-        let from = shard.clone();
+    // A file of which there are several parts is copied once, as a whole.
+    let copies: Vec<(Shard, String)> =
+        manifest.files().map(|shard| (shard.clone(), format!("{folder}/{}", file_name(&shard.path)))).collect();
+    for shard in manifest.operators.values_mut().flat_map(|o| &mut o.shards) {
         shard.path = file_name(&shard.path).to_owned();
         shard.status = ShardStatus::Uploaded;
-        (from, format!("{folder}/{}", shard.path))
-    });
-    let copies: Vec<(Shard, String)> = copies.collect();
+    }
     stream::iter(copies)
         .map(|(shard, to)| async move {
             let (_, from) = snapshot.place(&shard);

@@ -121,7 +121,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        OperatorSnapshot, Shard, ShardKind,
+        KeyGroup, KeyGroupRange, OperatorSnapshot, Shard, ShardKind,
         log::{Damaged, Event},
         manifest::hash_hex,
         savepoint, storage,
@@ -251,6 +251,40 @@ mod tests {
             bytes[3] ^= 1;
             std::fs::write(&path, &bytes).unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn a_file_of_which_there_are_two_parts_is_copied_and_verified_once() {
+        let storage = storage::open("memory://").unwrap();
+        let mut retained = checkpoint(&*storage, 7).await;
+        let operator = retained.manifest.operators.values_mut().next().unwrap();
+        let range = |first, last| KeyGroupRange { first: KeyGroup(first), last: KeyGroup(last) };
+        let whole = Shard { key_groups: Some(range(0, 7)), ..operator.shards[0].clone() };
+        let parts = [(0, range(0, 3)), (1, range(4, 7))];
+        let parts = parts.map(|(subtask, own)| Shard { subtask, ..whole.cut_to(own).unwrap() });
+        operator.shards = parts.to_vec();
+        retained.manifest.format = crate::manifest::format_of(parts.iter());
+        let folder = JobFolder::of(&job());
+        let snapshot = Snapshot::new(retained.manifest.into(), storage.clone(), folder.root());
+        savepoint::export(&snapshot, &storage, &folder, "parts", 1).await.unwrap();
+        let listed = storage.list(&folder.path("savepoints/parts"), None).await.unwrap();
+        assert_eq!(listed.len(), 2, "one file, and the manifest: {listed:?}");
+        let state = LogState::default();
+        let scope = Scope { storage: &storage, job: &job(), state: &state };
+        let found = find(&"parts".parse().unwrap(), scope).await.unwrap();
+        check_format(&found.snapshot.manifest).unwrap();
+        let shards: Vec<_> =
+            found.snapshot.manifest.shards().map(|s| (s.subtask, s.path.as_str(), s.key_groups)).collect();
+        assert_eq!(shards, [(0, "7.state", Some(range(0, 3))), (1, "7.state", Some(range(4, 7)))]);
+        assert!(found.snapshot.verify().await.unwrap().is_empty());
+        storage.put(&folder.path("savepoints/parts/7.state"), Bytes::from_static(b"else")).await.unwrap();
+        assert_eq!(found.snapshot.verify().await.unwrap().len(), 1, "one file is damaged");
+        let later = Manifest { format: MANIFEST_FORMAT + 1, ..(*found.snapshot.manifest).clone() };
+        let error = check_format(&later).unwrap_err();
+        assert_eq!(
+            (error.disposition(), &*error.to_string()),
+            (Disposition::Abort, "its format is 3, and this program reads 1 to 2")
+        );
     }
 
     #[tokio::test]

@@ -90,13 +90,13 @@ impl Snapshot {
         Ok(bytes)
     }
 
-    /// Reads every shard and says what is wrong with each that is not as it was written.
+    /// Reads every file and says what is wrong with each that is not as it was written.
     ///
     /// # Errors
     /// When the storage can't be read; damage is no error here.
     pub async fn verify(&self) -> Result<Vec<Error>> {
         let read: Vec<Result<Bytes>> =
-            stream::iter(self.manifest.shards()).map(|s| self.read(s)).buffered(READS_IN_FLIGHT_MAX).collect().await;
+            stream::iter(self.manifest.files()).map(|s| self.read(s)).buffered(READS_IN_FLIGHT_MAX).collect().await;
         let mut damage = Vec::new();
         for error in read.into_iter().filter_map(Result::err) {
             if error.disposition() != Disposition::Corrupt {
