@@ -308,8 +308,7 @@ impl Restoring {
         let (lineage, removals) = if self.foreign {
             (Lineage::default(), Removals::default())
         } else {
-            let mut base = self.layers;
-            base.sort_by_key(|layer| layer.interval);
+            let base = joined(self.layers);
             let lowest = base.first().map_or(0, |layer| layer.interval);
             let above = base.iter().filter(|layer| layer.interval > lowest);
             let changes = above.map(|layer| (layer.interval, layer.shard.rows)).collect();
@@ -319,6 +318,25 @@ impl Restoring {
         };
         Restored { watermarks, lineage, removals }
     }
+}
+
+/// The layers in their order. Parts of a file that lie next to each other become one: so a file that was cut becomes whole again
+/// when its key groups come together, and there are not more and more parts of fewer and fewer key groups.
+fn joined(mut layers: Vec<Layer>) -> Vec<Layer> {
+    let first = |shard: &Shard| shard.key_groups.map(|groups| groups.first);
+    layers.sort_by(|a, b| {
+        let of = |layer: &Layer| (layer.interval, first(&layer.shard));
+        (of(a), &a.shard.path).cmp(&(of(b), &b.shard.path))
+    });
+    let mut joined: Vec<Layer> = Vec::with_capacity(layers.len());
+    for layer in layers {
+        let last = joined.last_mut().filter(|last| last.interval == layer.interval);
+        match last.and_then(|last| Some((last.shard.joined(&layer.shard)?, last))) {
+            Some((both, last)) => last.shard = both,
+            None => joined.push(layer),
+        }
+    }
+    joined
 }
 
 #[cfg(test)]
