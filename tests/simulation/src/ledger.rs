@@ -167,6 +167,9 @@ impl Ledger {
                 for shard in manifest.shards() {
                     if shard.status == ShardStatus::Reused {
                         notes.count("shards named again");
+                        if shard.cut_from.is_some() {
+                            notes.count("parts of files named");
+                        }
                     }
                     match seen.objects.get(&format!("{}/{}", self.folder, shard.path)) {
                         Some(bytes) if hash_hex(bytes) == shard.hash && bytes.len() as u64 == shard.size => {}

@@ -58,6 +58,7 @@ fn no_seed_breaks_a_promise_and_together_they_meet_every_kind_of_fault() {
         "look-ups failed",
         "orphans deleted in time",
         "partitions",
+        "parts of files named",
         "pauses",
         "releases",
         "rescales",
