@@ -18,7 +18,7 @@ use floodmark_tests::{
     chaos::finish,
     compare::{Column, Row, multiset, row_of_json},
     events::NEXMARK_COLUMNS,
-    job::{Job, PATIENCE, Run, lines_of},
+    job::{CheckpointLog, Job, PATIENCE, Run, lines_of},
     oracle::bids_per_auction,
 };
 use nix::sys::signal::Signal;
@@ -242,7 +242,9 @@ fn a_restore_names_a_checkpoint_by_number_or_location_or_says_what_there_is() ->
     first.sql = sql(folder.path(), RATE, QUERY);
     let mut run = first.start()?;
     until_checkpoints(&first, &mut run, epoch + 2)?;
-    run.kill()?;
+    // In order: one that is killed may have made output visible that its log does not tell another job of.
+    run.signal(Signal::SIGTERM)?;
+    run.wait(PATIENCE)?.ok("stopped")?;
     ensure!(first.log()?.entries.iter().any(|(_, e)| e["event"]["type"] == "restored" && e["event"]["epoch"] == epoch));
     // The rest under another name, from the location of a checkpoint.
     let newest = first.log()?;
@@ -317,6 +319,83 @@ fn an_added_aggregate_begins_empty_and_state_is_dropped_only_with_leave() -> Res
     Ok(())
 }
 
+/// The number of splits, and of the bids that had been read.
+fn bids_read(manifest: &Value) -> Result<(usize, u64)> {
+    let generator = generator();
+    let splits = manifest["operators"]["source:nexmark"]["splits"].as_array().context("no splits")?;
+    let stripes = splits.len() as u64;
+    let next: BTreeMap<u64, u64> =
+        splits.iter().filter_map(|s| s["position"]["next"].as_u64()).map(|next| (next % stripes, next)).collect();
+    let read = (0..EVENTS).filter(|n| *n < next[&(n % stripes)] && generator.kind(*n) == Event::Bid).count() as u64;
+    Ok((splits.len(), read))
+}
+
+/// What `state tables` says of a table, and the name of its column that counts.
+fn count_column(job: &Job, location: &str, table: &str) -> Result<(String, String)> {
+    let tables = job.command(&["state", "tables", location])?;
+    let of = tables.said()?.lines().find(|l| l.starts_with(table)).context("no table of the aggregate")?.to_owned();
+    let column = of.split('"').find(|w| w.contains("count")).context("no column of the count")?.to_owned();
+    Ok((of, column))
+}
+
+#[test]
+fn a_job_whose_parallelism_has_changed_is_looked_into_and_saved_like_any_other() -> Result<()> {
+    let folder = scratch::folder("job-")?;
+    let mut first = job(folder.path(), "first")?;
+    // No window: rows stay, and checkpoints go on from files that were there before the rescale.
+    first.sql +=
+        "\nCREATE TABLE totals (auction BIGINT, bids BIGINT, highest BIGINT, PRIMARY KEY (auction) NOT ENFORCED)
+  WITH ('connector' = 'blackhole');
+INSERT INTO totals SELECT auction, count(*), max(price) FROM bid GROUP BY auction;";
+    let table = r#""totals/group-aggregate-1""#;
+    let mut run = first.start()?;
+    until_checkpoints(&first, &mut run, 4)?;
+    let parts_of = |manifest: &Value| -> usize {
+        let shards = manifest["operators"][table.trim_matches('"')]["shards"].as_array();
+        shards.into_iter().flatten().filter(|s| s["cutFrom"].is_object()).count()
+    };
+    // All bids that were read, each row once.
+    let check = |location: &str, manifest: &Value| -> Result<()> {
+        let (_, column) = count_column(&first, location, table)?;
+        let sql = format!(
+            r#"SELECT sum("{column}") AS bids, count(*) AS n, count(DISTINCT auction) AS auctions,
+                 count(DISTINCT "$subtask") AS subtasks FROM {table}"#
+        );
+        let answer = first.command(&["state", "query", location, &sql, "--output", "json"])?;
+        let answer: Value = serde_json::from_str(answer.said()?)?;
+        let number = |name: &str| answer[0][name].as_u64().with_context(|| format!("no {name}: {answer}"));
+        assert_eq!(number("bids")?, bids_read(manifest)?.1, "{answer}");
+        assert_eq!((number("n")?, number("subtasks")?), (number("auctions")?, 3), "{answer}");
+        ensure!(number("n")? > 1_000, "only {answer}: too few to prove anything");
+        Ok(())
+    };
+    first.command(&["rescale", "JOB", "3", "--storage", "STORAGE"])?.said()?;
+    let cut = |log: &CheckpointLog| log.completed().next_back().is_some_and(|(_, m)| parts_of(m) > 0);
+    run.until("a checkpoint that names parts of files", PATIENCE, || Ok(cut(&first.log()?)))?;
+    run.kill()?;
+    let log = first.log()?;
+    let (entry, newest) = log.completed().next_back().context("no checkpoint")?;
+    assert_eq!((&newest["format"], parts_of(newest) > 0), (&2.into(), true), "{newest}");
+    check(&entry.display().to_string(), newest)?;
+    let verified = first.command(&["checkpoints", "verify", "JOB", "--storage", "STORAGE"])?;
+    ensure!(verified.said()?.lines().all(|line| line.ends_with("intact")), "{verified}");
+
+    // It goes on from there; its savepoint is of whole files, all its own.
+    let mut run = first.start()?;
+    let epoch = newest["epoch"].as_u64().context("no epoch")?;
+    until_checkpoints(&first, &mut run, epoch + 2)?;
+    let location = first.command(&["savepoint", "JOB", "base", "--stop", "--storage", "STORAGE"])?.said()?.to_owned();
+    run.wait(PATIENCE)?.ok("stopped")?;
+    let saved = manifest(&location)?;
+    assert_eq!((&saved["format"], parts_of(&saved)), (&1.into(), 0), "{saved}");
+    fs::remove_dir_all(first.checkpoint_folder().join("blobs"))?;
+    check(&location, &saved)?;
+    let mut second = other(folder.path(), "second", &location)?;
+    second.sql = first.sql.replace(RATE, "");
+    finish(&second)?;
+    check_all(folder.path())
+}
+
 #[test]
 fn a_snapshot_answers_sql() -> Result<()> {
     let folder = scratch::folder("job-")?;
@@ -329,23 +408,16 @@ fn a_snapshot_answers_sql() -> Result<()> {
     // All bids that were read and are in no window yet that was written.
     let manifest = manifest(&location)?;
     let table = r#""busy/window-aggregate-1""#;
-    let tables = first.command(&["state", "tables", &location])?;
-    let tables = tables.said()?.lines().find(|l| l.starts_with(table)).context("no table of the aggregate")?.to_owned();
+    let (tables, count_column) = count_column(&first, &location, table)?;
     ensure!(tables.contains(r#""auction" Int64"#) && tables.contains("slice_end"), "{tables}");
-    let count_column = tables.split('"').find(|w| w.contains("count")).context("no column of the count")?.to_owned();
     let answer = ask(&[&location], &format!("SELECT sum(\"{count_column}\") AS bids FROM {table}"))?;
     let in_state = answer[0]["bids"].as_u64().with_context(|| format!("no number: {answer}"))?;
-    let generator = generator();
-    let splits = manifest["operators"]["source:nexmark"]["splits"].as_array().context("no splits")?;
-    let stripes = splits.len() as u64;
-    let next: BTreeMap<u64, u64> =
-        splits.iter().filter_map(|s| s["position"]["next"].as_u64()).map(|next| (next % stripes, next)).collect();
-    let read = (0..EVENTS).filter(|n| *n < next[&(n % stripes)] && generator.kind(*n) == Event::Bid).count() as u64;
+    let (splits, read) = bids_read(&manifest)?;
     let written: u64 =
         rows(&lines_of(&folder.path().join("busy"))?)?.iter().filter_map(|r| r[2].parse::<u64>().ok()).sum();
     assert_eq!(in_state, read - written);
     let sources = ask(&["base", "--job", "JOB", "--storage", "STORAGE"], "SELECT split, position FROM sources")?;
-    assert_eq!(sources.as_array().map(Vec::len), Some(splits.len()));
+    assert_eq!(sources.as_array().map(Vec::len), Some(splits));
     let wrong = first.command(&["state", "query", &location, "SELECT * FROM elsewhere"])?;
     wrong.refused(2, &["no such table: elsewhere", table])?;
     first.command(&["state", "query", &location, "DELETE FROM sources"])?.refused(2, &["can only be read"])?;

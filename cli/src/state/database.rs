@@ -4,7 +4,7 @@
 //! filled only if the query names it. Layers are merged on the way in, as a restore would: removals and dropped namespaces
 //! of a layer first, then its rows.
 //!
-//! Invariant: every byte of a shard is verified before a row of it is shown.
+//! Invariant: every byte of a shard is verified before a row of it is shown; of a file that is cut, each row is shown once.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,6 +16,7 @@ use arrow::{
     },
     util::display::{ArrayFormatter, FormatOptions},
 };
+use floodmark_dataflow::hash::hash_keys;
 use floodmark_rocksdb::StateFiles;
 use floodmark_snapshot::{
     Env, Error, KeyGroup, KeyGroupRange, Manifest, OperatorUid, Result, Shard, ShardKind, StateColumn, StateSchema,
@@ -140,7 +141,7 @@ fn load_manifest(database: &Connection, manifest: &Manifest) -> rusqlite::Result
     )?;
     for (uid, operator) in &manifest.operators {
         let (rows, bytes): (Vec<i64>, Vec<i64>) =
-            operator.shards.iter().map(|s| (s.rows as i64, s.size as i64)).unzip();
+            operator.shards.iter().map(|s| (s.rows as i64, s.own_size() as i64)).unzip();
         database.execute(
             "INSERT INTO operators VALUES (?, ?, ?, ?, ?, ?, ?)",
             params![
@@ -186,13 +187,7 @@ fn load_manifest(database: &Connection, manifest: &Manifest) -> rusqlite::Result
 async fn load_state(database: &Connection, snapshot: &Snapshot, table: &StateTable) -> Result<()> {
     let mut loader: Option<Loader> = None;
     for shard in table.shards.iter().filter(|s| s.kind == ShardKind::Keyed) {
-        if shard.cut_from.is_some() {
-            return Err(Error::abort(format!(
-                "{} has changed its parallelism, and the checkpoint names parts of the files from before, which only the job \
-                 can tell apart; take a savepoint, and ask that",
-                table.uid
-            )));
-        }
+        let own = Own::of(shard, table, snapshot.manifest.max_parallelism)?;
         let file = snapshot.read(shard).await?;
         let reader = Reader::verified(&file).map_err(|e| e.context(format!("read shard {}", shard.path)))?;
         let header = reader.header();
@@ -202,15 +197,14 @@ async fn load_state(database: &Connection, snapshot: &Snapshot, table: &StateTab
         };
         loader.widen(&columns(&header.columns))?;
         loader.drop_namespaces(shard.subtask, &header.dropped)?;
-        let all = KeyGroupRange { first: KeyGroup(0), last: KeyGroup(u16::MAX) };
         // Removals apply before rows, wherever in the file they stand.
         for removed in [true, false] {
             if removed && shard.layer == 0 {
                 continue;
             }
-            for batches in reader.blocks(&file, all) {
-                for batch in batches? {
-                    loader.take(shard, &batch, removed)?;
+            for (block, place) in reader.ranges(own.key_groups) {
+                for batch in reader.block(&file, block, place)? {
+                    loader.take(shard, &own.rows(batch, reader.key_groups(block))?, removed)?;
                 }
             }
         }
@@ -236,6 +230,58 @@ async fn load_state(database: &Connection, snapshot: &Snapshot, table: &StateTab
         piece.each(&mut |batch| loader.take(files[0], &batch, false)).map_err(of_table)?;
     }
     Ok(())
+}
+
+/// Which rows of a file are a shard's: of one that is cut, those of some key groups.
+struct Own<'a> {
+    table: &'a StateTable,
+    key_groups: KeyGroupRange,
+    max_parallelism: u16,
+}
+
+impl<'a> Own<'a> {
+    fn of(shard: &Shard, table: &'a StateTable, max_parallelism: u16) -> Result<Self> {
+        let all = KeyGroupRange { first: KeyGroup(0), last: KeyGroup(u16::MAX) };
+        let key_groups = match (shard.cut_from, shard.key_groups) {
+            (None, _) => all,
+            (Some(_), Some(own)) => own,
+            (Some(_), None) => {
+                return Err(Error::corrupt(format!(
+                    "shard {} is a part of its file, and does not say which",
+                    shard.path
+                )));
+            }
+        };
+        Ok(Self { table, key_groups, max_parallelism })
+    }
+
+    /// Those among the rows of a block, all of whose rows are `between` these key groups.
+    ///
+    /// The operator itself knows the key group of a row. It is found out here for operators that are dealt rows by the hash of their
+    /// keys, and only if it proves to be that: then it is one of the block's, and the rows are in its order.
+    fn rows(&self, batch: RecordBatch, between: KeyGroupRange) -> Result<RecordBatch> {
+        let own = self.key_groups;
+        if own.first <= between.first && between.last <= own.last {
+            return Ok(batch);
+        }
+        let StateTable { schema, uid, .. } = self.table;
+        let columns: Option<Vec<ArrayRef>> =
+            schema.keys.iter().map(|key| batch.column_by_name(&key.name).cloned()).collect();
+        let columns = columns.filter(|columns| !columns.is_empty());
+        let hashes = columns.and_then(|columns| hash_keys(&columns, batch.num_rows()).ok()).unwrap_or_default();
+        let groups: Vec<KeyGroup> = hashes.iter().map(|hash| KeyGroup::of(*hash, self.max_parallelism)).collect();
+        let proved =
+            groups.len() == batch.num_rows() && groups.is_sorted() && groups.iter().all(|g| between.contains(*g));
+        if !proved {
+            return Err(Error::abort(format!(
+                "the checkpoint was taken after the job's parallelism had changed, and names parts of files of {uid} that only the \
+                 operator can tell apart; take a savepoint (floodmark savepoint), and query that"
+            )));
+        }
+        let from = groups.partition_point(|group| *group < own.first);
+        let to = groups.partition_point(|group| *group <= own.last);
+        Ok(batch.slice(from, to.saturating_sub(from)))
+    }
 }
 
 /// Fills one table.
@@ -402,9 +448,9 @@ mod tests {
     use super::*;
 
     /// A row of state: end of its slice, shop, count; `None` for a shop that was removed.
-    type Row = (i64, &'static str, Option<i64>);
+    type Row<'a> = (i64, &'a str, Option<i64>);
 
-    fn file(layer: u32, dropped: &[i64], rows: &[Row]) -> bytes::Bytes {
+    fn file(layer: u32, dropped: &[i64], rows: &[Row<'_>]) -> bytes::Bytes {
         let mut fields = vec![
             Field::new("$slice_end", DataType::Timestamp(TimeUnit::Millisecond, None), false),
             Field::new("shop", DataType::Utf8, true),
@@ -423,12 +469,18 @@ mod tests {
         let mut header = Header::new(None).of(&inner);
         (header.layer, header.dropped) = (layer, dropped.to_vec());
         let mut writer = Writer::new(header);
-        writer.push(KeyGroup(1), RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).unwrap()).unwrap();
+        let all = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).unwrap();
+        let group = |row: &Row<'_>| KeyGroup(if row.1.len() > 1 { group_of(row.1) } else { 1 });
+        let mut at = 0;
+        for of_group in rows.chunk_by(|a, b| group(a) == group(b)) {
+            writer.push(group(&of_group[0]), all.slice(at, of_group.len())).unwrap();
+            at += of_group.len();
+        }
         writer.finish().unwrap()
     }
 
     /// A snapshot of one operator whose shards are these: subtask, layer, dropped namespaces, rows.
-    async fn snapshot(shards: &[(u32, u32, &[i64], &[Row])], kind: ShardKind) -> Snapshot {
+    async fn snapshot(shards: &[(u32, u32, &[i64], &[Row<'_>])], kind: ShardKind) -> Snapshot {
         let storage = storage::open("memory://").unwrap();
         let column = |name: &str| StateColumn { name: name.into(), data_type: "Utf8".into(), optional: true };
         let mut operator = OperatorSnapshot {
@@ -531,19 +583,123 @@ mod tests {
         assert_eq!(columns, ["$slice_end", "shop", "n", "$subtask"]);
     }
 
-    #[tokio::test]
-    async fn parts_of_files_are_refused_and_not_read_as_if_they_were_all() {
-        let whole = snapshot(&[(0, 0, &[], &[(1, "a", Some(1))])], ShardKind::Keyed).await;
+    const GROUPS: u16 = 16;
+
+    fn groups(first: u16, last: u16) -> KeyGroupRange {
+        KeyGroupRange { first: KeyGroup(first), last: KeyGroup(last) }
+    }
+
+    /// The key group of a shop.
+    fn group_of(shop: &str) -> u16 {
+        let column: ArrayRef = Arc::new(StringArray::from(vec![shop]));
+        KeyGroup::of(hash_keys(&[column], 1).unwrap()[0], GROUPS).0
+    }
+
+    /// A snapshot of two subtasks, which have the parts of the files of one before them up to a key group, and behind it; the
+    /// second subtask has changed a shop since. Answers with the rows there should be, too.
+    async fn cut_behind(last: u16) -> (Snapshot, Vec<String>) {
+        let shops: Vec<String> = (0..60).map(|n| format!("shop{n}")).collect();
+        let mut by_group: Vec<&str> = shops.iter().map(String::as_str).collect();
+        by_group.sort_by_key(|shop| (group_of(shop), *shop));
+        let lowest: Vec<Row<'_>> = by_group.iter().map(|shop| (20_000, *shop, Some(1))).collect();
+        // Of a key group rows that were removed stand before others.
+        let changes = |shop: &&str| shop.ends_with(['3', '7']);
+        let mut above: Vec<Row<'_>> = by_group.iter().filter(|s| changes(s)).map(|s| (20_000, *s, Some(2))).collect();
+        above.iter_mut().filter(|row| row.1.ends_with('7')).for_each(|row| row.2 = None);
+        above.sort_by_key(|row| (group_of(row.1), row.2));
+        let newest = by_group.iter().rfind(|s| group_of(s) > last && s.ends_with('1'));
+        let newest: Vec<Row<'_>> = newest.into_iter().map(|s| (20_000, *s, Some(3))).collect();
+        let files: [(u32, u32, &[i64], &[Row<'_>]); 3] =
+            [(0, 0, &[], &lowest), (0, 1, &[], &above), (1, 2, &[], &newest)];
+        let whole = snapshot(&files, ShardKind::Keyed).await;
         let mut manifest = (*whole.manifest).clone();
-        let groups = |last| KeyGroupRange { first: KeyGroup(0), last: KeyGroup(last) };
-        manifest.operators.values_mut().for_each(|o| {
-            o.shards[0].key_groups = Some(groups(127));
-            o.shards[0] = o.shards[0].cut_to(groups(63)).unwrap();
-        });
-        let cut = whole.with_manifest(manifest);
-        let error = load(&cut, ALL).await.unwrap_err().to_string();
-        assert!(error.contains("hot/window-1") && error.contains("take a savepoint"), "{error}");
-        assert!(load(&cut, "SELECT * FROM sources").await.is_ok(), "the rest can be read");
+        manifest.max_parallelism = GROUPS;
+        let operator = manifest.operators.values_mut().next().unwrap();
+        let mut shards = Vec::new();
+        for shard in &operator.shards {
+            let all = Shard { key_groups: Some(groups(0, GROUPS - 1)), ..shard.clone() };
+            let part = |subtask, own| all.cut_to(own).map(|part| Shard { subtask, ..part });
+            match shard.layer {
+                2 => shards.push(Shard { key_groups: Some(groups(last + 1, GROUPS - 1)), ..shard.clone() }),
+                _ => shards
+                    .extend([part(0, groups(0, last)), part(1, groups(last + 1, GROUPS - 1))].into_iter().flatten()),
+            }
+        }
+        operator.shards = shards;
+        let mut expected: Vec<String> = Vec::new();
+        for shop in by_group.iter().filter(|shop| !shop.ends_with('7')) {
+            let n = if newest.iter().any(|row| row.1 == *shop) {
+                3
+            } else if shop.ends_with('3') {
+                2
+            } else {
+                1
+            };
+            expected.push(format!("{shop} {n} {}", u8::from(group_of(shop) > last)));
+        }
+        expected.sort();
+        (whole.with_manifest(manifest), expected)
+    }
+
+    #[tokio::test]
+    async fn of_files_that_are_cut_each_row_is_shown_once_by_whom_it_belongs_to() {
+        for last in 0..GROUPS - 1 {
+            let (cut, expected) = cut_behind(last).await;
+            let rows = ask(&cut, r#"SELECT shop, n, "$subtask" FROM "hot/window-1" ORDER BY 1"#).await;
+            let (mut rows, behind) = (rows, last + 1);
+            rows.sort();
+            assert_eq!(rows, expected, "cut between {last} and {behind}");
+        }
+        let (cut, _) = cut_behind(7).await;
+        let sizes = ask(&cut, "SELECT sum(bytes) FROM operators").await;
+        let files: u64 = cut.manifest.files().map(|s| s.size).sum();
+        let sizes: u64 = sizes[0].parse().unwrap();
+        assert!(
+            (files - 2..=files).contains(&sizes),
+            "both halves are as large as the whole, but for what is rounded off"
+        );
+    }
+
+    #[tokio::test]
+    async fn parts_of_files_that_only_their_operator_can_tell_apart_are_refused() {
+        // By its name no shop belongs where the file has it.
+        let whole = snapshot(&[(0, 0, &[], &[(1, "a", Some(1)), (1, "b", Some(2))])], ShardKind::Keyed).await;
+        for without_keys in [false, true] {
+            let mut manifest = (*whole.manifest).clone();
+            manifest.max_parallelism = GROUPS;
+            manifest.operators.values_mut().for_each(|o| {
+                o.shards[0].key_groups = Some(groups(0, 15));
+                o.shards[0] = o.shards[0].cut_to(groups(2, 15)).unwrap();
+                if without_keys {
+                    o.schema.keys.clear();
+                }
+            });
+            let cut = whole.with_manifest(manifest);
+            // Nothing of the block is in these key groups: nobody need know.
+            assert_eq!(ask(&cut, ALL).await, Vec::<String>::new());
+            let mut manifest = (*cut.manifest).clone();
+            manifest.operators.values_mut().for_each(|o| o.shards[0].key_groups = Some(groups(1, 1)));
+            let all = whole.with_manifest(manifest.clone());
+            assert_eq!(ask(&all, ALL).await.len(), 2, "all of the block is");
+        }
+        let (cut, _) = cut_behind(7).await;
+        let refused = |of: &dyn Fn(&mut OperatorSnapshot)| {
+            let mut manifest = (*cut.manifest).clone();
+            manifest.operators.values_mut().for_each(of);
+            cut.with_manifest(manifest)
+        };
+        let unknown: [&dyn Fn(&mut OperatorSnapshot); 2] = [
+            &|o| o.schema.keys.clear(),
+            &|o| o.schema.keys[0].name = "n".into(), // another column than the one by which rows are dealt out
+        ];
+        for of in unknown {
+            let snapshot = refused(of);
+            let error = load(&snapshot, ALL).await.unwrap_err().to_string();
+            assert!(error.contains("hot/window-1") && error.contains("take a savepoint"), "{error}");
+            assert!(load(&snapshot, "SELECT * FROM sources").await.is_ok(), "the rest can be read");
+        }
+        let lost = refused(&|o| o.shards[0].key_groups = None);
+        assert!(load(&lost, ALL).await.unwrap_err().to_string().contains("does not say which"));
     }
 
     #[tokio::test]
