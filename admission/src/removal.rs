@@ -171,8 +171,9 @@ impl Step<'_> {
 
 /// Deletes files; the first that can't be ends it.
 pub(crate) async fn remove_files(storage: &dyn Storage, files: &[ObjectInfo]) -> Result<(), StorageError> {
-    let paths: Vec<&str> = files.iter().map(|o| o.path.as_str()).collect();
-    let deletes = stream::iter(paths).map(|path| storage.delete(path)).buffer_unordered(DELETES_IN_FLIGHT_MAX);
+    // Made outside of the stream, so that the whole can be sent between threads.
+    let deletes: Vec<_> = files.iter().map(|o| storage.delete(&o.path)).collect();
+    let deletes = stream::iter(deletes).buffer_unordered(DELETES_IN_FLIGHT_MAX);
     deletes.try_collect::<()>().await.map_err(StorageError)
 }
 

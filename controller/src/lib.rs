@@ -1,10 +1,16 @@
 //! The operator: brings about what StreamJobs and Savepoints say.
 //!
-//! [`lifecycle`] decides, [`objects`] writes down what the cluster is to hold; both are pure.
+//! [`lifecycle`] decides, [`objects`] writes down what the cluster is to hold; both are pure. [`effects`] sees and does.
+//! [`election`] says which of several controllers does.
 //!
 //! Invariant: what takes several steps is in a status before anything is done for it.
 
+pub mod args;
+pub mod effects;
+pub mod election;
 pub mod lifecycle;
+pub mod metrics;
 pub mod objects;
 pub mod revision;
 pub mod savepoints;
+pub mod serving;

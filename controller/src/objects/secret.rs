@@ -65,7 +65,8 @@ pub fn run_identity(job: &StreamJob, clock: Arc<dyn Clock>) -> Result<RunIdentit
 }
 
 /// The Secret of a run, to be created once: it is immutable. Its `job.yaml` is the job as the run's processes read it: what is
-/// acted upon while the job runs has no place in it, nor what the run restores, which stands on the command line.
+/// acted upon while the job runs has no place in it, nor what the run restores, which stands on the command line. `restore_from` is
+/// what a job without checkpoints of its own starts from, resolved to words that its processes understand.
 ///
 /// # Errors
 /// When the spec can't be written down.
@@ -73,9 +74,10 @@ pub fn run_secret(
     job: &StreamJob,
     spec: &StreamJobSpec,
     run: &RunStatus,
+    restore_from: Option<&str>,
     identity: &RunIdentity,
 ) -> std::result::Result<Secret, Unrenderable> {
-    let manifest = manifest(job, spec, run)?;
+    let manifest = manifest(job, spec, run, restore_from)?;
     let (coordinator, worker) = (keys_of(Role::Coordinator), keys_of(Role::Worker));
     let data = [
         (MANIFEST, manifest),
@@ -95,11 +97,17 @@ pub fn run_secret(
     })
 }
 
-fn manifest(job: &StreamJob, spec: &StreamJobSpec, run: &RunStatus) -> std::result::Result<String, Unrenderable> {
+fn manifest(
+    job: &StreamJob,
+    spec: &StreamJobSpec,
+    run: &RunStatus,
+    restore_from: Option<&str>,
+) -> std::result::Result<String, Unrenderable> {
     let mut manifest = StreamJob::new(&job.name_any(), revision::kept(spec));
     manifest.metadata.namespace = Some(namespace(job));
     manifest.metadata.uid = job.uid();
     manifest.spec.parallelism = run.parallelism;
+    manifest.spec.restore.from = restore_from.map(str::to_owned);
     serde_yaml::to_string(&manifest).map_err(|e| Unrenderable::new("spec", format!("can't be written as YAML: {e}")))
 }
 
@@ -144,11 +152,11 @@ mod tests {
              checkpoints: {storage: s3://b/c, onDelete: Delete}, worker: {slots: 2}}",
         );
         let identity = run_identity(&job, Env::system().clock).unwrap();
-        let secret = run_secret(&job, &job.spec, &run(7, 5), &identity).unwrap();
+        let secret = run_secret(&job, &job.spec, &run(7, 5), Some("s3://b/d"), &identity).unwrap();
         let read = StreamJob::from_yaml(&secret.string_data.unwrap()[MANIFEST], "job.yaml").unwrap();
         assert_eq!((read.spec.parallelism, read.spec.worker.slots, &*read.spec.sql), (5, 2, "a; b"));
         assert_eq!(read.spec.checkpoints.storage.as_deref(), Some("s3://b/c"));
-        assert_eq!((read.spec.restore.from, read.spec.restore.nonce), (None, None));
+        assert_eq!((read.spec.restore.from.as_deref(), read.spec.restore.nonce), (Some("s3://b/d"), None));
         assert_eq!(read.metadata.uid.as_deref(), Some("1-2-3"));
         assert_eq!(revision::name(&job.spec), revision::name(&StreamJobSpec { parallelism: 9, ..job.spec }));
     }

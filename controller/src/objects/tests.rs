@@ -108,7 +108,7 @@ fn documents(job: &StreamJob, run: &RunStatus, defaults: &Defaults) -> String {
     add(&mut text, &of_job.network_policy);
     add(&mut text, &revision_object(job, &job.spec).unwrap());
     let of_run = run_objects(job, &job.spec, run, defaults).unwrap();
-    add(&mut text, &run_secret(job, &job.spec, run, &identity()).unwrap());
+    add(&mut text, &run_secret(job, &job.spec, run, None, &identity()).unwrap());
     add(&mut text, &of_run.service);
     add(&mut text, &of_run.coordinator);
     add(&mut text, &of_run.worker);
@@ -211,7 +211,7 @@ fn a_worker_has_no_key_but_its_own_and_nobody_the_authoritys() {
     assert_eq!(worker.spec.as_ref().unwrap().automount_service_account_token, Some(false));
     assert_eq!(keys(worker), "job.yaml worker.crt worker.key ca.crt");
     assert_eq!(keys(coordinator), "job.yaml coordinator.crt coordinator.key ca.crt token");
-    let secret = run_secret(&job(SMALL), &job(SMALL).spec, &run(1, 1), &identity()).unwrap();
+    let secret = run_secret(&job(SMALL), &job(SMALL).spec, &run(1, 1), None, &identity()).unwrap();
     assert!(secret.string_data.unwrap().values().all(|text| text != "key of the authority"));
 }
 

@@ -1,0 +1,358 @@
+//! The controller's hands and eyes: sees what there is of each job, has [`lifecycle`](crate::lifecycle) decide, and does what the
+//! plan says. Nothing is decided here.
+//!
+//! `watching` keeps the `cache` up to date; `agenda` says whose turn it is; a pass is: look (`observe`), decide, write the status or
+//! `carry_out` the actions, and look again until there is nothing left to do. What takes longer is a question: `answering` asks it
+//! beside the passes, through the seam [`Outside`], and the answer is another reason for a pass. People are told by `notes`.
+//!
+//! All of it is one future: whoever drops it has stopped the controller, wherever it was.
+//!
+//! Invariants: a pass never decides on less than this process has written (see `cache`); with nothing changed, nothing is written.
+
+mod agenda;
+mod answering;
+mod cache;
+mod carry_out;
+mod cluster;
+mod notes;
+mod observe;
+mod outside;
+mod pods;
+mod questions;
+mod reach;
+#[cfg(test)]
+mod tests;
+mod watched;
+mod watching;
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use floodmark_crds::{StreamJob, Timestamp};
+use floodmark_snapshot::Env;
+use futures::{
+    FutureExt as _, StreamExt as _,
+    future::{BoxFuture, join_all},
+    stream::FuturesUnordered,
+};
+use kube::{Client, ResourceExt as _};
+use tokio::sync::{Semaphore, mpsc};
+
+use self::{
+    agenda::{Agenda, Outcome},
+    answering::{Ask, LOOKUPS_MAX, ORDERS_MAX},
+    cluster::{Cluster, EffectError},
+    notes::{Counts, NOTES_MAX, NoteOf},
+    questions::Questions,
+};
+pub use self::{
+    cache::{JobKey, SavepointKey},
+    outside::{Access, Order, Outside, Removed, Reply, SavepointFound},
+    reach::Reach,
+};
+use crate::{
+    lifecycle::{Action, Note, decide},
+    metrics::Metrics,
+    objects::{Defaults, run_name},
+};
+
+/// How long news are gathered before a pass: an update of a Deployment seldom comes alone.
+const GATHER: Duration = Duration::from_millis(5);
+/// Rounds of one pass. Each step of an operation is one; a plan that never comes to rest is a defect, and must not spin.
+const ROUNDS_MAX: usize = 32;
+/// Questions that wait to be taken up.
+const ASKS_MAX: usize = 64;
+/// After so many failures in a row people are told.
+const FAILURES_TOLD: u32 = 3;
+
+/// What the controller is told when it is started.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The namespaces whose jobs it looks after; all if none is named.
+    pub namespaces: Vec<String>,
+    /// What all jobs have in common.
+    pub defaults: Defaults,
+    /// By what name events say who has written them: the pod's.
+    pub instance: String,
+}
+
+/// Whose turn it is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Turn {
+    Job(JobKey),
+    Savepoint(SavepointKey),
+}
+
+/// See the header of this file.
+pub struct Operator {
+    cluster: Cluster,
+    outside: Arc<dyn Outside>,
+    defaults: Defaults,
+    instance: String,
+    namespaces: Vec<String>,
+    metrics: Arc<Metrics>,
+    questions: Mutex<Questions>,
+    lookups: Semaphore,
+    orders: Semaphore,
+    asks: mpsc::Sender<Ask>,
+    notes: mpsc::Sender<NoteOf>,
+    ready: AtomicBool,
+    queues: Mutex<Option<Queues>>,
+}
+
+struct Queues {
+    asks: mpsc::Receiver<Ask>,
+    notes: mpsc::Receiver<NoteOf>,
+}
+
+/// How a pass ended.
+struct Passed {
+    turn: Turn,
+    outcome: Outcome,
+    /// Why it failed, if it did.
+    why: Option<String>,
+}
+
+/// How a round of a pass ended.
+enum Round {
+    /// Something was done: look again.
+    Again,
+    /// There is nothing to do before this time, if ever.
+    Rest(Option<Timestamp>),
+    Gone,
+}
+
+impl Operator {
+    /// A controller that looks after jobs once it [runs](Operator::run).
+    #[must_use]
+    pub fn new(
+        client: Client,
+        outside: Arc<dyn Outside>,
+        settings: Settings,
+        metrics: Arc<Metrics>,
+        env: Env,
+    ) -> Arc<Self> {
+        let (asks, to_ask) = mpsc::channel(ASKS_MAX);
+        let (notes, to_note) = mpsc::channel(NOTES_MAX);
+        let Settings { namespaces, defaults, instance } = settings;
+        Arc::new(Self {
+            cluster: Cluster::new(client, env, Arc::default()),
+            outside,
+            defaults,
+            instance,
+            namespaces,
+            metrics,
+            questions: Mutex::default(),
+            lookups: Semaphore::new(LOOKUPS_MAX),
+            orders: Semaphore::new(ORDERS_MAX),
+            asks,
+            notes,
+            ready: AtomicBool::new(false),
+            queues: Mutex::new(Some(Queues { asks: to_ask, notes: to_note })),
+        })
+    }
+
+    /// Whether all watches have told all there is.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    /// Counts jobs by state, for the metrics.
+    pub fn count_jobs(&self) {
+        let mut states = BTreeMap::new();
+        for job in self.cluster.cache().jobs() {
+            let state = job.status.as_ref().map(|s| s.state).unwrap_or_default();
+            *states.entry(format!("{state:?}")).or_default() += 1;
+        }
+        self.metrics.jobs(states);
+    }
+
+    fn questions(&self) -> MutexGuard<'_, Questions> {
+        self.questions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::from_millis(self.cluster.env.clock.wall_ms())
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.cluster.env.clock.monotonic()
+    }
+
+    /// Looks after jobs until it is dropped. A second call does nothing.
+    pub async fn run(self: Arc<Self>) {
+        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(Queues { mut asks, mut notes }) = queues else { return };
+        let watched = self.cluster.shared_cache();
+        let (mut watches, mut unlisted) =
+            watching::watches(&self.cluster.client, &self.namespaces, &watched, &self.metrics);
+        let mut agenda = Agenda::default();
+        let mut passes: FuturesUnordered<BoxFuture<'_, Passed>> = FuturesUnordered::new();
+        let mut questions = FuturesUnordered::new();
+        let note_writer = async {
+            let mut counts = Counts::default();
+            while let Some(note) = notes.recv().await {
+                self.cluster.write_note(&note, &self.instance, &mut counts).await;
+            }
+        };
+        let mut note_writer = std::pin::pin!(note_writer.fuse());
+        loop {
+            let now = self.monotonic();
+            while unlisted == 0
+                && let Some((turn, due)) = agenda.take(now)
+            {
+                self.metrics.waited(now.saturating_sub(due));
+                passes.push(self.turn(turn).boxed());
+            }
+            let (due, busy) = agenda.depth(now);
+            self.metrics.depth(due, busy);
+            let next = agenda.next_due().filter(|_| unlisted == 0);
+            let alarm = async {
+                match next {
+                    Some(at) => self.cluster.env.runtime.sleep(at.saturating_sub(now)).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                Some(news) = watches.next() => {
+                    unlisted -= usize::from(news.listed);
+                    if unlisted == 0 {
+                        self.ready.store(true, Ordering::Relaxed);
+                    }
+                    let at = self.monotonic() + GATHER;
+                    news.turns.into_iter().for_each(|turn| agenda.ask(turn, at));
+                }
+                Some(Passed { turn, outcome, why }) = passes.next() => {
+                    agenda.done(turn.clone(), self.monotonic(), outcome);
+                    if let Some(why) = why.filter(|_| agenda.failures(&turn) == FAILURES_TOLD) {
+                        self.tell_failure(&turn, why);
+                    }
+                }
+                Some(ask) = asks.recv() => questions.push(self.answer(ask)),
+                Some(key) = questions.next() => agenda.ask(Turn::Job(key), self.monotonic()),
+                () = &mut note_writer => {}
+                () = alarm => {}
+            }
+        }
+    }
+
+    /// One pass.
+    async fn turn(&self, turn: Turn) -> Passed {
+        let (kind, result) = match &turn {
+            Turn::Job(key) => ("StreamJob", self.pass(key).await),
+            Turn::Savepoint(_) => ("Savepoint", Ok(Round::Rest(None))),
+        };
+        let (name, outcome, why) = match result {
+            Ok(Round::Gone) => ("done", Outcome::Gone, None),
+            Ok(Round::Again) => ("failed", Outcome::Failed, Some("it does not come to rest".to_owned())),
+            Ok(Round::Rest(wake)) => {
+                let in_ms = wake.map(|at| at.millis_since(self.now()) + 1);
+                let at = in_ms.map(|ms| self.monotonic() + Duration::from_millis(ms));
+                ("done", Outcome::Rest(at), None)
+            }
+            Err(EffectError::Overtaken(_)) => ("overtaken", Outcome::Overtaken, None),
+            Err(error) => ("failed", Outcome::Failed, Some(error.to_string())),
+        };
+        self.metrics.passed(kind, name);
+        if let Some(why) = &why {
+            tracing::warn!(?turn, %why, "a pass failed; it is tried again");
+        }
+        Passed { turn, outcome, why }
+    }
+
+    /// Rounds until there is nothing left to do.
+    async fn pass(&self, key: &JobKey) -> Result<Round, EffectError> {
+        for _ in 0..ROUNDS_MAX {
+            match self.round(key).await? {
+                Round::Again => {}
+                ended @ (Round::Rest(_) | Round::Gone) => return Ok(ended),
+            }
+        }
+        Ok(Round::Again)
+    }
+
+    /// One look, one decision, and what follows.
+    async fn round(&self, key: &JobKey) -> Result<Round, EffectError> {
+        let Some(job) = self.cluster.cache().job(key) else { return Ok(Round::Gone) };
+        self.look_for_secrets(key, &job).await?;
+        let restore_from = self.restore_from(&job).location();
+        let answers = {
+            let mut questions = self.questions();
+            questions.tidy(&job);
+            questions.of(&job)
+        };
+        let now = self.now();
+        let (seen, look_again) = {
+            let cache = self.cluster.cache();
+            let Some(known) = cache.known(key) else { return Ok(Round::Gone) };
+            observe::seen(known, &job, restore_from, answers, &self.defaults, now)
+        };
+        let plan = decide(&seen);
+        let JobKey { namespace, base } = key;
+        if let Some(status) = plan.status {
+            let written = StreamJob { status: Some(*status), ..(*job).clone() };
+            self.cluster.write_status(&written).await?;
+            for note in plan.notes {
+                tracing::info!(%namespace, job = %base, "{}: {}", note.reason, note.message);
+                self.note(&*job, note);
+            }
+            return Ok(Round::Again);
+        }
+        plan.notes.into_iter().for_each(|note| self.note(&*job, note));
+        let mut again = false;
+        for action in &plan.actions {
+            tracing::info!(%namespace, job = %base, "{action}");
+            self.carry_out(&job, action).await?;
+            again |= !matches!(action, Action::Ask(_));
+        }
+        let wake = plan.wake.into_iter().chain(look_again).min();
+        Ok(if again { Round::Again } else { Round::Rest(wake) })
+    }
+
+    /// Finds out whether runs have their Secrets, where that is not known.
+    async fn look_for_secrets(&self, key: &JobKey, job: &StreamJob) -> Result<(), EffectError> {
+        let unsure: Vec<u64> = {
+            let cache = self.cluster.cache();
+            let Some(known) = cache.known(key) else { return Ok(()) };
+            known.runs().into_iter().filter(|run| !known.secrets.contains_key(run)).collect()
+        };
+        let name = job.name_any();
+        let looks = unsure.into_iter().map(|run| {
+            let name = run_name(&name, run);
+            async move { (run, self.cluster.has_secret(job, &name).await) }
+        });
+        for (run, there) in join_all(looks).await {
+            let there = there?;
+            self.cluster.cache().put_secret(key, run, there);
+        }
+        Ok(())
+    }
+
+    fn tell_failure(&self, turn: &Turn, why: String) {
+        let note = Note { warning: true, reason: "NotCarriedOut", message: why };
+        match turn {
+            Turn::Job(key) => {
+                let job = self.cluster.cache().job(key);
+                job.iter().for_each(|job| self.note(&**job, note.clone()));
+            }
+            Turn::Savepoint(key) => {
+                let savepoint = self.cluster.cache().savepoint(key);
+                savepoint.iter().for_each(|savepoint| self.note(&**savepoint, note.clone()));
+            }
+        }
+    }
+
+    /// Tells people something, if there is room for it.
+    fn note<K: kube::Resource<DynamicType = ()>>(&self, about: &K, note: Note) {
+        if self.notes.try_send(NoteOf::new(about, note, self.now())).is_err() {
+            tracing::warn!("too many events at a time: one is not written");
+        }
+    }
+}

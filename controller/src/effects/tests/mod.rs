@@ -1,0 +1,225 @@
+//! The controller against an API server in memory, with the lifecycle's own decisions: what is wanted comes about, nothing is written at
+//! rest, and a process that dies between any two requests leaves nothing that the next can't go on with.
+
+mod server;
+mod time;
+mod world;
+
+use std::time::Duration;
+
+use floodmark_crds::JobState;
+use serde_json::json;
+
+use self::{
+    server::Crash,
+    world::{JOB, World},
+};
+
+/// How long anything may take, in virtual time.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// At rest for so long.
+const REST: Duration = Duration::from_secs(90);
+
+/// Runs a controller, and others after it if it dies, until this holds.
+async fn until(world: &World, what: &str, holds: impl Fn(&World) -> bool) {
+    let life = async {
+        loop {
+            let operator = world.operator();
+            tokio::select! {
+                () = operator.run() => {}
+                () = world.server.crashed.notified() => world.server.crash_at(None),
+            }
+        }
+    };
+    let seen = async {
+        while !holds(world) {
+            world.sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::select! {
+        () = seen => {}
+        () = life => {}
+        () = world.live() => {}
+        () = world.time.pass() => {}
+        () = world.sleep(PATIENCE) => {
+            let status = serde_yaml::to_string(&world.job()).unwrap();
+            panic!("never {what}; the last writes: {:#?}\n{status}", world.server.state().writes.iter().rev().take(20).collect::<Vec<_>>());
+        }
+    }
+}
+
+/// Ready, at this generation of the spec.
+fn ready(world: &World) -> bool {
+    let Some(job) = world.job() else { return false };
+    let status = job.status.unwrap_or_default();
+    let ready = status.condition("Ready").is_some_and(|c| c.status == floodmark_crds::ConditionStatus::True);
+    ready && Some(status.observed_generation) == job.metadata.generation
+}
+
+fn running(world: &World) -> bool {
+    ready(world) && world.status().state == JobState::Running
+}
+
+fn suspended(world: &World) -> bool {
+    ready(world) && world.status().state == JobState::Suspended
+}
+
+/// Lets the controller rest; answers with what it has written meanwhile.
+async fn at_rest(world: &World) -> Vec<String> {
+    // What it is still at.
+    let operator = world.operator();
+    tokio::select! {
+        () = operator.run() => {}
+        () = world.live() => {}
+        () = world.time.pass() => {}
+        () = async {
+            world.sleep(Duration::from_secs(5)).await;
+            world.server.state().writes.clear();
+            world.sleep(REST).await;
+        } => {}
+    }
+    world.server.state().writes.clone()
+}
+
+fn objects(world: &World) -> Vec<String> {
+    let state = world.server.state();
+    let kept = state.objects.keys().filter(|(resource, _, _)| resource != "events");
+    kept.map(|(resource, _, name)| format!("{resource} {name}")).collect()
+}
+
+#[tokio::test]
+async fn a_job_comes_to_run_and_then_nothing_is_written() {
+    let world = World::default();
+    world.apply(json!({"sql": "a", "parallelism": 2}));
+    until(&world, "running", running).await;
+    assert_eq!(at_rest(&world).await, [""; 0]);
+    expect_test::expect![[r#"
+        controllerrevisions sums-e96da61fd5
+        deployments sums-1-coordinator
+        deployments sums-1-worker
+        leases sums
+        networkpolicies sums
+        poddisruptionbudgets sums
+        pods sums-1-coordinator-0
+        pods sums-1-worker-0
+        pods sums-1-worker-1
+        rolebindings sums
+        roles sums
+        secrets sums-1
+        serviceaccounts sums
+        services sums
+        services sums-1-coordinator
+        streamjobs sums"#]]
+    .assert_eq(&objects(&world).join("\n"));
+}
+
+#[tokio::test]
+async fn what_somebody_takes_away_comes_back() {
+    let world = World::default();
+    world.apply(json!({"sql": "a"}));
+    until(&world, "running", running).await;
+    let all = objects(&world);
+    for (resource, name) in [
+        ("services", "sums"),
+        ("roles", "sums"),
+        ("leases", "sums"),
+        ("deployments", "sums-1-worker"),
+        ("services", "sums-1-coordinator"),
+        ("controllerrevisions", "sums-e96da61fd5"),
+    ] {
+        world.server.state().delete(&server::place(resource, name));
+        until(&world, "complete again", |world| running(world) && objects(world) == all).await;
+    }
+    assert_eq!(world.status().last_run, 1, "it is the same run all along");
+}
+
+#[tokio::test]
+async fn a_status_that_is_lost_is_found_again_by_the_objects() {
+    let world = World::default();
+    world.apply(json!({"sql": "a"}));
+    until(&world, "running", running).await;
+    {
+        let mut state = world.server.state();
+        let at = server::place("streamjobs", JOB);
+        let before = state.objects[&at].clone();
+        let mut next = before.clone();
+        next.as_object_mut().unwrap().remove("status");
+        state.put(&at, Some(before), next);
+    }
+    until(&world, "running", running).await;
+    assert_eq!(world.status().run.map(|r| r.number), Some(1));
+    assert_eq!(at_rest(&world).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn an_answer_that_is_lost_is_found_in_storage() {
+    let world = World::default();
+    world.apply(json!({"sql": "a"}));
+    until(&world, "running", running).await;
+    world.outer.lock().unwrap().answers_lost = 1;
+    world.apply(json!({"sql": "b"}));
+    until(&world, "running", |w| running(w) && w.status().last_run == 2).await;
+    let outer = world.outer.lock().unwrap();
+    assert_eq!((outer.orders.len(), outer.savepoints.len()), (1, 1), "{outer:?}");
+}
+
+#[tokio::test]
+async fn a_rescale_keeps_the_pods() {
+    let world = World::default();
+    world.apply(json!({"sql": "a", "parallelism": 2}));
+    until(&world, "running", running).await;
+    let uid = |name: &str| world.server.state().get("pods", name).map(|pod| pod["metadata"]["uid"].clone());
+    let before = uid("sums-1-worker-0");
+    world.apply(json!({"sql": "a", "parallelism": 4}));
+    until(&world, "at 4", |w| running(w) && w.status().parallelism == 4).await;
+    world.apply(json!({"sql": "a", "parallelism": 1}));
+    until(&world, "at 1", |w| running(w) && w.status().parallelism == 1).await;
+    assert_eq!(at_rest(&world).await, [""; 0]);
+    assert_eq!((uid("sums-1-worker-0"), uid("sums-1-worker-1")), (before, None));
+}
+
+/// The whole life of a job.
+async fn life(world: &World) {
+    world.apply(json!({"sql": "a", "parallelism": 2}));
+    until(world, "running", running).await;
+    world.apply(json!({"sql": "b", "parallelism": 2}));
+    until(world, "upgraded", |w| running(w) && w.status().run.is_some_and(|r| r.revision != "e96da61fd5")).await;
+    world.apply(json!({"sql": "b", "parallelism": 3}));
+    until(world, "rescaled", |w| running(w) && w.status().parallelism == 3).await;
+    world.apply(json!({"sql": "b", "parallelism": 3, "desiredState": "Suspended"}));
+    until(world, "suspended", suspended).await;
+    world.apply(json!({"sql": "b", "parallelism": 3, "checkpoints": {"onDelete": "Delete"}}));
+    until(world, "running again", running).await;
+    world.server.state().delete(&server::place("streamjobs", JOB));
+    until(world, "gone", |w| w.job().is_none()).await;
+}
+
+#[tokio::test]
+async fn a_controller_that_dies_between_any_two_requests_leaves_nothing_that_the_next_can_not_go_on_with() {
+    let world = World::default();
+    life(&world).await;
+    let writes = world.server.state().writes.clone();
+    assert!(writes.len() > 40, "{writes:#?}");
+    for (n, write) in writes.iter().enumerate() {
+        for crash in [Crash::Before(n), Crash::After(n)] {
+            let world = World::default();
+            world.server.crash_at(Some(crash));
+            life(&world).await;
+            assert_eq!(objects(&world), [""; 0], "{crash:?}: {write}");
+            assert!(world.outer.lock().unwrap().state_removed, "{crash:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_run_that_fails_is_taken_back() {
+    let world = World::default();
+    world.apply(json!({"sql": "a"}));
+    until(&world, "running", running).await;
+    world.outer.lock().unwrap().fails = Some(2);
+    world.apply(json!({"sql": "b"}));
+    until(&world, "back", |w| w.status().last_run == 3 && w.status().operation.is_none()).await;
+    let status = world.status();
+    assert_eq!(status.run.map(|r| (r.number, r.revision)), Some((3, "e96da61fd5".to_owned())));
+    assert_eq!(at_rest(&world).await, [""; 0]);
+}
