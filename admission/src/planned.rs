@@ -172,6 +172,29 @@ mod tests {
     }
 
     #[test]
+    fn variables_of_whoever_connects_are_not_looked_up_and_are_no_part_of_the_plan() {
+        let kafka = |password: &str| {
+            let options = format!("'topic' = 't', 'properties.bootstrap.servers' = '${{NOT_SET_HERE}}', {password}");
+            let t = format!("CREATE TABLE t (k BIGINT, x BIGINT) WITH ('connector' = 'kafka', {options});");
+            manifest(&format!("{t}\n{}", SQL.split_once('\n').unwrap().1))
+        };
+        let planned = |password| Planned::of(&kafka(password)).unwrap().graph.fingerprint;
+        let one = planned("'properties.sasl.password' = '${NOT_SET_HERE_EITHER}'");
+        assert_eq!(one, planned("'properties.sasl.password' = 'another'"));
+        check(
+            &kafka("'properties.sasl.password' = '${ no name }'"),
+            (Some(1), Some(133)),
+            expect![
+                "table 't': option 'properties.sasl.password': '${' begins no variable; write ${NAME}, or $${ for a literal ${"
+            ],
+            expect![[r#"
+            spec.sql: line 1, column 133: table 't': option 'properties.sasl.password': '${' begins no variable; write ${NAME}, or $${ for a literal ${
+              1 | CREATE TABLE t (k BIGINT, x BIGINT) WITH ('connector' = 'kafka', 'topic' = 't', 'properties.bootstrap.servers' = '${NOT_SET_HERE}', 'properties.sasl.password' = '${ no name }');
+                |                                                                                                                                     ^"#]],
+        );
+    }
+
+    #[test]
     fn fields_are_checked_before_anything_is_planned() {
         let mut job = manifest("nonsense");
         job.spec.parallelism = 0;

@@ -98,7 +98,7 @@ fn client(kafka: &Kafka) -> u64 {
 }
 
 fn source(kafka: &Kafka) -> u64 {
-    let option = |v: &str| OptionValue { value: v.to_owned(), location: Location::default() };
+    let option = |v: &str| OptionValue::parse(v, Location::default()).unwrap();
     let servers = kafka.bootstrap();
     let options = [
         ("topic", "nexmark"),

@@ -22,7 +22,7 @@ fn nested() -> SchemaRef {
 }
 
 fn table(schema: &SchemaRef, options: &[(&str, &str)]) -> TableDef {
-    let value = |v: &str| OptionValue { value: v.to_owned(), location: Location { line: 3, column: 5 } };
+    let value = |v: &str| OptionValue::parse(v, Location { line: 3, column: 5 }).unwrap();
     TableDef {
         name: "orders".to_owned(),
         schema: schema.clone(),
@@ -160,4 +160,30 @@ fn the_table_is_left_to_the_planner_to_name() {
     written("kafka", &n, false, &key, &expect!["3:5 there is no column 'm' for the key"]);
     written("datagen", &n, false, &[], &expect!["connector 'datagen' can be read from, not written to"]);
     read("blackhole", &n, &[], &expect!["connector 'blackhole' can be written to, not read from"]);
+}
+
+#[test]
+fn variables_stand_only_where_their_values_do_not_show() {
+    let n = schema(&[("n", DataType::Int64)]);
+    let refused = |option| {
+        format!(
+            "3:5 option '{option}': a variable can't stand here, because the value shows in plans, checkpoints and errors; \
+             variables are for options 'properties.*' (for a literal ${{ write $${{)"
+        )
+    };
+    let all = all();
+    let source = |connector: &str, options: &[(&str, &str)]| {
+        let error = all.get(connector).unwrap().source(&table(&n, options), &n, &plan()).err().unwrap();
+        format!("{}:{} {}", error.location.unwrap().line, error.location.unwrap().column, error.message)
+    };
+    assert_eq!(source("kafka", &[("topic", "${T}"), ("properties.bootstrap.servers", "b:1")]), refused("topic"));
+    assert_eq!(source("files", &[("path", "s3://${BUCKET}/in")]), refused("path"));
+    assert_eq!(source("datagen", &[("rate", "${R}")]), refused("rate"));
+    assert_eq!(source("datagen", &[("fields.n.kind", "${K}")]), refused("fields.n.kind"));
+    // Nothing of a property is known while the job is planned, but whether it is there.
+    let topic = ("topic", "a$${b}");
+    let servers = ("properties.bootstrap.servers", "${SERVERS}");
+    let late = [topic, servers, ("properties.sasl.password", "${P}"), ("properties.acks", "${A}")];
+    assert!(all.get("kafka").unwrap().source(&table(&n, &late), &n, &plan()).is_ok());
+    assert_eq!(OptionValue::parse(topic.1, Location::default()).unwrap().value, "a${b}");
 }

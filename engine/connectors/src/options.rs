@@ -4,16 +4,28 @@ use std::{str::FromStr, time::Duration};
 
 use floodmark_dataflow::connector::{OptionValue, TableDef, TableError};
 
+/// Prefix of options in which variables may stand: their values are looked at only by whoever connects.
+pub(crate) const WITH_VARIABLES: &str = "properties.";
+
 /// The options of one table, checked against what its connector knows.
 pub(crate) struct Options<'a> {
     table: &'a TableDef,
 }
 
 impl<'a> Options<'a> {
-    /// Refuses options that are neither in `known` nor begin with one of `prefixes`.
+    /// Refuses options that are neither in `known` nor begin with one of `prefixes`, and variables where they would show.
     pub(crate) fn new(table: &'a TableDef, known: &[&str], prefixes: &[&str]) -> Result<Self, TableError> {
         for (name, value) in &table.options {
             if known.contains(&name.as_str()) || prefixes.iter().any(|p| name.starts_with(p)) {
+                if value.variables.is_some() && !name.starts_with(WITH_VARIABLES) {
+                    return Err(TableError::option(
+                        value,
+                        format!(
+                            "option '{name}': a variable can't stand here, because the value shows in plans, checkpoints and \
+                             errors; variables are for options '{WITH_VARIABLES}*' (for a literal ${{ write $${{)"
+                        ),
+                    ));
+                }
                 continue;
             }
             let near = known.iter().max_by(|a, b| strsim::jaro(a, name).total_cmp(&strsim::jaro(b, name)));
@@ -101,7 +113,7 @@ mod tests {
     use super::*;
 
     fn table(options: &[(&str, &str)]) -> TableDef {
-        let value = |v: &str| OptionValue { value: v.into(), location: Location { line: 3, column: 5 } };
+        let value = |v: &str| OptionValue::parse(v, Location { line: 3, column: 5 }).unwrap();
         TableDef {
             name: "t".into(),
             schema: Arc::new(Schema::empty()),

@@ -41,7 +41,7 @@ fn schema() -> SchemaRef {
 }
 
 fn table(servers: &str, topic: &str, key: &[&str], options: &[(&str, &str)]) -> TableDef {
-    let value = |v: &str| OptionValue { value: v.to_owned(), location: Location { line: 1, column: 1 } };
+    let value = |v: &str| OptionValue::parse(v, Location { line: 1, column: 1 }).unwrap();
     let own = [("topic", topic), ("properties.bootstrap.servers", servers), ("format", "json")];
     TableDef {
         name: format!("table_{topic}"),

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 use arrow::datatypes::{Schema, SchemaRef};
 use floodmark_snapshot::JobId;
 
-use crate::{sink::SinkNode, source::SourceFactory};
+use crate::{sink::SinkNode, source::SourceFactory, variables::Template};
 
 /// A place in the SQL text, both counted from 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,10 +25,26 @@ impl fmt::Display for Location {
 /// A value of a table's `WITH (…)` list, and where it stands.
 #[derive(Clone, Debug)]
 pub struct OptionValue {
-    /// The text between the quotes.
+    /// The text between the quotes. If it has variables it is as it was written; else `$${` stands in it as `${`.
     pub value: String,
     /// Where the option's name stands.
     pub location: Location,
+    /// The value, if it has variables: known only to the process that connects, and only then.
+    pub variables: Option<Template>,
+}
+
+impl OptionValue {
+    /// Reads the text between the quotes.
+    ///
+    /// # Errors
+    /// When a `${` in it begins no variable.
+    pub fn parse(text: &str, location: Location) -> Result<Self, TableError> {
+        let template = Template::parse(text).map_err(|message| TableError { message, location: Some(location) })?;
+        match template.literal() {
+            Some(literal) => Ok(Self { value: literal.to_owned(), location, variables: None }),
+            None => Ok(Self { value: text.to_owned(), location, variables: Some(template) }),
+        }
+    }
 }
 
 /// A `CREATE TABLE`, as a connector sees it.

@@ -20,6 +20,7 @@ pub mod operator;
 pub mod sink;
 pub mod source;
 pub mod task;
+pub mod variables;
 pub mod watermark;
 
 pub use frame::{Barrier, BarrierKind, Batch, Frame, ROW_KIND, RowKind, WATERMARK_MAX, WATERMARK_MIN};

@@ -344,7 +344,7 @@ mod tests {
 
     fn source(path: &str, format: Format, following: bool, bad: &[(&str, &str)]) -> FilesSource {
         let schema = Arc::new(Schema::new(vec![Field::new("n", DataType::Int64, true)]));
-        let value = |v: &str| OptionValue { value: v.into(), location: Default::default() };
+        let value = |v: &str| OptionValue::parse(v, Default::default()).unwrap();
         let table = TableDef {
             name: "t".into(),
             schema: schema.clone(),

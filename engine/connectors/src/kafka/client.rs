@@ -1,21 +1,19 @@
 //! What sources, sinks and committers share of the client library: its configuration, its log and errors, and look-ups that
 //! are bounded in time and whose errors name the broker and the topic.
 //!
-//! No message, log line or error of this file shows a password or a key.
+//! No message, log line or error of this file shows a password or a key, nor what a variable stands for.
 
 use std::{
-    collections::BTreeMap,
     sync::{Mutex, PoisonError},
     time::Duration,
 };
 
-use floodmark_dataflow::connector::TableError;
 use floodmark_snapshot::{
     Env, Error, Result,
     env::{sleep, spawn_thread},
 };
 use rdkafka::{
-    ClientConfig, ClientContext, TopicPartitionList,
+    ClientContext, TopicPartitionList,
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, Consumer, ConsumerContext},
     error::{KafkaError, KafkaResult, RDKafkaErrorCode},
@@ -24,144 +22,14 @@ use rdkafka::{
     topic_partition_list::Offset,
 };
 
-use crate::options::Options;
+use super::cluster::{Cluster, Hidden};
 
-/// Prefix of options that go to the client library as they are.
-pub(super) const PROPERTIES: &str = "properties.";
 /// How long a look-up goes on asking a broker that doesn't answer, how long it waits for one answer, and between two tries.
 const LOOKUP_MAX: Duration = Duration::from_secs(7);
 const LOOKUP_STEP: Duration = Duration::from_secs(2);
 const LOOKUP_PAUSE: Duration = Duration::from_millis(50);
 /// Events that a client is asked for at once to learn why it has no connection.
 const EVENTS_MAX: usize = 100;
-
-/// Settings of the Java client that mean something else here, or nothing.
-const IGNORED: [&str; 12] = [
-    "key.deserializer",
-    "value.deserializer",
-    "key.serializer",
-    "value.serializer",
-    "auto.offset.reset",
-    "enable.auto.commit",
-    "enable.auto.offset.store",
-    "enable.partition.eof",
-    "max.poll.records",
-    "max.block.ms",
-    "buffer.memory",
-    "partition.discovery.interval.ms",
-];
-/// Settings of the Java client that have another name here.
-const RENAMED: [(&str, &str); 2] =
-    [("fetch.max.wait.ms", "fetch.wait.max.ms"), ("max.request.size", "message.max.bytes")];
-/// Settings that have no counterpart, and what to use instead.
-const REFUSED: [(&str, &str); 5] = [
-    ("transactional.id", "set 'sink.transactional-id-prefix'"),
-    ("transaction.timeout.ms", "set 'sink.transaction-timeout'"),
-    ("ssl.truststore.location", "give a PEM file in 'properties.ssl.ca.location'"),
-    ("ssl.truststore.password", "give a PEM file in 'properties.ssl.ca.location'"),
-    ("ssl.truststore.type", "give a PEM file in 'properties.ssl.ca.location'"),
-];
-
-/// How to reach a cluster: the table's `properties.*`, checked.
-#[derive(Clone)]
-pub(super) struct Cluster {
-    servers: String,
-    properties: BTreeMap<String, String>,
-}
-
-impl Cluster {
-    /// Reads and checks `properties.*`.
-    pub(super) fn of(
-        options: &Options<'_>,
-        all: &BTreeMap<String, floodmark_dataflow::connector::OptionValue>,
-    ) -> Result<Self, TableError> {
-        let servers = options.required("properties.bootstrap.servers")?.to_owned();
-        let mut properties = BTreeMap::new();
-        for (option, given) in all {
-            let Some(name) = option.strip_prefix(PROPERTIES) else { continue };
-            if IGNORED.contains(&name) {
-                tracing::warn!("option '{option}' ({}) has no effect here", given.location);
-                continue;
-            }
-            if let Some((_, instead)) = REFUSED.iter().find(|r| r.0 == name) {
-                return Err(TableError::option(given, format!("option '{option}' has no effect here: {instead}")));
-            }
-            if name == "sasl.jaas.config" {
-                let (user, password) = jaas(&given.value).ok_or_else(|| {
-                    let message = format!(
-                        "option '{option}' has no username and password; \
-                         set 'properties.sasl.username' and 'properties.sasl.password'"
-                    );
-                    TableError::option(given, message)
-                })?;
-                properties.insert("sasl.username".to_owned(), user);
-                properties.insert("sasl.password".to_owned(), password);
-                continue;
-            }
-            let name = RENAMED.iter().find(|r| r.0 == name).map_or(name, |r| r.1);
-            let mut alone = ClientConfig::new();
-            if let Err(error) = alone.set(name, given.value.as_str()).create_native_config() {
-                let why = match error {
-                    KafkaError::ClientConfig(..) if secret(name) => "its value is refused".to_owned(),
-                    KafkaError::ClientConfig(_, why, ..) => why,
-                    other => other.to_string(),
-                };
-                return Err(TableError::option(given, format!("option '{option}': {}", why.trim())));
-            }
-            properties.insert(name.to_owned(), given.value.clone());
-        }
-        Ok(Self { servers, properties })
-    }
-
-    /// Where the brokers are, as the user wrote it.
-    pub(super) fn servers(&self) -> &str {
-        &self.servers
-    }
-
-    /// What the user has set a property to.
-    fn property(&self, name: &str) -> Option<&str> {
-        self.properties.get(name).map(String::as_str)
-    }
-
-    /// What a reader may see: committed records, unless the user has said otherwise.
-    pub(super) fn isolation(&self) -> &str {
-        self.property("isolation.level").unwrap_or("read_committed")
-    }
-
-    /// A configuration: `defaults`, over them what the user wrote, and over that what correctness depends on.
-    pub(super) fn config(&self, defaults: &[(&str, &str)], fixed: &[(&str, &str)]) -> ClientConfig {
-        let mut config = ClientConfig::new();
-        config.set_log_level(RDKafkaLogLevel::Warning);
-        // A broker that was away is wanted back at once: the library would wait up to ten seconds between two tries.
-        config.set("reconnect.backoff.max.ms", "1000");
-        for (name, value) in defaults {
-            config.set(*name, *value);
-        }
-        for (name, value) in &self.properties {
-            config.set(name, value);
-        }
-        for (name, value) in fixed {
-            config.set(*name, *value);
-        }
-        config
-    }
-}
-
-/// Whether a setting's value must not be shown.
-fn secret(name: &str) -> bool {
-    ["password", "key", "secret", "jaas", "token"].iter().any(|word| name.contains(word))
-}
-
-/// User and password of the Java client's login line.
-fn jaas(text: &str) -> Option<(String, String)> {
-    let value = |name: &str| {
-        let rest = text[text.find(name)? + name.len()..].trim_start().strip_prefix('=')?.trim_start();
-        let quote = rest.chars().next().filter(|c| matches!(c, '"' | '\''))?;
-        let rest = &rest[1..];
-        Some(rest[..rest.find(quote)?].to_owned())
-    };
-    Some((value("username")?, value("password")?))
-}
 
 /// An error of the library, with what was attempted. What it means is for the caller to know: `Retry` by default.
 pub(super) fn failed(what: impl std::fmt::Display, error: &KafkaError) -> Error {
@@ -186,8 +54,8 @@ pub(super) fn denied(code: RDKafkaErrorCode) -> bool {
 }
 
 /// Listens to a client: its log lines and errors go to ours; failed deliveries and refusals are remembered.
-#[derive(Default)]
 pub(super) struct Watch {
+    hidden: Hidden,
     /// Why there is no connection, as last heard.
     reason: Mutex<Option<String>>,
     refusal: Mutex<Option<String>>,
@@ -195,6 +63,11 @@ pub(super) struct Watch {
 }
 
 impl Watch {
+    /// Of a client that was set up with these values of variables.
+    pub(super) fn new(hidden: Hidden) -> Self {
+        Self { hidden, reason: Mutex::default(), refusal: Mutex::default(), delivery: Mutex::default() }
+    }
+
     fn reason(&self) -> Option<String> {
         lock(&self.reason).clone()
     }
@@ -215,12 +88,12 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl ClientContext for Watch {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        tracing::debug!(?level, facility, "kafka: {message}");
+        tracing::debug!(?level, facility, "kafka: {}", self.hidden.hide(message));
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
         // The library counts and times its repetitions: without that, a repetition is the same text.
-        let short = reason.split(" (after ").next().unwrap_or(reason).to_owned();
+        let short = self.hidden.hide(reason.split(" (after ").next().unwrap_or(reason));
         if error.rdkafka_error_code().is_some_and(denied) {
             *lock(&self.refusal) = Some(short.clone());
         }
@@ -272,12 +145,11 @@ impl Lookup {
     /// A client that reaches the brokers at the first question. With isolation `read_committed`, a partition ends before the
     /// first open transaction.
     pub(super) fn new(cluster: &Cluster, isolation: &str) -> Result<Self> {
-        let mut config = cluster.config(&[], &[("allow.auto.create.topics", "false"), ("isolation.level", isolation)]);
+        let mut config =
+            cluster.config(&[], &[("allow.auto.create.topics", "false"), ("isolation.level", isolation)])?;
         // Without a group there is one queue, on which the client says why it fails.
         config.remove("group.id");
-        let consumer = config
-            .create_with_context(Watch::default())
-            .map_err(|e| failed("set up a Kafka client; check options 'properties.*'", &e))?;
+        let consumer = config.create("set up a Kafka client; check options 'properties.*'")?;
         Ok(Self { consumer, servers: cluster.servers().to_owned(), env: Env::system() })
     }
 
@@ -400,17 +272,5 @@ impl Lookup {
     /// Whether the topic is known to be gone; not being able to ask is not knowing.
     pub(super) fn is_gone(&self, topic: &str) -> bool {
         matches!(self.partitions_if_any(topic), Ok(None))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_java_login_line_is_understood() {
-        let line = "org.apache.kafka.common.security.plain.PlainLoginModule required username=\"joe\" password = 's3';";
-        assert_eq!(jaas(line), Some(("joe".to_owned(), "s3".to_owned())));
-        assert_eq!(jaas("KerberosLoginModule required"), None);
     }
 }

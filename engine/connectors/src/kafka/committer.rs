@@ -25,7 +25,8 @@ use rdkafka::{
 use serde_json::{Value, json};
 
 use super::{
-    client::{Cluster, Lookup, Watch, drop_aside, failed},
+    client::{Lookup, Watch, drop_aside, failed},
+    cluster::Cluster,
     produce::{judged, producer, send, settle},
     record::unstage,
 };
@@ -102,9 +103,7 @@ impl KafkaCommitter {
             ("enable.partition.eof", "true"),
         ];
         let defaults = [("fetch.message.max.bytes", "8388608"), ("fetch.wait.max.ms", "20")];
-        let config = self.cluster.config(&defaults, &fixed);
-        let consumer: BaseConsumer<Watch> =
-            config.create_with_context(Watch::default()).map_err(|e| failed(what, &e))?;
+        let consumer: BaseConsumer<Watch> = self.cluster.config(&defaults, &fixed)?.create(what)?;
         let mut assignment = TopicPartitionList::new();
         assignment
             .add_partition_offset(&self.commit_topic, MARKER_PARTITION, Offset::Offset(from))
@@ -227,8 +226,7 @@ pub(super) fn ensure_commit_topic(cluster: &Cluster, topic: &str) -> Result<()> 
         return Ok(());
     }
     let what = format!("create topic '{topic}' for commit markers");
-    let admin: AdminClient<Watch> =
-        cluster.config(&[], &[]).create_with_context(Watch::default()).map_err(|e| failed(&what, &e))?;
+    let admin: AdminClient<Watch> = cluster.config(&[], &[])?.create(&what)?;
     let replicas = i32::try_from(lookup.brokers()?.clamp(1, REPLICAS_MAX)).unwrap_or(1);
     let new = NewTopic::new(topic, 1, TopicReplication::Fixed(replicas))
         .set("cleanup.policy", "compact")
@@ -249,8 +247,7 @@ pub(super) fn ensure_commit_topic(cluster: &Cluster, topic: &str) -> Result<()> 
 /// Refuses a marker topic whose records expire: a marker that is gone would make its commit be repeated.
 pub(super) fn check_commit_topic(cluster: &Cluster, topic: &str) -> Result<()> {
     let what = format!("look up the settings of topic '{topic}'");
-    let admin: AdminClient<Watch> =
-        cluster.config(&[], &[]).create_with_context(Watch::default()).map_err(|e| failed(&what, &e))?;
+    let admin: AdminClient<Watch> = cluster.config(&[], &[])?.create(&what)?;
     let options = AdminOptions::new().operation_timeout(Some(OPEN_MAX)).request_timeout(Some(OPEN_MAX));
     let described =
         crate::files::blocking()?.block_on(admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options));

@@ -1,9 +1,10 @@
 //! `'connector' = 'kafka'` and `'upsert-kafka'`: partitions read by explicit assignment, and a sink whose output becomes
 //! visible in one transaction per checkpoint, together with a marker that tells a successor how far it came.
 //!
-//! [`client`] is what is shared; [`start`] and [`source`] read; [`record`], [`produce`], [`sink`] and [`committer`] write.
+//! [`cluster`] and [`client`] are what is shared; [`start`] and [`source`] read; [`record`], [`produce`], [`sink`] and [`committer`] write.
 
 mod client;
+mod cluster;
 mod committer;
 mod produce;
 pub mod record;
@@ -21,7 +22,7 @@ use floodmark_dataflow::{
 };
 
 use self::{
-    client::{Cluster, PROPERTIES},
+    cluster::{Cluster, PROPERTIES},
     sink::KafkaSink,
     source::KafkaSource,
     start::{START_OPTIONS, Start},
@@ -82,7 +83,7 @@ impl Connector for Kafka {
         let job = &context.job;
         let group = options.text("properties.group.id").map(str::to_owned);
         Ok(Arc::new(KafkaSource {
-            cluster: Cluster::of(&options, &table.options)?,
+            cluster: Cluster::of(&options, table)?,
             topics,
             start: Start::of(&options)?,
             bounded: options.choice("scan.bounded.mode", &[("unbounded", false), ("latest-offset", true)])?,

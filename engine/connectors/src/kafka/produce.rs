@@ -9,7 +9,8 @@ use rdkafka::{
 };
 
 use super::{
-    client::{Cluster, Watch, failed},
+    client::{Watch, failed},
+    cluster::Cluster,
     record::Record,
 };
 
@@ -31,13 +32,11 @@ pub(super) fn producer(cluster: &Cluster, fixed: &[(&str, &str)]) -> Result<Base
         ("allow.auto.create.topics", "false"),
     ];
     let fixed: Vec<_> = always.iter().chain(fixed).copied().collect();
-    let mut config = cluster.config(&defaults, &fixed);
+    let mut config = cluster.config(&defaults, &fixed)?;
     // A consumer's settings, of a table that is read as well as written.
     config.remove("group.id");
     config.remove("isolation.level");
-    config
-        .create_with_context(Watch::default())
-        .map_err(|e| failed("set up a Kafka producer; check options 'properties.*'", &e))
+    config.create("set up a Kafka producer; check options 'properties.*'")
 }
 
 /// Puts a record into the queue; waits, up to `until` (of `env`'s monotonic clock), while the queue is full.

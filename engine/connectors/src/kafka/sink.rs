@@ -14,7 +14,8 @@ use floodmark_snapshot::{Error, Result, ShardKind};
 use rdkafka::producer::{BaseProducer, Producer};
 
 use super::{
-    client::{Cluster, Lookup, Watch, failed},
+    client::{Lookup, Watch, failed},
+    cluster::Cluster,
     committer::{KafkaCommitter, check_commit_topic, ensure_commit_topic},
     produce::{producer, send, settle},
     record::{Encoder, Records, stage},
@@ -66,7 +67,7 @@ impl KafkaSink {
             ));
         }
         Ok(Self {
-            cluster: Cluster::of(options, &table.options)?,
+            cluster: Cluster::of(options, table)?,
             kind: if connector == "kafka" { "kafka sink" } else { "upsert-kafka sink" },
             topic: topic.to_owned(),
             encoder: encoder(connector, table, input, options, format)?,

@@ -24,7 +24,8 @@ use rdkafka::{
 use serde_json::json;
 
 use super::{
-    client::{Cluster, Lookup, Watch, denied, drop_aside, failed},
+    client::{Lookup, Watch, denied, drop_aside, failed},
+    cluster::Cluster,
     start::{Start, position_of},
 };
 use crate::format::{BATCH_ROWS, BadRecords, Decoder, Format, Place, bad::BadRecordHandler};
@@ -109,9 +110,9 @@ impl KafkaSource {
             ("enable.partition.eof", end),
             ("allow.auto.create.topics", "false"),
         ];
-        let config = self.cluster.config(&FETCH, &fixed);
-        let read = |e: KafkaError| failed(format!("read topic '{}'", topic.name), &e);
-        let consumer: BaseConsumer<Watch> = config.create_with_context(Watch::default()).map_err(read)?;
+        let what = format!("read topic '{}'", topic.name);
+        let read = |e: KafkaError| failed(&what, &e);
+        let consumer: BaseConsumer<Watch> = self.cluster.config(&FETCH, &fixed)?.create(&what)?;
         let mut assignment = TopicPartitionList::new();
         for split in splits.iter().filter(|s| s.topic == topic.name && !s.finished) {
             assignment.add_partition_offset(&split.topic, split.partition, Offset::Offset(split.next)).map_err(read)?;

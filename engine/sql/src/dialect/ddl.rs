@@ -254,7 +254,9 @@ impl<'a> Ddl<'_, 'a> {
             let name = self.tried(Parser::parse_literal_string)?;
             self.tried(|p| p.expect_token(&Token::Eq))?;
             let value = self.tried(Parser::parse_literal_string)?;
-            if table.options.insert(name.clone(), OptionValue { value, location }).is_some() {
+            let value = OptionValue::parse(&value, location)
+                .map_err(|e| SqlError::at(location, format!("table '{}': option '{name}': {e}", table.name)))?;
+            if table.options.insert(name.clone(), value).is_some() {
                 return Err(SqlError::at(location, format!("option '{name}' is given twice")));
             }
             if !self.parser.consume_token(&Token::Comma) {
