@@ -10,8 +10,8 @@ use kube::ResourceExt as _;
 use serde_json::json;
 
 use super::{
-    Operator,
-    cache::{Holds, JobKey, Kind},
+    Operator, Turn,
+    cache::{Holds, JobKey, Kind, SavepointKey},
     cluster::EffectError,
     observe::RestoreFrom,
     outside::{Access, Order, Removed, Reply},
@@ -19,6 +19,7 @@ use super::{
 use crate::{
     lifecycle::{Answer, Question},
     objects::{self, run_name, run_objects},
+    savepoints,
 };
 
 /// How long a question to storage may take.
@@ -30,33 +31,42 @@ pub(super) const ORDERS_MAX: usize = 256;
 /// The key of a run's Secret that lets its coordinator obey.
 const TOKEN: &str = "token";
 
-/// A question to be asked.
+/// A question to be asked, and whom it is about.
 #[derive(Debug)]
-pub(super) struct Ask {
-    pub(super) key: JobKey,
-    /// The job's uid.
-    pub(super) uid: String,
-    pub(super) question: Question,
+pub(super) enum Ask {
+    Job { key: JobKey, uid: String, question: Question },
+    Savepoint { key: SavepointKey, uid: String, question: savepoints::Question },
 }
 
 impl Operator {
-    /// Asks, and notes the answer.
-    pub(super) async fn answer(&self, ask: Ask) -> JobKey {
-        let job = self.cluster.cache().job(&ask.key).filter(|job| job.uid().as_deref() == Some(&*ask.uid));
+    /// Asks, and notes the answer: whose turn it is then.
+    pub(super) async fn answer(&self, ask: Ask) -> Turn {
+        match ask {
+            Ask::Job { key, uid, question } => {
+                self.answer_job(&key, &uid, &question).await;
+                Turn::Job(key)
+            }
+            Ask::Savepoint { key, uid, question } => {
+                self.answer_savepoint(&key, &uid, &question).await;
+                Turn::Savepoint(key)
+            }
+        }
+    }
+
+    async fn answer_job(&self, key: &JobKey, uid: &str, question: &Question) {
+        let job = self.cluster.cache().job(key).filter(|job| job.uid().as_deref() == Some(uid));
         let answer = match &job {
-            Some(job) => self.find_out(job, &ask.question).await,
+            Some(job) => self.find_out(job, question).await,
             None => Answer::Unknown("the job is gone".to_owned()),
         };
-        let JobKey { namespace, base } = &ask.key;
-        let kind = match &answer {
-            Answer::Yes => "yes",
-            Answer::No(_) => "no",
-            Answer::Unknown(_) => "unknown",
+        let (kind, why) = match &answer {
+            Answer::Yes => ("yes", ""),
+            Answer::No(why) => ("no", why.as_str()),
+            Answer::Unknown(why) => ("unknown", why.as_str()),
         };
-        self.metrics.answered(name(&ask.question), kind);
-        tracing::info!(%namespace, job = %base, question = %ask.question, ?answer, "answered");
-        self.questions().end(&ask.uid, &ask.question, answer, self.now());
-        ask.key
+        self.metrics.answered(name(question), kind);
+        tracing::info!(namespace = %key.namespace, job = %key.base, %question, answer = kind, %why, "answered");
+        self.questions().end(uid, question, answer, self.now());
     }
 
     async fn find_out(&self, job: &StreamJob, question: &Question) -> Answer {

@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use floodmark_crds::{RunStatus, Savepoint, StreamJob};
+use floodmark_crds::{RunStatus, Savepoint, SavepointState, StreamJob};
 use kube::ResourceExt as _;
 
 use super::pods::PodSeen;
@@ -168,6 +168,8 @@ impl<K> Listing<K> {
 pub(super) struct Cache {
     jobs: HashMap<JobKey, Known>,
     savepoints: HashMap<SavepointKey, Arc<Savepoint>>,
+    /// Savepoints that are not there yet, by their jobs: what becomes of a job concerns them.
+    awaited: HashMap<JobKey, BTreeSet<SavepointKey>>,
     gone: Gone,
 }
 
@@ -242,15 +244,52 @@ impl Cache {
         if new <= old || savepoint.uid().is_some_and(|uid| self.gone.uids.contains(&uid)) {
             return false;
         }
+        self.note_awaited(&key, Some(&savepoint));
         self.savepoints.insert(key, Arc::new(savepoint));
         true
+    }
+
+    fn note_awaited(&mut self, key: &SavepointKey, savepoint: Option<&Savepoint>) {
+        let job = |of: &Savepoint| JobKey { namespace: key.namespace.clone(), base: objects::base(&of.spec.job) };
+        let open = |of: &&Savepoint| {
+            let state = of.status.as_ref().map_or(SavepointState::Pending, |s| s.state);
+            matches!(state, SavepointState::Pending | SavepointState::InProgress)
+        };
+        if let Some(before) = self.savepoints.get(key).map(|before| job(before))
+            && let Some(awaited) = self.awaited.get_mut(&before)
+        {
+            awaited.remove(key);
+            if awaited.is_empty() {
+                self.awaited.remove(&before);
+            }
+        }
+        if let Some(savepoint) = savepoint.filter(open) {
+            self.awaited.entry(job(savepoint)).or_default().insert(key.clone());
+        }
+    }
+
+    /// Savepoints that wait for something of this job.
+    pub(super) fn awaited_of(&self, key: &JobKey) -> impl Iterator<Item = &SavepointKey> {
+        self.awaited.get(key).into_iter().flatten()
+    }
+
+    /// Savepoints that this one has made.
+    pub(super) fn children_of(&self, savepoint: &Savepoint) -> Vec<Savepoint> {
+        let (uid, namespace) = (savepoint.uid(), savepoint.namespace());
+        let here = self.savepoints.iter().filter(|(key, _)| Some(&key.namespace) == namespace.as_ref());
+        let owned = |of: &Savepoint| of.owner_references().iter().any(|o| Some(&o.uid) == uid.as_ref());
+        here.filter(|(_, s)| owned(s)).map(|(_, s)| (**s).clone()).collect()
     }
 
     /// Forgets a Savepoint that is gone; answers whether it was known.
     pub(super) fn drop_savepoint(&mut self, key: &SavepointKey, uid: &str) -> bool {
         self.gone.insert(uid);
         let known = self.savepoints.get(key).is_some_and(|s| s.uid().as_deref() == Some(uid));
-        known && self.savepoints.remove(key).is_some()
+        if known {
+            self.note_awaited(key, None);
+            self.savepoints.remove(key);
+        }
+        known
     }
 
     /// Takes in a state of an object of a job; answers whether it is news.
@@ -334,7 +373,10 @@ impl Cache {
     pub(super) fn savepoints_listed(&mut self, listing: &Listing<SavepointKey>) -> Vec<SavepointKey> {
         let lost = self.savepoints.keys().filter(|k| listing.covers(&k.namespace) && !listing.found.contains(*k));
         let lost: Vec<_> = lost.cloned().collect();
-        lost.iter().for_each(|key| drop(self.savepoints.remove(key)));
+        for key in &lost {
+            self.note_awaited(key, None);
+            self.savepoints.remove(key);
+        }
         lost
     }
 

@@ -60,7 +60,7 @@ impl Operator {
         let Some(uid) = job.uid() else { return };
         if self.questions().begin(&uid, question) {
             // Whoever asks them ends with this process only.
-            let _ = self.asks.send(Ask { key, uid, question: question.clone() }).await;
+            let _ = self.asks.send(Ask::Job { key, uid, question: question.clone() }).await;
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use floodmark_crds::StreamJob;
+use floodmark_crds::{Savepoint, StreamJob};
 use floodmark_snapshot::Env;
 use futures::future::{Either, select};
 use k8s_openapi::{NamespaceResourceScope, api::core::v1::Secret};
@@ -13,13 +13,13 @@ use kube::{
     Api, Client, Resource, ResourceExt as _,
     api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions},
 };
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value as Json, json};
 
 use super::{
-    cache::{Cache, JobKey, Kind},
+    cache::{Cache, JobKey, Kind, SavepointKey},
     watched::{Watched, mark, told},
-    watching::with_causes,
+    watching::{Root, lean, with_causes},
 };
 use crate::objects::{MANAGER, Unrenderable, is_of};
 
@@ -35,8 +35,8 @@ pub(super) enum EffectError {
     /// There is no such object.
     #[error("{0}: there is no such object")]
     NotFound(String),
-    /// The name is taken by an object that is not the job's.
-    #[error("{kind} {name} is not this job's: delete or rename it, or rename the job")]
+    /// The name is taken by an object of somebody else.
+    #[error("{kind} {name} belongs to somebody else: delete or rename it, or choose another name")]
     Taken {
         /// The object's kind.
         kind: String,
@@ -261,31 +261,68 @@ impl Cluster {
         self.request(|| format!("delete {} {name}", kind::<K>()), api.delete(name, &params)).await.map(drop)
     }
 
-    /// Writes a job's status, unless somebody has changed the job meanwhile.
-    pub(super) async fn write_status(&self, job: &StreamJob) -> Result<(), EffectError> {
-        let api = self.api::<StreamJob>(&job.namespace().unwrap_or_default());
-        let name = job.name_any();
+    /// Writes the status of what people have made, unless somebody has changed it meanwhile.
+    pub(super) async fn write_status<K: Root + Serialize>(&self, object: &K) -> Result<(), EffectError> {
+        let api = self.api::<K>(&object.namespace().unwrap_or_default());
+        let name = object.name_any();
         let params = PostParams { field_manager: Some(MANAGER.to_owned()), dry_run: false };
-        let what = || format!("write the status of StreamJob {name}");
-        let written = self.request(what, api.replace_status(&name, &params, job)).await?;
-        self.cache().put_job(written);
+        let what = || format!("write the status of {} {name}", kind::<K>());
+        let written = self.request(what, api.replace_status(&name, &params, object)).await?;
+        K::put(&mut self.cache(), lean(written));
         Ok(())
     }
 
-    /// Sets the finalizers of a job, unless somebody has changed it meanwhile.
-    pub(super) async fn write_finalizers(&self, job: &StreamJob, finalizers: &[String]) -> Result<(), EffectError> {
-        let api = self.api::<StreamJob>(&job.namespace().unwrap_or_default());
-        let name = job.name_any();
+    /// Sets the finalizers of what people have made, unless somebody has changed it meanwhile.
+    pub(super) async fn write_finalizers<K: Root>(&self, object: &K, finalizers: &[String]) -> Result<(), EffectError> {
+        let api = self.api::<K>(&object.namespace().unwrap_or_default());
+        let name = object.name_any();
         let body = Patch::Merge(json!({"metadata": {
             "finalizers": finalizers,
-            "resourceVersion": job.resource_version(),
+            "resourceVersion": object.resource_version(),
         }}));
         let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
-        let what = || format!("write the finalizers of StreamJob {name}");
-        let written: StreamJob = self.request(what, api.patch(&name, &params, &body)).await?;
-        // Without any it may be gone, and then no watch tells of it again.
-        if written.metadata.deletion_timestamp.is_none() {
-            self.cache().put_job(written);
+        let what = || format!("write the finalizers of {} {name}", kind::<K>());
+        let written = self.request(what, api.patch(&name, &params, &body)).await?;
+        if written.meta().deletion_timestamp.is_some() && finalizers.is_empty() {
+            // It is gone by that.
+            K::dropped(&mut self.cache(), &K::key(written.meta()), &written.uid().unwrap_or_default());
+        } else {
+            K::put(&mut self.cache(), lean(written));
+        }
+        Ok(())
+    }
+
+    /// Makes a Savepoint, unless there is one of that name.
+    pub(super) async fn create_savepoint(&self, savepoint: &Savepoint) -> Result<(), EffectError> {
+        let name = savepoint.name_any();
+        let api = self.api::<Savepoint>(&savepoint.namespace().unwrap_or_default());
+        let params = PostParams { field_manager: Some(MANAGER.to_owned()), dry_run: false };
+        let create = async {
+            match api.create(&params, savepoint).await {
+                Err(kube::Error::Api(status)) if status.is_already_exists() => api.get(&name).await,
+                other => other,
+            }
+        };
+        let there = self.request(|| format!("create Savepoint {name}"), create).await?;
+        if there.owner_references() != savepoint.owner_references() {
+            return Err(EffectError::Taken { kind: kind::<Savepoint>(), name });
+        }
+        self.cache().put_savepoint(lean(there));
+        Ok(())
+    }
+
+    /// Deletes a Savepoint of this uid.
+    pub(super) async fn delete_savepoint(&self, key: &SavepointKey, uid: &str) -> Result<(), EffectError> {
+        let api = self.api::<Savepoint>(&key.namespace);
+        let preconditions = Some(Preconditions { uid: Some(uid.to_owned()), resource_version: None });
+        let params = DeleteParams { preconditions, ..DeleteParams::background() };
+        let what = || format!("delete Savepoint {}", key.name);
+        match self.request(what, api.delete(&key.name, &params)).await.map(|gone| gone.left()) {
+            Ok(Some(leaving)) => drop(self.cache().put_savepoint(lean(leaving))),
+            Ok(None) | Err(EffectError::NotFound(_) | EffectError::Overtaken(_)) => {
+                self.cache().drop_savepoint(key, uid);
+            }
+            Err(error) => return Err(error),
         }
         Ok(())
     }

@@ -20,6 +20,7 @@ mod outside;
 mod pods;
 mod questions;
 mod reach;
+mod saving;
 #[cfg(test)]
 mod tests;
 mod watched;
@@ -50,6 +51,7 @@ use self::{
     cluster::{Cluster, EffectError},
     notes::{Counts, NOTES_MAX, NoteOf},
     questions::Questions,
+    saving::SavepointQuestions,
 };
 pub use self::{
     cache::{JobKey, SavepointKey},
@@ -66,7 +68,7 @@ use crate::{
 const GATHER: Duration = Duration::from_millis(5);
 /// Rounds of one pass. Each step of an operation is one; a plan that never comes to rest is a defect, and must not spin.
 const ROUNDS_MAX: usize = 32;
-/// Questions that wait to be taken up.
+/// Questions, and other turns, that wait to be taken up.
 const ASKS_MAX: usize = 64;
 /// After so many failures in a row people are told.
 const FAILURES_TOLD: u32 = 3;
@@ -98,9 +100,11 @@ pub struct Operator {
     namespaces: Vec<String>,
     metrics: Arc<Metrics>,
     questions: Mutex<Questions>,
+    savepoint_questions: Mutex<SavepointQuestions>,
     lookups: Semaphore,
     orders: Semaphore,
     asks: mpsc::Sender<Ask>,
+    turns: mpsc::Sender<Turn>,
     notes: mpsc::Sender<NoteOf>,
     ready: AtomicBool,
     queues: Mutex<Option<Queues>>,
@@ -108,6 +112,7 @@ pub struct Operator {
 
 struct Queues {
     asks: mpsc::Receiver<Ask>,
+    turns: mpsc::Receiver<Turn>,
     notes: mpsc::Receiver<NoteOf>,
 }
 
@@ -139,6 +144,7 @@ impl Operator {
         env: Env,
     ) -> Arc<Self> {
         let (asks, to_ask) = mpsc::channel(ASKS_MAX);
+        let (turns, to_turn) = mpsc::channel(ASKS_MAX);
         let (notes, to_note) = mpsc::channel(NOTES_MAX);
         let Settings { namespaces, defaults, instance } = settings;
         Arc::new(Self {
@@ -149,12 +155,14 @@ impl Operator {
             namespaces,
             metrics,
             questions: Mutex::default(),
+            savepoint_questions: Mutex::default(),
             lookups: Semaphore::new(LOOKUPS_MAX),
             orders: Semaphore::new(ORDERS_MAX),
             asks,
+            turns,
             notes,
             ready: AtomicBool::new(false),
-            queues: Mutex::new(Some(Queues { asks: to_ask, notes: to_note })),
+            queues: Mutex::new(Some(Queues { asks: to_ask, turns: to_turn, notes: to_note })),
         })
     }
 
@@ -178,6 +186,10 @@ impl Operator {
         self.questions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn savepoint_questions(&self) -> MutexGuard<'_, SavepointQuestions> {
+        self.savepoint_questions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn now(&self) -> Timestamp {
         Timestamp::from_millis(self.cluster.env.clock.wall_ms())
     }
@@ -189,7 +201,7 @@ impl Operator {
     /// Looks after jobs until it is dropped. A second call does nothing.
     pub async fn run(self: Arc<Self>) {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(Queues { mut asks, mut notes }) = queues else { return };
+        let Some(Queues { mut asks, mut turns, mut notes }) = queues else { return };
         let watched = self.cluster.shared_cache();
         let (mut watches, mut unlisted) =
             watching::watches(&self.cluster.client, &self.namespaces, &watched, &self.metrics);
@@ -227,7 +239,10 @@ impl Operator {
                         self.ready.store(true, Ordering::Relaxed);
                     }
                     let at = self.monotonic() + GATHER;
-                    news.turns.into_iter().for_each(|turn| agenda.ask(turn, at));
+                    for turn in news.turns {
+                        self.concerned(&turn).into_iter().for_each(|other| agenda.ask(other, at));
+                        agenda.ask(turn, at);
+                    }
                 }
                 Some(Passed { turn, outcome, why }) = passes.next() => {
                     agenda.done(turn.clone(), self.monotonic(), outcome);
@@ -236,9 +251,29 @@ impl Operator {
                     }
                 }
                 Some(ask) = asks.recv() => questions.push(self.answer(ask)),
-                Some(key) = questions.next() => agenda.ask(Turn::Job(key), self.monotonic()),
+                Some(turn) = turns.recv() => agenda.ask(turn, self.monotonic()),
+                Some(turn) = questions.next() => agenda.ask(turn, self.monotonic()),
                 () = &mut note_writer => {}
                 () = alarm => {}
+            }
+        }
+    }
+
+    /// Who else is concerned by news.
+    fn concerned(&self, turn: &Turn) -> Vec<Turn> {
+        let cache = self.cluster.cache();
+        match turn {
+            // Savepoints wait for it to run.
+            Turn::Job(key) => cache.awaited_of(key).cloned().map(Turn::Savepoint).collect(),
+            Turn::Savepoint(key) => {
+                // The schedule that has made it, and jobs that wait for it.
+                let savepoint = cache.savepoint(key);
+                let owners = savepoint.iter().flat_map(|s| s.owner_references()).filter(|o| o.kind == "Savepoint");
+                let owner = |name: &str| SavepointKey { namespace: key.namespace.clone(), name: name.to_owned() };
+                let owners = owners.map(|o| Turn::Savepoint(owner(&o.name)));
+                let here = cache.jobs().filter(|job| job.namespace().as_ref() == Some(&key.namespace));
+                let waiting = here.filter(|job| job.spec.restore.from.as_ref() == Some(&key.name));
+                owners.chain(waiting.map(|job| Turn::Job(JobKey::of(job)))).collect()
             }
         }
     }
@@ -246,8 +281,8 @@ impl Operator {
     /// One pass.
     async fn turn(&self, turn: Turn) -> Passed {
         let (kind, result) = match &turn {
-            Turn::Job(key) => ("StreamJob", self.pass(key).await),
-            Turn::Savepoint(_) => ("Savepoint", Ok(Round::Rest(None))),
+            Turn::Job(_) => ("StreamJob", self.pass(&turn).await),
+            Turn::Savepoint(_) => ("Savepoint", self.pass(&turn).await),
         };
         let (name, outcome, why) = match result {
             Ok(Round::Gone) => ("done", Outcome::Gone, None),
@@ -268,11 +303,15 @@ impl Operator {
     }
 
     /// Rounds until there is nothing left to do.
-    async fn pass(&self, key: &JobKey) -> Result<Round, EffectError> {
+    async fn pass(&self, turn: &Turn) -> Result<Round, EffectError> {
         for _ in 0..ROUNDS_MAX {
-            match self.round(key).await? {
+            let round = match turn {
+                Turn::Job(key) => self.round(key).await?,
+                Turn::Savepoint(key) => self.savepoint_round(key).await?,
+            };
+            match round {
                 Round::Again => {}
-                ended @ (Round::Rest(_) | Round::Gone) => return Ok(ended),
+                Round::Rest(_) | Round::Gone => return Ok(round),
             }
         }
         Ok(Round::Again)

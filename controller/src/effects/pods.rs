@@ -118,8 +118,9 @@ fn of_container(pod: &str, container: &ContainerStatus) -> Option<Trouble> {
     let message = waiting.message.as_deref().unwrap_or("no more is known");
     match reason {
         "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" | "ImageInspectError" => {
-            let what = format!("its image {} can't be had ({reason}): {message}", container.image);
-            told(TroubleKind::Image, &what)
+            // Of a chain of causes the last: what stands before it is another with each try.
+            let cause = message.rsplit(": ").next().unwrap_or(message);
+            told(TroubleKind::Image, &format!("its image {} can't be had: {cause}", container.image))
         }
         "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => {
             told(TroubleKind::Config, &format!("{reason}: {message}"))
@@ -165,11 +166,12 @@ mod tests {
             expect!["pod a-1-worker-x: there is no node for it: 0/3 nodes"],
         );
         check(
-            &container("{waiting: {reason: ImagePullBackOff, message: not found}}", "{}"),
+            &container(
+                "{waiting: {reason: ImagePullBackOff, message: 'Back-off pulling image: ErrImagePull: not found'}}",
+                "{}",
+            ),
             Some(TroubleKind::Image),
-            expect![
-                "pod a-1-worker-x, container floodmark: its image reg/a:1 can't be had (ImagePullBackOff): not found"
-            ],
+            expect!["pod a-1-worker-x, container floodmark: its image reg/a:1 can't be had: not found"],
         );
         check(
             &container("{waiting: {reason: CreateContainerConfigError, message: secret \"s\" not found}}", "{}"),

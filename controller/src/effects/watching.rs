@@ -256,7 +256,7 @@ fn put<K: Root>(cache: &mut Cache, object: Result<K, InvalidObject>) -> Option<K
 }
 
 /// An object that people make, which others belong to.
-trait Root:
+pub(super) trait Root:
     Resource<DynamicType = (), Scope = NamespaceResourceScope> + DeserializeOwned + Clone + Debug + Send + 'static
 {
     type Key: Clone + Eq + Hash + Send + 'static;
@@ -319,7 +319,7 @@ impl Root for Savepoint {
 }
 
 /// Without what is not looked at.
-fn lean<K: Resource>(mut object: K) -> K {
+pub(super) fn lean<K: Resource>(mut object: K) -> K {
     object.meta_mut().managed_fields = None;
     if let Some(annotations) = &mut object.meta_mut().annotations {
         annotations.remove(LAST_APPLIED);

@@ -8,6 +8,7 @@
 //! - A savepoint that a job names, or that is being taken, is not removed to keep their number.
 //! - An object that is deleted goes in the end, whatever becomes of its files; then it says that they are left.
 
+mod schedule;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +19,7 @@ use floodmark_crds::{
 };
 use kube::ResourceExt as _;
 
+pub use self::schedule::due;
 use crate::lifecycle::Note;
 
 /// Keeps a Savepoint from going before its files are gone, if they shall be.

@@ -5,9 +5,9 @@ mod server;
 mod time;
 mod world;
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
-use floodmark_crds::JobState;
+use floodmark_crds::{JobState, SavepointState};
 use serde_json::json;
 
 use self::{
@@ -66,6 +66,10 @@ fn suspended(world: &World) -> bool {
 
 /// Lets the controller rest; answers with what it has written meanwhile.
 async fn at_rest(world: &World) -> Vec<String> {
+    at_rest_for(world, REST).await
+}
+
+async fn at_rest_for(world: &World, rest: Duration) -> Vec<String> {
     // What it is still at.
     let operator = world.operator();
     tokio::select! {
@@ -75,7 +79,7 @@ async fn at_rest(world: &World) -> Vec<String> {
         () = async {
             world.sleep(Duration::from_secs(5)).await;
             world.server.state().writes.clear();
-            world.sleep(REST).await;
+            world.sleep(rest).await;
         } => {}
     }
     world.server.state().writes.clone()
@@ -92,6 +96,32 @@ async fn a_job_comes_to_run_and_then_nothing_is_written() {
     let world = World::default();
     world.apply(json!({"sql": "a", "parallelism": 2}));
     until(&world, "running", running).await;
+    let mut writes: Vec<String> = world.server.state().writes.clone();
+    writes.retain(|w| !w.starts_with("post events"));
+    writes.sort();
+    // Each step of the status once, the Lease for nobody and for the run, the Service for none and for the run, all else once.
+    expect_test::expect![[r#"
+        patch leases sums
+        patch leases sums
+        patch networkpolicies sums
+        patch poddisruptionbudgets sums
+        patch rolebindings sums
+        patch roles sums
+        patch serviceaccounts sums
+        patch services sums
+        patch services sums
+        patch streamjobs sums
+        post controllerrevisions sums-e96da61fd5
+        post deployments sums-1-coordinator
+        post deployments sums-1-worker
+        post secrets sums-1
+        post services sums-1-coordinator
+        put streamjobs/status sums
+        put streamjobs/status sums
+        put streamjobs/status sums
+        put streamjobs/status sums
+        put streamjobs/status sums"#]]
+    .assert_eq(&writes.join("\n"));
     assert_eq!(at_rest(&world).await, [""; 0]);
     expect_test::expect![[r#"
         controllerrevisions sums-e96da61fd5
@@ -178,18 +208,36 @@ async fn a_rescale_keeps_the_pods() {
     assert_eq!((uid("sums-1-worker-0"), uid("sums-1-worker-1")), (before, None));
 }
 
+/// Runs that anything is left of.
+fn runs(world: &World) -> BTreeSet<u64> {
+    let state = world.server.state();
+    let of_runs = state.objects.iter().filter(|((resource, _, _), _)| resource != "events");
+    let run = |name: &str| name.strip_prefix("sums-")?.split('-').next()?.parse().ok();
+    of_runs.filter(|((r, _, _), _)| r != "controllerrevisions").filter_map(|((_, _, name), _)| run(name)).collect()
+}
+
+/// Nothing is left but what is in force.
+async fn tidy(world: &World) {
+    until(world, "tidy", |w| runs(w) == w.status().run.map(|r| r.number).into_iter().collect()).await;
+}
+
 /// The whole life of a job.
 async fn life(world: &World) {
     world.apply(json!({"sql": "a", "parallelism": 2}));
     until(world, "running", running).await;
+    tidy(world).await;
     world.apply(json!({"sql": "b", "parallelism": 2}));
     until(world, "upgraded", |w| running(w) && w.status().run.is_some_and(|r| r.revision != "e96da61fd5")).await;
+    tidy(world).await;
     world.apply(json!({"sql": "b", "parallelism": 3}));
     until(world, "rescaled", |w| running(w) && w.status().parallelism == 3).await;
+    tidy(world).await;
     world.apply(json!({"sql": "b", "parallelism": 3, "desiredState": "Suspended"}));
     until(world, "suspended", suspended).await;
+    tidy(world).await;
     world.apply(json!({"sql": "b", "parallelism": 3, "checkpoints": {"onDelete": "Delete"}}));
     until(world, "running again", running).await;
+    tidy(world).await;
     world.server.state().delete(&server::place("streamjobs", JOB));
     until(world, "gone", |w| w.job().is_none()).await;
 }
@@ -222,4 +270,74 @@ async fn a_run_that_fails_is_taken_back() {
     let status = world.status();
     assert_eq!(status.run.map(|r| (r.number, r.revision)), Some((3, "e96da61fd5".to_owned())));
     assert_eq!(at_rest(&world).await, [""; 0]);
+}
+
+fn state_of(world: &World, savepoint: &str) -> Option<SavepointState> {
+    world.savepoint(savepoint).map(|s| s.status.map_or(SavepointState::Pending, |status| status.state))
+}
+
+#[tokio::test]
+async fn a_savepoint_is_taken_once_and_disposed_of_without_the_job() {
+    let world = World::default();
+    world.ask_for_savepoint("before-that", json!({"onDelete": "Delete"}));
+    world.apply(json!({"sql": "a"}));
+    world.outer.lock().unwrap().answers_lost = 1;
+    until(&world, "complete", |w| state_of(w, "before-that") == Some(SavepointState::Completed)).await;
+    let status = world.savepoint("before-that").unwrap().status.unwrap();
+    let name = status.name.unwrap();
+    assert!(name.starts_with("before-that-uid-"), "{name}");
+    assert_eq!(status.location.unwrap(), format!("s3://b/c/shop/sums/savepoints/{name}"));
+    assert_eq!(world.outer.lock().unwrap().orders.len(), 1, "what the lost answer was about is found in storage");
+    assert_eq!(at_rest(&world).await, [""; 0]);
+    world.server.state().delete(&server::place("streamjobs", JOB));
+    until(&world, "without a job", |w| w.job().is_none()).await;
+    world.server.state().delete(&server::place("savepoints", "before-that"));
+    until(&world, "gone", |w| state_of(w, "before-that").is_none()).await;
+    assert_eq!(world.outer.lock().unwrap().savepoints.len(), 0);
+}
+
+#[tokio::test]
+async fn a_schedule_takes_savepoints_and_keeps_the_newest_and_what_is_needed() {
+    let world = World::default();
+    world.apply(json!({"sql": "a"}));
+    world.ask_for_savepoint("often", json!({"schedule": "* * * * *", "retain": 2, "onDelete": "Delete"}));
+    until(&world, "first", |w| w.outer.lock().unwrap().savepoints.len() == 1).await;
+    let first = world.server.state().names("savepoints").into_iter().find(|n| n.starts_with("often-")).unwrap();
+    until(&world, "complete", |w| state_of(w, &first) == Some(SavepointState::Completed)).await;
+    assert_eq!(first, "often-202611211001");
+    world.apply(json!({"sql": "a", "restore": {"from": first}}));
+    // Each is more than a minute's wait.
+    for n in 2..=4 {
+        let taken = |w: &World| w.outer.lock().unwrap().orders.len();
+        until(&world, "next", |w| taken(w) >= n).await;
+    }
+    at_rest_for(&world, Duration::from_secs(5)).await;
+    assert_eq!(
+        world.server.state().names("savepoints"),
+        ["often", "often-202611211001", "often-202611211003", "often-202611211004"]
+    );
+    assert_eq!(world.outer.lock().unwrap().savepoints.len(), 3);
+}
+
+#[tokio::test]
+async fn a_controller_that_dies_over_a_savepoint_asks_for_one_only() {
+    async fn life(world: &World) {
+        world.apply(json!({"sql": "a"}));
+        world.ask_for_savepoint("one", json!({"onDelete": "Delete"}));
+        until(world, "complete", |w| state_of(w, "one") == Some(SavepointState::Completed)).await;
+        assert_eq!(world.outer.lock().unwrap().savepoints.len(), 1);
+        world.server.state().delete(&server::place("savepoints", "one"));
+        until(world, "gone", |w| state_of(w, "one").is_none()).await;
+    }
+    let world = World::default();
+    life(&world).await;
+    let writes = world.server.state().writes.clone();
+    for (n, write) in writes.iter().enumerate() {
+        for crash in [Crash::Before(n), Crash::After(n)] {
+            let world = World::default();
+            world.server.crash_at(Some(crash));
+            life(&world).await;
+            assert_eq!(world.outer.lock().unwrap().savepoints.len(), 0, "{crash:?}: {write}");
+        }
+    }
 }

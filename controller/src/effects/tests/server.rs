@@ -203,6 +203,11 @@ impl State {
         self.objects.get(&place(resource, name))
     }
 
+    /// Names of the objects of a resource.
+    pub(super) fn names(&self, resource: &str) -> Vec<String> {
+        self.objects.keys().filter(|(r, _, _)| r == resource).map(|(_, _, name)| name.clone()).collect()
+    }
+
     fn next_crash(&mut self) -> Option<Crash> {
         let n = self.asked;
         self.asked += 1;

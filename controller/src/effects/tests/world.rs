@@ -8,7 +8,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use floodmark_crds::{REPORT_ANNOTATION, RUN_ANNOTATION, Report, ReportPhase, StreamJob, StreamJobStatus};
+use floodmark_crds::{REPORT_ANNOTATION, RUN_ANNOTATION, Report, ReportPhase, Savepoint, StreamJob, StreamJobStatus};
 use floodmark_snapshot::Env;
 use kube::Client;
 use serde_json::{Value as Json, json};
@@ -82,6 +82,18 @@ impl World {
         );
         next["spec"] = spec;
         state.put(&at, before, next);
+    }
+
+    /// Makes a Savepoint of the job, as a user does.
+    pub(super) fn ask_for_savepoint(&self, name: &str, mut spec: Json) {
+        spec["job"] = JOB.into();
+        let savepoint = json!({"apiVersion": "floodmark.io/v1alpha1", "kind": "Savepoint", "metadata": {"name": name}, "spec": spec});
+        self.server.state().put(&place("savepoints", name), None, savepoint);
+    }
+
+    pub(super) fn savepoint(&self, name: &str) -> Option<Savepoint> {
+        let state = self.server.state();
+        state.get("savepoints", name).map(|json| serde_json::from_value(json.clone()).unwrap())
     }
 
     pub(super) fn job(&self) -> Option<StreamJob> {
