@@ -92,7 +92,7 @@ fn a_suspended_job_goes_on_where_it_stopped() -> Result<()> {
     stage.edit(&json!({"desiredState": "Suspended"}))?;
     let job = stage.until("suspended", |job| text(job, "/status/state") == "Suspended")?;
     ensure!(text(&job, "/status/suspendedWith").starts_with("suspend-1-"), "{job:#}");
-    stage.namespace.until("deployments", "", "gone", |list| list["items"].as_array().is_none_or(Vec::is_empty))?;
+    stage.until_no_pods()?;
     stage.edit(&json!({"desiredState": "Running"}))?;
     stage.ready()?;
     stage.finish()

@@ -123,7 +123,7 @@ fn container(
         image_pull_policy: defaults.image_pull_policy.clone(),
         command: Some(vec!["floodmark".to_owned()]),
         args: Some(match role {
-            Role::Coordinator => coordinator_args(job, run),
+            Role::Coordinator => coordinator_args(job, spec, run),
             Role::Worker => worker_args(job, spec, run, defaults),
         }),
         env: Some(environment(spec)?),
@@ -153,7 +153,7 @@ fn container(
     })
 }
 
-fn coordinator_args(job: &StreamJob, run: &RunStatus) -> Vec<String> {
+fn coordinator_args(job: &StreamJob, spec: &StreamJobSpec, run: &RunStatus) -> Vec<String> {
     let base = base(&job.name_any());
     let (manifest, listen) = (format!("{JOB_DIR}/{}", secret::MANIFEST), format!("0.0.0.0:{COORDINATOR_PORT}"));
     let (http, token) = (format!("0.0.0.0:{HTTP_PORT}"), format!("{TOKEN_DIR}/{}", secret::TOKEN));
@@ -163,6 +163,10 @@ fn coordinator_args(job: &StreamJob, run: &RunStatus) -> Vec<String> {
     if !run.restore.is_empty() {
         // In one word, so that what begins with `-` is no option.
         args.push(format!("--restore={}", literal(&run.restore)));
+    }
+    if spec.coordinator.standby {
+        // A lease that another waits for is given up sooner.
+        args.push("--standby".to_owned());
     }
     args.extend(words(&["--work-dir", WORK_DIR]));
     args

@@ -136,6 +136,16 @@ impl Stage {
         Ok(there.map(|p| (text(&p["metadata"]["name"]), text(&p["spec"]["nodeName"]))).collect())
     }
 
+    /// Waits until the job has no pods left.
+    pub fn until_no_pods(&self) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        while !self.namespace.list("pods", "floodmark.io/job")?.is_empty() {
+            ensure!(Instant::now() < end, "there are pods after {PATIENCE:?}\n{}", self.namespace.describe());
+            sleep(LOOK_EVERY);
+        }
+        Ok(())
+    }
+
     /// Begins to write orders, so many a second; the last tenth when the input is to end.
     pub fn feed(&mut self, count: u64, per_second: u64) -> Result<()> {
         self.count = count;
