@@ -11,7 +11,6 @@ use floodmark_controller::{
     metrics::{Counting, Metrics},
     objects::Defaults,
     serving::{self, Told},
-    webhook::{Place, Webhook},
 };
 use floodmark_snapshot::Env;
 use kube::{Client, Config, client::ClientBuilder};
@@ -56,7 +55,6 @@ async fn run(args: Args) -> anyhow::Result<()> {
         },
         instance: args.identity.clone(),
     };
-    let webhook = webhook(&args, &client, &settings.defaults, &env);
     let operator =
         Operator::new(client.clone(), Arc::new(Reach::new(env.clone())), settings, metrics.clone(), env.clone());
     let election = args.lease.clone().map(|name| {
@@ -70,12 +68,6 @@ async fn run(args: Args) -> anyhow::Result<()> {
             is_ready: Arc::new(move || operator.is_ready() || !leads.is_leader()),
             before_metrics: Arc::new(move || counted.count_jobs()),
             metrics: metrics.clone(),
-        }
-    };
-    let hooked = async {
-        match &webhook {
-            Some(webhook) => webhook.serve().await,
-            None => std::future::pending().await,
         }
     };
     let served = serving::serve(args.listen_http, told);
@@ -95,7 +87,6 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let (mut terminated, mut interrupted) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         ended = works => ended?,
-        hooked = hooked => hooked.context("answer API servers")?,
         served = served => served.with_context(|| format!("answer HTTP at {}", args.listen_http))?,
         _ = terminated.recv() => {}
         _ = interrupted.recv() => {}
@@ -105,17 +96,6 @@ async fn run(args: Args) -> anyhow::Result<()> {
         election.give_back().await;
     }
     Ok(())
-}
-
-/// What answers API servers, if it shall.
-fn webhook(args: &Args, client: &Client, defaults: &Defaults, env: &Env) -> Option<Webhook> {
-    let place = Place {
-        listen: args.listen_webhook?,
-        namespace: args.namespace.clone(),
-        service: args.webhook_service.clone()?,
-        configuration: args.webhook_configuration.clone()?,
-    };
-    Some(Webhook::new(client.clone(), place, defaults.clone(), env.clone()))
 }
 
 /// Finds the API server as a pod, or as `kubectl` does.
