@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check simulate fuzz bench image cluster cluster-down e2e generate fmt
+.PHONY: help build demo test check simulate fuzz bench image cluster cluster-down e2e e2e-kind generate fmt
 
 # Built files and fetched tools live outside the clone, so that several clones share them.
 export FLOODMARK_CACHE ?= $(HOME)/.cache/floodmark
@@ -15,7 +15,7 @@ export ROCKSDB_STATIC ?= 1
 export FLOODMARK_BIN ?= $(CARGO_TARGET_DIR)/release/floodmark
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # One selection of packages for all release builds: another one would compile shared dependencies anew.
 RELEASED := -p floodmark -p floodmark-controller -p floodmark-tests -p floodmark-bench
@@ -61,27 +61,24 @@ image: build ## Write the image floodmark:VERSION to a file, without Docker (the
 # A cluster of namespaces on this machine, or one of kind's, if Docker runs here: make cluster CLUSTER=kind
 CLUSTER ?= namespaces
 NODES ?= 3
-ifeq ($(CLUSTER),kind)
-cluster_up := tests/cluster/kind.sh up
-cluster_down := tests/cluster/kind.sh down
-else
-cluster_up := scripts/setup-cluster.sh && tests/cluster/up.sh
-cluster_down := tests/cluster/down.sh
-endif
 cluster: ## Bring up a real Kubernetes cluster of NODES=3 on this machine, and say where its kubeconfig is
-	@$(cluster_up) --nodes $(NODES)
+	@tests/cluster/$(CLUSTER).sh up --nodes $(NODES)
 
 cluster-down: ## End that cluster, and leave nothing of it
-	@$(cluster_down)
+	@tests/cluster/$(CLUSTER).sh down
 
 e2e: build ## Prove the operator on a real cluster with a real Kafka broker and S3 server, from its chart and image (SCENARIO=part of a name)
 	@scripts/e2e.sh $(SCENARIO)
 
+e2e-kind: build ## The same on a cluster of kind's (Linux, with Docker, kind, kubectl and helm; as root)
+	@CLUSTER=kind scripts/e2e.sh $(SCENARIO)
+
 generate: ## Write generated files anew (crds/*.yaml, docs/openapi.json)
 	@scripts/setup-build.sh
-	cargo run --quiet -p floodmark-crds --bin crdgen -- crds
-	cargo run --quiet -p floodmark-crds --bin crdgen -- charts/floodmark/generated
-	cargo run --quiet -p floodmark-worker --bin apigen > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json
+	cargo build --quiet --workspace --bin crdgen --bin apigen
+	$(CARGO_TARGET_DIR)/debug/crdgen crds
+	$(CARGO_TARGET_DIR)/debug/crdgen charts/floodmark/generated
+	$(CARGO_TARGET_DIR)/debug/apigen > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json
 
 fmt: ## Format all code
 	cargo fmt --all

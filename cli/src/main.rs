@@ -36,12 +36,18 @@ use std::{
 };
 
 use clap::Parser;
+use mimalloc::MiMalloc;
 
 use crate::{
     args::{Args, Command},
     exit::{Exit, Failure},
     screen::Screen,
 };
+
+/// Batches are made on one thread and freed on another, and a restore takes as much memory as the attempt before it has just freed:
+/// libc's allocator gives that back and asks for it again, page by page.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let args = Args::parse();

@@ -1,8 +1,13 @@
 //! How the controller is started.
 
-use std::net::SocketAddr;
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use clap::Parser;
+use floodmark_crds::HumanDuration;
+use floodmark_link::tls::AUTHORITY_LIFETIME;
 
 /// Looks after the StreamJobs and Savepoints of a Kubernetes cluster.
 #[derive(Clone, Debug, Parser)]
@@ -36,6 +41,15 @@ pub struct Args {
     #[arg(long, value_name = "DOMAIN")]
     pub cluster_domain: Option<String>,
 
+    /// By which address jobs' pods listen on all of theirs: 0.0.0.0, or :: where they have IPv6. Left out, that of the family of
+    /// the API server's address
+    #[arg(long, value_name = "ADDRESS")]
+    pub job_listen: Option<IpAddr>,
+
+    /// How long the certificates are in force by which the pods of a run know each other; they are renewed with a third of it left
+    #[arg(long, value_name = "DURATION", default_value = "17520h", value_parser = lifetime)]
+    pub certificate_lifetime: HumanDuration,
+
     /// Answer GET /healthz, /readyz and /metrics here
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
     pub listen_http: SocketAddr,
@@ -57,9 +71,68 @@ pub struct Args {
     pub lease: Option<String>,
 }
 
+impl Args {
+    /// Whether jobs' pods have IPv6 addresses. `api_server` is where pods find the API server, as Kubernetes tells them: Services and
+    /// pods have the same primary family.
+    #[must_use]
+    pub fn ipv6(&self, api_server: Option<&str>) -> bool {
+        let told = api_server.and_then(|host| host.parse().ok());
+        self.job_listen.or(told).is_some_and(|address| address.is_ipv6())
+    }
+}
+
+/// Pods see a change of their Secret after a minute or two.
+const CERTIFICATE_LIFETIME_MIN: Duration = Duration::from_secs(360);
+
+fn lifetime(text: &str) -> Result<HumanDuration, String> {
+    let lifetime: HumanDuration = text.parse().map_err(|e| format!("{e}"))?;
+    if lifetime.get() < CERTIFICATE_LIFETIME_MIN {
+        return Err("pods would not see new certificates in time: give 6m or more".to_owned());
+    }
+    // Those that come next are made for twice as long.
+    if lifetime.get() > AUTHORITY_LIFETIME / 2 {
+        return Err("who signs them is in force for ten years, and they must be for less than five".to_owned());
+    }
+    Ok(lifetime)
+}
+
 fn label(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err(format!("'{text}' is no label: write key=value")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn certificates_live_long_enough_to_be_renewed_and_not_too_long() {
+        let lifetime = |words: &[&str]| {
+            let args = Args::try_parse_from(["floodmark-controller", "--image", "a"].iter().chain(words));
+            args.ok().map(|args| args.certificate_lifetime.get())
+        };
+        assert_eq!(lifetime(&[]), Some(crate::objects::IDENTITY_LIFETIME));
+        for (given, taken) in
+            [("6m", true), ("5m", false), ("720h", true), ("43800h", true), ("43801h", false), ("-1h", false)]
+        {
+            assert_eq!(lifetime(&[&format!("--certificate-lifetime={given}")]).is_some(), taken, "{given}");
+        }
+    }
+
+    #[test]
+    fn jobs_listen_by_the_family_of_the_cluster_unless_told_otherwise() {
+        let ipv6 = |words: &[&str], api_server| {
+            let args = Args::parse_from(["floodmark-controller", "--image", "a"].iter().chain(words));
+            args.ipv6(api_server)
+        };
+        for (api_server, is) in
+            [(None, false), (Some("10.96.0.1"), false), (Some("fd00:10:96::1"), true), (Some("api.example.com"), false)]
+        {
+            assert_eq!(ipv6(&[], api_server), is, "{api_server:?}");
+        }
+        assert!(ipv6(&["--job-listen", "::"], Some("10.96.0.1")));
+        assert!(!ipv6(&["--job-listen", "0.0.0.0"], Some("fd00:10:96::1")));
     }
 }

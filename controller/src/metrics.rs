@@ -142,6 +142,18 @@ impl Metrics {
     }
 }
 
+/// What the system knows of this process, as text; nothing where it does not tell.
+#[must_use]
+pub fn process() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let resident =
+        status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok());
+    let name = "process_resident_memory_bytes";
+    resident.map_or_else(String::new, |kib: u64| {
+        format!("# HELP {name} Resident memory.\n# TYPE {name} gauge\n{name} {}\n", kib << 10)
+    })
+}
+
 impl Counts {
     fn write_waits(&self, text: &mut String) {
         let name = "floodmark_controller_wait_seconds";

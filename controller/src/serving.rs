@@ -52,5 +52,5 @@ async fn ready(State(told): State<Told>) -> Response {
 
 async fn counts(State(told): State<Told>) -> Response {
     (told.before_metrics)();
-    ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], told.metrics.exposition()).into_response()
+    ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], told.metrics.exposition() + &metrics::process()).into_response()
 }

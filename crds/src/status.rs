@@ -57,7 +57,7 @@ pub struct StreamJobStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_checkpoint: Option<LastCheckpoint>,
 
-    /// What the run has started from.
+    /// What the run has started from, or had to go back to later, when its newest checkpoint turned out to be damaged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restored_from: Option<RestoredFrom>,
 
@@ -278,17 +278,25 @@ impl StreamJobStatus {
     pub fn condition(&self, kind: &str) -> Option<&Condition> {
         self.conditions.iter().find(|c| c.kind == kind)
     }
+}
 
-    /// Sets a condition; its time is kept if its status is.
-    pub fn set_condition(&mut self, mut condition: Condition) {
-        match self.conditions.iter_mut().find(|c| c.kind == condition.kind) {
+impl Condition {
+    /// Puts it in the place of the one of its type among an object's conditions; its time is that one's if its status is.
+    pub fn put(mut self, among: &mut Vec<Self>) {
+        match among.iter_mut().find(|c| c.kind == self.kind) {
             Some(present) => {
-                if present.status == condition.status {
-                    condition.last_transition_time = present.last_transition_time;
+                if present.status == self.status {
+                    self.last_transition_time = present.last_transition_time;
                 }
-                *present = condition;
+                *present = self;
             }
-            None => self.conditions.push(condition),
+            None => among.push(self),
         }
+    }
+}
+
+impl From<bool> for ConditionStatus {
+    fn from(holds: bool) -> Self {
+        if holds { Self::True } else { Self::False }
     }
 }

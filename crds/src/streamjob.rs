@@ -174,7 +174,8 @@ impl Default for UpgradeSpec {
 #[serde(rename_all = "camelCase")]
 pub struct CheckpointSpec {
     /// Where checkpoints are kept: `s3://bucket/folder`, `file:///folder` or `memory://` (lost with the process). Without it
-    /// `floodmark run` uses the folder `floodmark-data` in the directory where it is started.
+    /// `floodmark run` uses the folder `floodmark-data` in the directory where it is started. In a cluster it is needed, and is a bucket or
+    /// a folder on a volume that all pods mount.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub storage: Option<String>,

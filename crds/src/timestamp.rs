@@ -1,8 +1,8 @@
 //! Instants as the cluster's API writes them: RFC 3339, in UTC. Pure.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, fmt, time::Duration};
 
-use k8s_openapi::jiff;
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
@@ -23,10 +23,32 @@ impl Timestamp {
         self.0
     }
 
-    /// Milliseconds from `earlier` to this; 0 if it is not earlier.
+    /// So much later, in whole milliseconds; no later than the end of time.
     #[must_use]
-    pub fn millis_since(self, earlier: Self) -> u64 {
-        u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0)
+    pub fn plus(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(whole_millis(duration)))
+    }
+
+    /// So much earlier, in whole milliseconds; no earlier than the beginning of time.
+    #[must_use]
+    pub fn minus(self, duration: Duration) -> Self {
+        Self(self.0.saturating_sub(whole_millis(duration)))
+    }
+
+    /// The time from `earlier` to this; none if it is not earlier.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+    }
+}
+
+fn whole_millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+impl From<&Time> for Timestamp {
+    fn from(time: &Time) -> Self {
+        Self(time.0.as_millisecond())
     }
 }
 
@@ -88,6 +110,17 @@ mod tests {
     #[test]
     fn time_that_went_backwards_is_none() {
         let (early, late) = (Timestamp::from_millis(1_000), Timestamp::from_millis(3_500));
-        assert_eq!((late.millis_since(early), early.millis_since(late)), (2_500, 0));
+        assert_eq!((late.since(early), early.since(late)), (Duration::from_millis(2_500), Duration::ZERO));
+    }
+
+    #[test]
+    fn time_goes_on_by_durations_and_never_over_its_ends() {
+        let at = Timestamp::from_millis(1_000);
+        assert_eq!(at.plus(Duration::from_micros(2_500_900)).millis(), 3_500);
+        assert_eq!(at.minus(Duration::from_secs(2)).millis(), -1_000);
+        assert_eq!(
+            (at.plus(Duration::MAX).millis(), Timestamp::from_millis(-2).minus(Duration::MAX).millis()),
+            (i64::MAX, i64::MIN)
+        );
     }
 }

@@ -4,6 +4,7 @@
 #   node.sh [--name NAME] stop|start N      a power cut; on again, with the disk as it was
 #   node.sh [--name NAME] cut|heal N        the cable out; back again
 #   node.sh [--name NAME] enter N COMMAND...
+# N may be said as kubectl says it, too: node-N.
 set -euo pipefail
 # shellcheck source=tests/cluster/settings.sh
 . "$(dirname "$0")/settings.sh"
@@ -15,6 +16,7 @@ take_name "$@"
 shift "$shifted"
 recall || fail "no cluster '$name' is up: make cluster"
 order=${1:-list} node=${2:-}
+node=${node#node-}
 [ "$order" = list ] || must_be_node "$node"
 
 # up.sh and down.sh start and end nodes, too.

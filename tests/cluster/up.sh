@@ -159,6 +159,8 @@ until_ready "the API server" apply_objects
 say "API server is ready ($(since))"
 until_ready "some node" nodes_are_ready
 until_ready "the default namespace" default_account_is_there
+# As everywhere, for those who ask which node that is.
+root_kubectl label --overwrite node node-0 node-role.kubernetes.io/control-plane= >/dev/null
 
 install -m 600 "$state/pki/admin.conf" "$state/kubeconfig"
 cat >"$state/env" <<Y
@@ -168,6 +170,7 @@ FLOODMARK_CLUSTERS=$clusters
 FLOODMARK_CLUSTER_NODES=$nodes
 FLOODMARK_CLUSTER_HOST=$host
 FLOODMARK_CLUSTER_BIN=$installed/bin
+FLOODMARK_CLUSTER_SCRIPT=$here/namespaces.sh
 Y
 [ -z "${SUDO_UID:-}" ] || chown "$SUDO_UID:${SUDO_GID:-0}" "$state/kubeconfig"
 touch "$state/ready"

@@ -131,6 +131,7 @@ pub struct Feeder {
 struct Progress {
     sent: AtomicU64,
     released: AtomicBool,
+    ended: AtomicBool,
     abandoned: AtomicBool,
 }
 
@@ -169,6 +170,16 @@ impl Feeder {
         self.join()
     }
 
+    /// Writes no more, waits until all is acknowledged, and says how many orders that were.
+    ///
+    /// # Errors
+    /// When something can't be delivered.
+    pub fn end(mut self) -> Result<u64> {
+        self.orders.ended.store(true, Ordering::Relaxed);
+        self.join()?;
+        Ok(self.sent())
+    }
+
     fn join(&mut self) -> Result<()> {
         let Some(thread) = self.thread.take() else { bail!("the feeder has ended before") };
         thread.join().map_err(|_| anyhow!("the feeder panicked"))?
@@ -196,6 +207,9 @@ fn feed(
     while next < count {
         if progress.abandoned.load(Ordering::Relaxed) {
             return Ok(());
+        }
+        if progress.ended.load(Ordering::Relaxed) {
+            break;
         }
         let released = progress.released.load(Ordering::Relaxed);
         let trickles = next >= held_back_from;

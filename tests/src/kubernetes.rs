@@ -1,15 +1,16 @@
 //! A Kubernetes cluster as its users see it: through `kubectl`. Which one, the environment says (`tests/cluster/README.md`).
 
 use std::{
-    io::Write as _,
+    io::{BufRead as _, BufReader, Write as _},
     net::IpAddr,
     path::PathBuf,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, PoisonError},
     thread::sleep,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
 /// From one look to the next.
@@ -68,7 +69,7 @@ impl Cluster {
     /// # Errors
     /// The cluster's.
     pub fn namespace(&self, name: &str) -> Result<Namespace> {
-        let namespace = Namespace { cluster: self.clone(), name: name.to_owned() };
+        let namespace = Namespace { cluster: self.clone(), name: name.to_owned(), stays: false };
         let object = json!({
             "apiVersion": "v1", "kind": "Namespace",
             "metadata": {"name": name, "labels": {
@@ -76,8 +77,54 @@ impl Cluster {
                 "pod-security.kubernetes.io/warn": "restricted",
             }},
         });
+        self.kubectl(&["delete", "namespace", name, "--ignore-not-found", "--timeout=120s"])?;
         self.run(&["apply", "-f", "-"], Some(&object.to_string()))?;
         Ok(namespace)
+    }
+
+    /// What `kubectl` writes from now on, a line each, with the time at which it was there; `kubectl` ends when this is dropped.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn follow(&self, arguments: &[&str]) -> Result<Following> {
+        let mut command = Command::new(&self.kubectl);
+        let mut child = command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let output = child.stdout.take().context("no output")?;
+        let lines = Arc::<Mutex<Vec<_>>>::default();
+        let of_thread = lines.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(std::io::Result::ok) {
+                of_thread.lock().unwrap_or_else(PoisonError::into_inner).push((Instant::now(), line));
+            }
+        });
+        Ok(Following { child, lines })
+    }
+
+    /// A namespace that is there already, and stays.
+    #[must_use]
+    pub fn existing(&self, name: &str) -> Namespace {
+        Namespace { cluster: self.clone(), name: name.to_owned(), stays: true }
+    }
+}
+
+/// See [`Cluster::follow`].
+pub struct Following {
+    child: Child,
+    lines: Arc<Mutex<Vec<(Instant, String)>>>,
+}
+
+impl Following {
+    /// The lines so far.
+    #[must_use]
+    pub fn lines(&self) -> Vec<(Instant, String)> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -88,17 +135,21 @@ pub struct Namespace {
     pub cluster: Cluster,
     /// Its name.
     pub name: String,
+    stays: bool,
 }
 
 impl Drop for Namespace {
     fn drop(&mut self) {
+        if self.stays {
+            return;
+        }
         if std::thread::panicking() {
             println!("{}", self.describe());
             if std::env::var_os("FLOODMARK_KEEP").is_some() {
                 return;
             }
         }
-        // The next run has other names; what is left is the cluster's, which goes.
+        // Nobody waits for it but who makes it anew.
         let _ = self.cluster.kubectl(&["delete", "namespace", &self.name, "--wait=false"]);
     }
 }
@@ -118,6 +169,15 @@ impl Namespace {
     /// Why it was refused.
     pub fn apply(&self, object: &Value) -> Result<()> {
         let arguments = ["--namespace", &self.name, "apply", "-f", "-"];
+        self.cluster.run(&arguments, Some(&object.to_string())).map(drop)
+    }
+
+    /// `kubectl apply` of an object that is not stored, and refused also for fields which its definition does not have.
+    ///
+    /// # Errors
+    /// Why it would be refused.
+    pub fn try_out(&self, object: &Value) -> Result<()> {
+        let arguments = ["--namespace", &self.name, "apply", "--validate=strict", "--dry-run=server", "-f", "-"];
         self.cluster.run(&arguments, Some(&object.to_string())).map(drop)
     }
 
@@ -148,37 +208,27 @@ impl Namespace {
         Ok(list["items"].as_array().cloned().unwrap_or_default())
     }
 
-    /// Waits until an object is as it shall be; what it was at the end is in the error.
+    /// Waits until there is something.
     ///
     /// # Errors
-    /// When that takes too long.
-    pub fn until(&self, kind: &str, name: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
-        self.until_within(PATIENCE, kind, name, what, holds)
-    }
-
-    /// As [`Self::until`].
-    ///
-    /// # Errors
-    /// When that takes too long.
-    pub fn until_within(
-        &self,
-        patience: Duration,
-        kind: &str,
-        name: &str,
-        what: &str,
-        holds: impl Fn(&Value) -> bool,
-    ) -> Result<Value> {
-        let end = Instant::now() + patience;
+    /// When that takes too long, with what there is in the namespace; and those of `look`.
+    pub fn wait<T>(&self, what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+        let end = Instant::now() + PATIENCE;
         loop {
-            let object = self.get(kind, name)?;
-            if holds(&object) {
-                return Ok(object);
+            if let Some(found) = look()? {
+                return Ok(found);
             }
-            if Instant::now() > end {
-                bail!("{kind} {name} is not {what} after {patience:?}: {:#}\n{}", object["status"], self.describe());
-            }
+            ensure!(Instant::now() < end, "not within {PATIENCE:?}: {what}\n{}", self.describe());
             sleep(LOOK_EVERY);
         }
+    }
+
+    /// Waits until an object is as it shall be.
+    ///
+    /// # Errors
+    /// See [`Self::wait`].
+    pub fn until(&self, kind: &str, name: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
+        self.wait(&format!("{kind} {name} is {what}"), || Ok(Some(self.get(kind, name)?).filter(&holds)))
     }
 
     /// Pods, events and the ends of logs, for people who look into a failure.
@@ -189,6 +239,8 @@ impl Namespace {
             text += &self.kubectl(arguments).unwrap_or_else(|e| format!("{e:#}\n"));
         };
         add(&["get", "streamjobs,savepoints,deployments,pods,leases", "-o", "wide"]);
+        let statuses = "{range .items[*]}{.kind} {.metadata.name}: {.status}{\"\\n\"}{end}";
+        add(&["get", "streamjobs,savepoints", "-o", &format!("jsonpath={statuses}")]);
         add(&["get", "events", "--sort-by=.lastTimestamp"]);
         let pods = self.list("pods", "").unwrap_or_default();
         for pod in pods.iter().filter_map(|p| p["metadata"]["name"].as_str()) {

@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod compare;
 pub mod events;
 pub mod feeder;
+pub mod follower;
 pub mod job;
 pub mod kubernetes;
 pub mod oracle;

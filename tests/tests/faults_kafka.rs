@@ -87,7 +87,7 @@ fn a_worker_that_is_cut_off_for_long_and_healed_writes_nothing_that_is_seen() ->
     let (orders, count) = (Orders { seed: 22, ..Orders::default() }, 200_000);
     let feeder = world.scenario.feeder(orders, count, 2_500)?;
     world.gets_on()?;
-    let zombie = crew.workers().start;
+    let zombie = world.busy_worker(crew)?;
     // First only from the broker, so that its transactions stand still in the middle; then from all.
     world.cut(zombie, Cut::Both, Peers::Broker)?;
     world.tend_for(TRANSACTIONS_BEGIN)?;

@@ -1,4 +1,4 @@
-//! `recovery`: from the death of a worker to the first output that the job makes visible after it, over real processes, a real Kafka
+//! `recovery`: from the death of a worker, or of the coordinator, to the first output that the job makes visible after it, over real processes, a real Kafka
 //! broker and a real S3 server.
 //!
 //! `world` is the job with its processes, servers and input; `watch` looks at its output as any reader does.
@@ -23,7 +23,8 @@ use crate::{
 const RECOVERY: &str = "recovery";
 /// Workers that have a part of the job; one of them dies.
 const WORKERS: u32 = 3;
-/// From the kill to the first new output, seconds, with a worker that stands by, and without.
+/// From the kill to the first new output, seconds, of a worker for which another stands by; of one for which none does, or of a
+/// coordinator.
 const GOAL_SPARE_SECONDS: f64 = 1.0;
 const GOAL_SECONDS: f64 = 2.0;
 /// How long a recovery may take before it counts for a hang.
@@ -34,7 +35,7 @@ const POLL: Duration = Duration::from_millis(20);
 const CALM_CHECKPOINTS: usize = 2;
 
 pub(crate) const ABOUT: &str = "\
-From `kill -9` of one of three workers to the first new committed output, in seconds.
+From `kill -9` of one of three workers, or of the coordinator, to the first new committed output, in seconds.
 
 `floodmark coordinator` and three `floodmark worker` (one slot each) run GROUP BY over as many keys as make --state-mb of checkpoint
 files, from Kafka JSON to exactly-once upserts in Kafka, on a real broker; checkpoints go to a real S3 server. --rate events a second
@@ -43,14 +44,20 @@ moment at which a reader of committed records gets the first one that a checkpoi
 before the kill, and is only made visible after it, does not count. Goal: median at most 2 s; with --spare (a fourth worker waits with
 a free slot) at most 1 s. Another worker is started after each recovery. Parts: until the new attempt is in the checkpoint log (the
 loss seen, the old attempt ended, workers placed), until its first checkpoint is triggered (state back, old output committed), until
-that is complete, until its output is seen.";
+that is complete, until its output is seen.
+
+With --victim coordinator, the coordinator is killed each time, and another that stands by (--standby-lock) takes over; workers stay,
+and what they have copies of is read from there. Goal: median at most 2 s.";
 
 /// See [`ABOUT`].
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Workers that are killed, one after the other
+    /// How often one is killed
     #[arg(long, default_value_t = 20)]
     kills: u32,
+    /// What is killed
+    #[arg(long, value_enum, default_value_t = Victim::Worker)]
+    victim: Victim,
     /// Size of the state, MB of checkpoint files, about
     #[arg(long, default_value_t = 100)]
     state_mb: u64,
@@ -69,6 +76,15 @@ pub(crate) struct Args {
     /// Events a second
     #[arg(long, default_value_t = 5_000)]
     rate: u64,
+}
+
+/// What is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Victim {
+    /// One of the workers, in turn
+    Worker,
+    /// The coordinator that leads; another stands by
+    Coordinator,
 }
 
 /// Where checkpoints are kept.
@@ -93,6 +109,7 @@ impl Args {
     pub(crate) fn moderate() -> Self {
         Self {
             kills: 5,
+            victim: Victim::Worker,
             state_mb: 100,
             spare: true,
             backend: vec![Backend::Heap],
@@ -124,6 +141,10 @@ struct Measured {
 
 fn kills(args: &Args, backend: Backend, interval: Duration, report: &mut Report) -> Result<()> {
     let spare = if args.spare { " + 1" } else { "" };
+    let killed = match args.victim {
+        Victim::Worker => "",
+        Victim::Coordinator => "coordinator killed, ",
+    };
     report.doing(&format!("{RECOVERY}: building up {} MB with {backend}", args.state_mb));
     let mut world = World::build(Setup {
         backend,
@@ -136,10 +157,12 @@ fn kills(args: &Args, backend: Backend, interval: Duration, report: &mut Report)
         interval: args.interval.clone(),
         rate: args.rate,
         exactly_once: true,
+        standby: args.victim == Victim::Coordinator,
     })?;
     let state_mb = world.state_bytes()? as f64 / 1e6;
     let Args { storage, rate, .. } = args;
-    let setting = format!("{backend}, {WORKERS}{spare} workers, {state_mb:.0} MB in {storage}, {rate} events/s");
+    let setting =
+        format!("{backend}, {killed}{WORKERS}{spare} workers, {state_mb:.0} MB in {storage}, {rate} events/s");
     report.doing(&format!("{RECOVERY}: {setting}"));
     let (mut draw, mut all) = (Draw::new(7), Vec::new());
     for kill in 1..=args.kills {
@@ -147,24 +170,31 @@ fn kills(args: &Args, backend: Backend, interval: Duration, report: &mut Report)
         // Kills fall anywhere between two checkpoints.
         std::thread::sleep(interval.mul_f64(draw.below(1_000) as f64 / 1_000.0));
         let load = load_average();
-        let measured = recovery(&mut world).with_context(|| format!("kill {kill}"))?;
+        let measured = recovery(&mut world, args.victim).with_context(|| format!("kill {kill}"))?;
         report.run(json!({
             "figure": RECOVERY, "setting": setting, "kill": kill, "load": load,
             "firstOutput": rounded(measured.first_output), "opened": measured.opened.map(rounded),
             "triggered": measured.triggered.map(rounded), "completed": measured.completed.map(rounded),
         }));
         all.push(measured);
-        world.replace()?;
+        match args.victim {
+            Victim::Worker => world.add_worker()?,
+            Victim::Coordinator => world.add_standby()?,
+        }
     }
-    figures(report, &setting, if args.spare { GOAL_SPARE_SECONDS } else { GOAL_SECONDS }, &all);
+    let spared = args.spare && args.victim == Victim::Worker;
+    figures(report, &setting, if spared { GOAL_SPARE_SECONDS } else { GOAL_SECONDS }, &all);
     world.end()
 }
 
-/// Kills a worker, and waits for output of the next attempt.
-fn recovery(world: &mut World) -> Result<Measured> {
+/// Kills one, and waits for output of the next attempt.
+fn recovery(world: &mut World, victim: Victim) -> Result<Measured> {
     let mut old = world.checkpoints()?.newest().context("it has no checkpoint")?;
     let (wall, start) = (SystemTime::now(), Instant::now());
-    world.kill()?;
+    match victim {
+        Victim::Worker => world.kill_worker()?,
+        Victim::Coordinator => world.kill_coordinator()?,
+    }
     loop {
         ensure!(start.elapsed() < PATIENCE, "no new output within {PATIENCE:?}; {}", world.logs());
         std::thread::sleep(POLL);

@@ -48,6 +48,8 @@ const BURSTS: u64 = 100;
 /// What a coordinator says of a worker that has come, and of where the job runs.
 const COME: &str = " has come: ";
 const PLACED: &str = "slices run on ";
+/// What one says that does not lead.
+const STANDS_BY: &str = "standing by";
 
 /// What there shall be.
 #[derive(Clone, Debug)]
@@ -68,6 +70,8 @@ pub(crate) struct Setup {
     pub(crate) rate: u64,
     /// Whether output becomes visible once per checkpoint, in transactions; else at once.
     pub(crate) exactly_once: bool,
+    /// Whether another coordinator stands by.
+    pub(crate) standby: bool,
 }
 
 /// See the header of this file.
@@ -77,8 +81,10 @@ pub(crate) struct World {
     feeder: Feeder,
     workers: BTreeMap<u32, Run>,
     coordinator: Run,
+    standby: Option<Run>,
     identities: Identities,
-    listen: Site,
+    /// Where the coordinator listens, as workers are told; `@` and a file if there may be another, who writes that there.
+    listen: String,
     job: Job,
     keys: u64,
     setup: Setup,
@@ -117,14 +123,20 @@ impl World {
         events.writer.flush()?;
 
         let identities = Identities::issue(&job, folder.path().join("identities"))?;
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-        let listen = Site { prefix: Vec::new(), host: Ipv4Addr::LOCALHOST, port };
-        let coordinator = identities.start_coordinator(&job, "coordinator", &listen)?;
+        let (coordinator, listen) = if setup.standby {
+            let lock = folder.path().join("lock").display().to_string();
+            (start_with_lock(&identities, &job, 1, &lock)?, format!("@{lock}"))
+        } else {
+            let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+            let at = Site { prefix: Vec::new(), host: Ipv4Addr::LOCALHOST, port };
+            (identities.start_coordinator(&job, "coordinator", &at)?, at.endpoint())
+        };
         let mut world = Self {
             watch: None,
             feeder: Feeder::none(),
             workers: BTreeMap::new(),
             coordinator,
+            standby: None,
             identities,
             listen,
             job,
@@ -137,7 +149,10 @@ impl World {
             _folder: folder,
         };
         for _ in 0..world.setup.workers {
-            world.replace()?;
+            world.add_worker()?;
+        }
+        if world.setup.standby {
+            world.add_standby()?;
         }
         world.until("it had every key", |world| {
             let newest = world.checkpoints()?.newest();
@@ -167,11 +182,11 @@ impl World {
     }
 
     /// Starts another worker, and waits until the coordinator has it.
-    pub(crate) fn replace(&mut self) -> Result<()> {
+    pub(crate) fn add_worker(&mut self) -> Result<()> {
         self.started += 1;
-        let at = Site { prefix: Vec::new(), host: Ipv4Addr::LOCALHOST, port: 0 };
         let name = format!("worker-{}", self.started);
-        let mut run = Some(self.identities.start_worker(&self.job, &name, &at, &self.listen, self.setup.slots)?);
+        let (at, slots) = (Site::here(), self.setup.slots);
+        let mut run = Some(self.identities.start_worker_of(&self.job, &name, &at, &self.listen, slots)?);
         self.until("a worker came", |world| {
             let log = world.coordinator.log();
             let mut come = log.lines().filter_map(|line| worker_id(line.split_once(COME)?.0));
@@ -182,8 +197,25 @@ impl World {
         })
     }
 
+    /// Starts another coordinator, and waits until it stands by.
+    pub(crate) fn add_standby(&mut self) -> Result<()> {
+        let lock = self.listen.strip_prefix('@').context("the coordinator has no lock")?;
+        // The first of all leads, and each that was killed did.
+        let standby = start_with_lock(&self.identities, &self.job, self.killed + 2, lock)?;
+        self.until("another coordinator stood by", |_| Ok(standby.log().contains(STANDS_BY)))?;
+        self.standby = Some(standby);
+        Ok(())
+    }
+
+    /// Kills the coordinator that leads; the one that stands by is the job's from now on.
+    pub(crate) fn kill_coordinator(&mut self) -> Result<()> {
+        let next = self.standby.take().context("no coordinator stands by")?;
+        self.killed += 1;
+        std::mem::replace(&mut self.coordinator, next).signal(Signal::SIGKILL)
+    }
+
     /// Kills a worker that has a part of the job: each time that of another part.
-    pub(crate) fn kill(&mut self) -> Result<()> {
+    pub(crate) fn kill_worker(&mut self) -> Result<()> {
         let log = self.coordinator.log();
         let placed = log.lines().rev().find_map(|line| Some(line.split_once(PLACED)?.1));
         let placed: Vec<u32> = placed.into_iter().flat_map(|p| p.split(", ")).filter_map(worker_id).collect();
@@ -314,6 +346,12 @@ impl Totals {
         let totals = Self { rows, newest: number("newest")?, oldest: number("oldest")?, sum };
         fits.then_some((number("k")?, totals))
     }
+}
+
+/// Starts a coordinator that leads only while it holds this lock.
+fn start_with_lock(identities: &Identities, job: &Job, number: usize, lock: &str) -> Result<Run> {
+    let name = format!("coordinator-{number}");
+    identities.start_coordinator_with(job, &name, &Site::here(), &["--standby-lock", lock])
 }
 
 /// The number in `worker 7` at the end of some text.

@@ -164,6 +164,7 @@ fn rescales(args: &Args, backend: Backend, delivery: Delivery, interval: Duratio
         storage: Storage::Files,
         interval: args.interval.clone(),
         rate,
+        standby: false,
         exactly_once: delivery == Delivery::ExactlyOnce,
     })?;
     let state_mb = world.state_bytes()? as f64 / 1e6;

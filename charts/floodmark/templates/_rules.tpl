@@ -26,10 +26,10 @@
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
   verbs: [get, list, watch, create, patch, delete]
-# Runs' own, made once, and those that jobs name. It can't ask which there are.
+# Runs' own, made once and changed when their certificates are renewed, and those that jobs name. It can't ask which there are.
 - apiGroups: [""]
   resources: [secrets]
-  verbs: [get, create, delete]
+  verbs: [get, create, patch, delete]
 - apiGroups: [""]
   resources: [pods]
   verbs: [get, list, watch, delete]

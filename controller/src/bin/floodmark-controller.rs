@@ -11,6 +11,7 @@ use floodmark_controller::{
     metrics::{Counting, Metrics},
     objects::Defaults,
     serving::{self, Told},
+    webhook::{Place, Webhook},
 };
 use floodmark_snapshot::Env;
 use kube::{Client, Config, client::ClientBuilder};
@@ -20,11 +21,16 @@ use tracing_subscriber::EnvFilter;
 /// How long a connection to the API server may take.
 const CONNECT_WITHIN: std::time::Duration = std::time::Duration::from_secs(5);
 
+/// Jobs that are planned, and keys that are made, at the same time.
+const BLOCKING_MAX: usize = 2;
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_target(false).init();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    // One that passes run in, one for connections, and few to plan in: each thread keeps memory of its own.
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(1).max_blocking_threads(BLOCKING_MAX).enable_all().build();
     let ended = runtime.context("start").and_then(|runtime| {
         let ended = runtime.block_on(run(args));
         // What is under way may be done again by whoever comes next.
@@ -52,9 +58,12 @@ async fn run(args: Args) -> anyhow::Result<()> {
             controller_namespace: args.namespace.clone(),
             controller_labels: args.pod_labels.iter().cloned().collect(),
             cluster_domain: args.cluster_domain.clone(),
+            ipv6: args.ipv6(std::env::var("KUBERNETES_SERVICE_HOST").ok().as_deref()),
         },
         instance: args.identity.clone(),
+        certificate_lifetime: args.certificate_lifetime.get(),
     };
+    let webhook = webhook(&args, &client, &settings.defaults, &env);
     let operator =
         Operator::new(client.clone(), Arc::new(Reach::new(env.clone())), settings, metrics.clone(), env.clone());
     let election = args.lease.clone().map(|name| {
@@ -68,6 +77,12 @@ async fn run(args: Args) -> anyhow::Result<()> {
             is_ready: Arc::new(move || operator.is_ready() || !leads.is_leader()),
             before_metrics: Arc::new(move || counted.count_jobs()),
             metrics: metrics.clone(),
+        }
+    };
+    let hooked = async {
+        match &webhook {
+            Some(webhook) => webhook.serve().await,
+            None => std::future::pending().await,
         }
     };
     let served = serving::serve(args.listen_http, told);
@@ -87,6 +102,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let (mut terminated, mut interrupted) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         ended = works => ended?,
+        hooked = hooked => hooked.context("answer API servers")?,
         served = served => served.with_context(|| format!("answer HTTP at {}", args.listen_http))?,
         _ = terminated.recv() => {}
         _ = interrupted.recv() => {}
@@ -96,6 +112,17 @@ async fn run(args: Args) -> anyhow::Result<()> {
         election.give_back().await;
     }
     Ok(())
+}
+
+/// What answers API servers, if it shall.
+fn webhook(args: &Args, client: &Client, defaults: &Defaults, env: &Env) -> Option<Webhook> {
+    let place = Place {
+        listen: args.listen_webhook?,
+        namespace: args.namespace.clone(),
+        service: args.webhook_service.clone()?,
+        configuration: args.webhook_configuration.clone()?,
+    };
+    Some(Webhook::new(client.clone(), place, defaults.clone(), env.clone()))
 }
 
 /// Finds the API server as a pod, or as `kubectl` does.

@@ -4,21 +4,21 @@
 use std::time::Duration;
 
 use floodmark_crds::{RunStatus, StreamJob};
-use floodmark_snapshot::storage::Credentials;
 use futures::future::{Either, select};
 use kube::ResourceExt as _;
 use serde_json::json;
 
 use super::{
     Operator, Turn,
+    access::{Removing, secret_of},
     cache::{Holds, JobKey, Kind, SavepointKey},
     cluster::EffectError,
     observe::RestoreFrom,
-    outside::{Access, Order, Removed, Reply},
+    outside::{Order, Removed, Reply},
 };
 use crate::{
     lifecycle::{Answer, Question},
-    objects::{self, run_name, run_objects},
+    objects::{self, check_storage, run_objects, secret_name},
     savepoints,
 };
 
@@ -99,7 +99,8 @@ impl Operator {
         let to = job.status.as_ref().and_then(|s| s.operation.as_ref()).and_then(|o| o.to.clone());
         let run = to.unwrap_or_else(|| RunStatus { number: 1, parallelism: 1, ..RunStatus::default() });
         of.spec.parallelism = run.parallelism;
-        if let Err(unrenderable) = run_objects(job, &of.spec, &run, &self.defaults) {
+        let objects = run_objects(job, &of.spec, &run, &self.defaults);
+        if let Err(unrenderable) = objects.and_then(|objects| check_storage(&of.spec, &objects)) {
             return Ok(Answer::No(unrenderable.to_string()));
         }
         of.spec.restore.from = match self.restore_from(job) {
@@ -111,32 +112,6 @@ impl Operator {
         Ok(match self.access(&of).await? {
             Ok(access) => self.outside.fits(&of, restore, &access).await,
             Err(why) => Answer::Unknown(why),
-        })
-    }
-
-    /// What the storage of a job is reached with; why not, if the Secret is not there.
-    pub(super) async fn access(&self, job: &StreamJob) -> Result<Result<Access, String>, EffectError> {
-        let checkpoints = &job.spec.checkpoints;
-        let secret = checkpoints.credentials.as_ref().map(|c| c.secret_name.as_str());
-        self.access_to(&job.namespace().unwrap_or_default(), checkpoints.storage.clone(), secret).await
-    }
-
-    /// The same of any storage.
-    pub(super) async fn access_to(
-        &self,
-        namespace: &str,
-        location: Option<String>,
-        secret: Option<&str>,
-    ) -> Result<Result<Access, String>, EffectError> {
-        let Some(name) = secret else { return Ok(Ok(Access { location, credentials: None })) };
-        let Some(secret) = self.cluster.secret(namespace, name).await? else {
-            return Ok(Err(format!("Secret {name}, which spec.checkpoints.credentials names, is not there")));
-        };
-        let data = secret.data.unwrap_or_default();
-        let pairs = data.iter().filter_map(|(key, value)| Some((key.as_str(), std::str::from_utf8(&value.0).ok()?)));
-        Ok(match Credentials::of(pairs) {
-            Ok(credentials) => Ok(Access { location, credentials: Some(credentials) }),
-            Err(error) => Err(format!("Secret {name}: {error}")),
         })
     }
 
@@ -210,7 +185,7 @@ impl Operator {
         let Some(to) = report.map(|r| r.http).filter(|http| !http.is_empty()) else {
             return Ok(Err(format!("no coordinator of run {run} has said where it answers")));
         };
-        let name = run_name(&job.name_any(), run);
+        let name = secret_name(job, run);
         let secret = self.cluster.secret(&job.namespace().unwrap_or_default(), &name).await?;
         let token = secret.and_then(|s| s.data).and_then(|mut data| data.remove(TOKEN));
         let Some(token) = token.and_then(|t| String::from_utf8(t.0).ok()) else {
@@ -220,14 +195,17 @@ impl Operator {
     }
 
     async fn delete_state(&self, job: &StreamJob) -> Result<Answer, EffectError> {
-        let access = match self.access(job).await? {
-            Ok(access) => access,
-            Err(why) => return Ok(Answer::Unknown(why)),
+        let (namespace, location) = (job.namespace().unwrap_or_default(), job.spec.checkpoints.storage.clone());
+        let Removing { access, remembered } = match self.access_to_remove(&namespace, location, secret_of(job)).await? {
+            Ok(removing) => removing,
+            // Nobody can, and the object must not stay for ever.
+            Err(why) => return Ok(Answer::No(why)),
         };
         Ok(match self.outside.remove_state(job, &access).await {
             Removed::All => Answer::Yes,
-            Removed::Refused(why) => Answer::No(why),
-            Removed::NotYet(why) => Answer::Unknown(why),
+            Removed::OutOfReach(why) => Answer::No(why),
+            Removed::Refused(why) if remembered => Answer::No(why),
+            Removed::Refused(why) | Removed::NotYet(why) => Answer::Unknown(why),
         })
     }
 }

@@ -12,11 +12,19 @@ use std::{
     sync::Arc,
 };
 
-use floodmark_crds::{RunStatus, Savepoint, SavepointState, StreamJob};
+use floodmark_crds::{CheckpointMode, DeletionPolicy, RunStatus, Savepoint, StreamJob, Timestamp};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt as _;
 
-use super::pods::PodSeen;
-use crate::{lifecycle::LeaseSeen, objects};
+use super::{
+    access::{SecretKey, secret_of},
+    pods::PodSeen,
+};
+use crate::{
+    lifecycle::LeaseSeen,
+    objects::{self, PodCounts},
+    savepoints,
+};
 
 /// Objects that are remembered to be gone, the last ones. Answers to writes are later than watches by milliseconds.
 const GONE_MAX: usize = 4_096;
@@ -79,14 +87,14 @@ pub(super) struct Thing {
     pub(super) holds: Holds,
 }
 
-/// What is in an object.
+/// What is in an object. Most hold nothing, so what some hold is elsewhere.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Holds {
     /// Nothing that is looked at.
     Nothing,
-    Lease(LeaseSeen),
-    Deployment(DeploymentSeen),
-    Pod(PodSeen),
+    Lease(Box<LeaseSeen>),
+    Deployment(Box<DeploymentSeen>),
+    Pod(Box<PodSeen>),
 }
 
 /// What is looked at of a Deployment.
@@ -96,8 +104,25 @@ pub(super) struct DeploymentSeen {
     pub(super) replicas: u32,
     /// The run that it belongs to, by its own account.
     pub(super) account: Option<RunStatus>,
+    /// How many pods that run asks for, by its own account.
+    pub(super) counts: Option<PodCounts>,
+    /// How that run takes checkpoints, by its own account.
+    pub(super) checkpoints: Option<CheckpointMode>,
     /// Why its pods are refused, if they are.
     pub(super) refused: Option<String>,
+}
+
+/// What is looked at of a run's Secret.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SecretSeen {
+    /// When its certificates are to be renewed; `None`: they can't be.
+    pub(super) renew_at: Option<Timestamp>,
+}
+
+impl SecretSeen {
+    pub(super) fn of(metadata: &ObjectMeta) -> Self {
+        Self { renew_at: objects::renew_at(metadata) }
+    }
 }
 
 impl Thing {
@@ -115,19 +140,20 @@ impl Thing {
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub(super) job: Option<Arc<StreamJob>>,
-    things: BTreeMap<(Kind, String), Thing>,
-    /// Runs of which it is known whether their Secret is there. Secrets are not watched: whoever may list them may read them all.
-    pub(super) secrets: BTreeMap<u64, bool>,
+    /// In boxes: nodes of a map are half empty.
+    things: BTreeMap<(Kind, String), Box<Thing>>,
+    /// Runs of which it is known whether their Secret is there, and what is looked at of it. Secrets are not watched: whoever may list them may read them all.
+    pub(super) secrets: BTreeMap<u64, Option<SecretSeen>>,
 }
 
 impl Known {
     pub(super) fn thing(&self, kind: Kind, name: &str) -> Option<&Thing> {
-        self.things.get(&(kind, name.to_owned()))
+        self.things.get(&(kind, name.to_owned())).map(|thing| &**thing)
     }
 
     pub(super) fn of_kind(&self, kind: Kind) -> impl Iterator<Item = (&str, &Thing)> {
         let all = self.things.range((kind, String::new())..);
-        all.take_while(move |((k, _), _)| *k == kind).map(|((_, name), thing)| (name.as_str(), thing))
+        all.take_while(move |((k, _), _)| *k == kind).map(|((_, name), thing)| (name.as_str(), &**thing))
     }
 
     /// Runs that there are objects of, but for Secrets.
@@ -137,7 +163,7 @@ impl Known {
 
     pub(super) fn of_run(&self, run: u64) -> impl Iterator<Item = (Kind, &str, &Thing)> {
         let all = self.things.iter().filter(move |(_, t)| t.run == Some(run));
-        all.map(|((kind, name), thing)| (*kind, name.as_str(), thing))
+        all.map(|((kind, name), thing)| (*kind, name.as_str(), &**thing))
     }
 
     fn is_empty(&self) -> bool {
@@ -215,6 +241,16 @@ impl Cache {
         self.jobs.values().filter_map(|known| known.job.as_ref())
     }
 
+    /// The Secrets that are needed to remove what jobs and Savepoints take with them, by namespace and name.
+    pub(super) fn secrets_to_keep(&self) -> HashSet<SecretKey> {
+        let jobs = self.jobs().filter(|job| job.spec.checkpoints.on_delete == DeletionPolicy::Delete);
+        let jobs = jobs.filter_map(|job| Some((job.namespace()?, secret_of(job)?.to_owned())));
+        let savepoints = self.savepoints.values().filter(|s| s.spec.on_delete == DeletionPolicy::Delete);
+        let savepoints = savepoints
+            .filter_map(|s| Some((s.namespace()?, s.status.as_ref()?.storage.as_ref()?.secret_name.clone()?)));
+        jobs.chain(savepoints).collect()
+    }
+
     /// Takes in a state of a job; answers whether it is news.
     pub(super) fn put_job(&mut self, job: StreamJob) -> bool {
         let (uid, new) = (job.uid().unwrap_or_default(), version(job.resource_version().as_deref()));
@@ -251,10 +287,6 @@ impl Cache {
 
     fn note_awaited(&mut self, key: &SavepointKey, savepoint: Option<&Savepoint>) {
         let job = |of: &Savepoint| JobKey { namespace: key.namespace.clone(), base: objects::base(&of.spec.job) };
-        let open = |of: &&Savepoint| {
-            let state = of.status.as_ref().map_or(SavepointState::Pending, |s| s.state);
-            matches!(state, SavepointState::Pending | SavepointState::InProgress)
-        };
         if let Some(before) = self.savepoints.get(key).map(|before| job(before))
             && let Some(awaited) = self.awaited.get_mut(&before)
         {
@@ -263,7 +295,7 @@ impl Cache {
                 self.awaited.remove(&before);
             }
         }
-        if let Some(savepoint) = savepoint.filter(open) {
+        if let Some(savepoint) = savepoint.filter(|of| savepoints::is_open(of)) {
             self.awaited.entry(job(savepoint)).or_default().insert(key.clone());
         }
     }
@@ -313,7 +345,7 @@ impl Cache {
         {
             known.secrets.remove(&run);
         }
-        known.things.insert(place, thing);
+        known.things.insert(place, Box::new(thing));
         news
     }
 
@@ -335,10 +367,10 @@ impl Cache {
         }
     }
 
-    /// Whether the Secret of a run is there.
-    pub(super) fn put_secret(&mut self, key: &JobKey, run: u64, there: bool) {
+    /// What there is of the Secret of a run.
+    pub(super) fn put_secret(&mut self, key: &JobKey, run: u64, seen: Option<SecretSeen>) {
         if let Some(known) = self.jobs.get_mut(key) {
-            known.secrets.insert(run, there);
+            known.secrets.insert(run, seen);
         }
     }
 
@@ -449,12 +481,19 @@ mod tests {
     }
 
     #[test]
+    fn an_object_takes_little_room() {
+        // There are more than a dozen of each job.
+        assert!(size_of::<Thing>() <= 128, "{}", size_of::<Thing>());
+    }
+
+    #[test]
     fn a_new_pod_makes_nobody_sure_any_more_that_its_secret_is_there() {
         let mut cache = Cache::default();
         cache.put(&key(), Kind::Pod, "p", thing("1", 5, ""));
-        cache.put_secret(&key(), 1, true);
+        let seen = Some(SecretSeen { renew_at: None });
+        cache.put_secret(&key(), 1, seen);
         cache.put(&key(), Kind::Pod, "p", thing("1", 6, ""));
-        assert_eq!(cache.known(&key()).unwrap().secrets.get(&1), Some(&true));
+        assert_eq!(cache.known(&key()).unwrap().secrets.get(&1), Some(&seen));
         cache.put(&key(), Kind::Pod, "q", thing("2", 6, ""));
         assert_eq!(cache.known(&key()).unwrap().secrets.get(&1), None);
     }

@@ -1,31 +1,37 @@
 //! Carries out what a plan says, one action after the other. Each may be done again at any time, also by another controller.
 
+use std::{sync::Arc, time::Duration};
+
 use floodmark_crds::{RunStatus, StreamJob, StreamJobSpec};
+use floodmark_snapshot::env::Clock;
 use futures::future::try_join_all;
 use k8s_openapi::api::{
     apps::v1::{ControllerRevision, Deployment},
     core::v1::{Pod, Service},
+    rbac::v1::{Role, RoleBinding},
 };
 use kube::ResourceExt as _;
 
 use super::{
     Operator,
     answering::Ask,
-    cache::{Holds, JobKey, Kind},
+    cache::{Holds, JobKey, Kind, SecretSeen},
     cluster::EffectError,
     observe::RestoreFrom,
 };
 use crate::{
-    lifecycle::{Action, FINALIZER, Question},
+    lifecycle::{Action, FINALIZER, Note, Question},
     objects::{
-        self, coordinator_name, job_objects, revision_name, revision_object, revision_spec, run_identity, run_name,
-        run_objects, run_secret, scale_patch, worker_name,
+        self, coordinator_name, is_of, job_objects, next_generation, renew_at, renewal, revision_name, revision_object,
+        revision_spec, run_identity, run_objects, run_secret, scale_patch, secret_name, worker_name,
     },
     revision,
 };
 
 /// Old specs that are kept of a job, besides those that are in use.
 const REVISIONS_MAX: usize = 10;
+/// From one try to bind a Role that is not known yet to the next.
+const ROLE_PAUSES: [Duration; 3] = [Duration::from_millis(50), Duration::from_millis(200), Duration::from_millis(500)];
 
 impl Operator {
     pub(super) async fn carry_out(&self, job: &StreamJob, action: &Action) -> Result<(), EffectError> {
@@ -38,7 +44,9 @@ impl Operator {
             Action::RemoveFinalizer => {
                 let finalizers: Vec<_> = job.finalizers().iter().filter(|f| *f != FINALIZER).cloned().collect();
                 self.cluster.write_finalizers(job, &finalizers).await?;
-                self.questions().forget(&job.uid().unwrap_or_default());
+                let uid = job.uid().unwrap_or_default();
+                self.questions().forget(&uid);
+                self.drop_access();
                 Ok(())
             }
             Action::ApplyJob { run } => self.apply_job(job, *run).await,
@@ -47,6 +55,7 @@ impl Operator {
             Action::ScaleCoordinators { run, pods } => {
                 self.scale(&key, &coordinator_name(&job.name_any(), *run), *pods).await
             }
+            Action::RenewCertificates { run } => self.renew_certificates(job, *run).await,
             Action::RemoveRun { run } => self.remove_run(job, *run).await,
             Action::Allow { run } => self.cluster.force(job, &objects::lease(job, *run)).await,
             Action::Ask(question) => {
@@ -67,16 +76,28 @@ impl Operator {
     async fn apply_job(&self, job: &StreamJob, run: Option<u64>) -> Result<(), EffectError> {
         let objects = job_objects(job, run, &self.defaults);
         let cluster = &self.cluster;
-        futures::try_join!(
+        // Each to its end, whatever becomes of the others: one that is cut off would be done again.
+        let (account, rights, service, budget, policy, revision) = futures::join!(
             cluster.apply(job, objects.service_account),
-            cluster.apply(job, objects.role),
-            cluster.apply(job, objects.role_binding),
+            self.apply_rights(job, objects.role, &objects.role_binding),
             cluster.apply(job, objects.service),
             cluster.apply(job, objects.pod_disruption_budget),
             cluster.apply(job, objects.network_policy),
             self.keep_revision(job),
-        )?;
-        Ok(())
+        );
+        account.and(rights).and(service).and(budget).and(policy).and(revision)
+    }
+
+    /// Lets the job's coordinators do what the Role says. API servers may not know it yet in the moment after it was made.
+    async fn apply_rights(&self, job: &StreamJob, role: Role, binding: &RoleBinding) -> Result<(), EffectError> {
+        self.cluster.apply(job, role).await?;
+        for pause in ROLE_PAUSES {
+            match self.cluster.apply(job, binding.clone()).await {
+                Err(EffectError::NotFound(_)) => self.cluster.env.runtime.sleep(pause).await,
+                other => return other,
+            }
+        }
+        self.cluster.apply(job, binding.clone()).await
     }
 
     /// Keeps the spec's revision, and of old ones no more than the newest and those that are in use.
@@ -124,9 +145,12 @@ impl Operator {
     }
 
     /// Makes those objects of a run that are missing. The Service comes first: by it the run is known to be there.
-    async fn apply_run(&self, job: &StreamJob, run: &RunStatus, workers: u32) -> Result<(), EffectError> {
+    async fn apply_run(&self, job: &StreamJob, run: &RunStatus, workers: Option<u32>) -> Result<(), EffectError> {
         let spec = self.spec_of(job, &run.revision).await?;
-        let rendered = run_objects(job, &spec, run, &self.defaults)?.with_workers(workers);
+        let mut rendered = run_objects(job, &spec, run, &self.defaults)?;
+        if let Some(pods) = workers {
+            rendered = rendered.with_workers(pods);
+        }
         let (key, name) = (JobKey::of(job), job.name_any());
         let (is_there, secret, began) = {
             let cache = self.cluster.cache();
@@ -141,15 +165,15 @@ impl Operator {
             };
             let (coordinator, worker) = (coordinator_name(&name, run.number), worker_name(&name, run.number));
             let is_there = [own(Kind::Service, &coordinator).is_some(), deployment(&coordinator), deployment(&worker)];
-            let secret = known.and_then(|k| k.secrets.get(&run.number)) == Some(&true);
+            let secret = known.and_then(|k| k.secrets.get(&run.number)).is_some_and(Option::is_some);
             (is_there, secret, is_there[1] || is_there[2])
         };
         if !is_there[0] {
             self.cluster.create::<Service>(job, &rendered.service).await?;
         }
         if !secret {
-            let created = self.make_secret(job, &spec, run).await?;
-            self.cluster.cache().put_secret(&key, run.number, true);
+            let (created, seen) = self.make_secret(job, &spec, run).await?;
+            self.cluster.cache().put_secret(&key, run.number, Some(seen));
             if created && began {
                 self.restart_pods(&key, run.number).await?;
             }
@@ -163,17 +187,56 @@ impl Operator {
         Ok(())
     }
 
-    async fn make_secret(&self, job: &StreamJob, spec: &StreamJobSpec, run: &RunStatus) -> Result<bool, EffectError> {
-        let (of, clock) = (job.clone(), self.cluster.env.clock.clone());
-        let made = self.cluster.env.blocking("making keys", move || run_identity(&of, clock)).await;
+    async fn make_secret(
+        &self,
+        job: &StreamJob,
+        spec: &StreamJobSpec,
+        run: &RunStatus,
+    ) -> Result<(bool, SecretSeen), EffectError> {
+        let identity = self.make_keys(job, run.number, run_identity).await?;
+        let restore_from = self.restore_from(job).location();
+        let secret = run_secret(job, spec, run, restore_from.as_deref(), &identity, self.now())?;
+        self.cluster.create_secret(job, &secret).await
+    }
+
+    /// Makes keys, which takes a moment, beside the passes of other jobs.
+    async fn make_keys<K: Send + 'static>(
+        &self,
+        job: &StreamJob,
+        run: u64,
+        make: fn(&StreamJob, Duration, Arc<dyn Clock>) -> floodmark_snapshot::Result<K>,
+    ) -> Result<K, EffectError> {
+        let (of, clock, lifetime) = (job.clone(), self.cluster.env.clock.clone(), self.certificate_lifetime);
+        let made = self.cluster.env.blocking("making keys", move || make(&of, lifetime, clock)).await;
         let failed = |e: &dyn std::fmt::Display| EffectError::Failed {
-            what: format!("make keys for run {}", run.number),
+            what: format!("make keys for run {run}"),
             why: e.to_string(),
         };
-        let identity = made.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
-        let restore_from = self.restore_from(job).location();
-        let secret = run_secret(job, spec, run, restore_from.as_deref(), &identity)?;
-        self.cluster.create_secret(job, &secret).await
+        made.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+    }
+
+    /// The certificates that a run's processes show are replaced by the next, in the Secret that they read for each new connection.
+    async fn renew_certificates(&self, job: &StreamJob, run: u64) -> Result<(), EffectError> {
+        let (key, name, now) = (JobKey::of(job), secret_name(job, run), self.now());
+        let secret = self.cluster.secret(&key.namespace, &name).await?.filter(|s| is_of(job, &s.metadata));
+        // Not if another controller has just done it: those who have not read that yet would not know the one after.
+        let due = secret.filter(|s| renew_at(&s.metadata).is_some_and(|at| now >= at));
+        let mut can_be = true;
+        if let Some(secret) = due {
+            let fresh = self.make_keys(job, run, next_generation).await?;
+            if let Some(patch) = renewal(&secret, &fresh, now) {
+                self.cluster.patch_secret(&key.namespace, &name, &patch).await?;
+                let message = format!("run {run} shows others from now on; the next are there");
+                self.note(job, Note { warning: false, reason: "CertificatesRenewed", message });
+            } else {
+                can_be = false;
+            }
+        }
+        // What can't be renewed is not tried over and over.
+        let seen = self.cluster.look_for_secret(job, &name).await?;
+        let seen = seen.map(|seen| if can_be { seen } else { SecretSeen { renew_at: None } });
+        self.cluster.cache().put_secret(&key, run, seen);
+        Ok(())
     }
 
     /// Where `spec.restore.from` leads.
@@ -206,8 +269,8 @@ impl Operator {
     /// Removes the objects of a run. The Service goes last: as long as it is there, there is a run to remove.
     async fn remove_run(&self, job: &StreamJob, run: u64) -> Result<(), EffectError> {
         let key = JobKey::of(job);
-        self.cluster.delete_secret(&key.namespace, &run_name(&job.name_any(), run)).await?;
-        self.cluster.cache().put_secret(&key, run, false);
+        self.cluster.delete_secret(&key.namespace, &secret_name(job, run)).await?;
+        self.cluster.cache().put_secret(&key, run, None);
         let deployments = self.things_of(&key, run, Kind::Deployment);
         let deletions = deployments.iter().map(|(name, uid)| self.cluster.delete::<Deployment>(&key, name, uid));
         try_join_all(deletions).await?;

@@ -15,14 +15,17 @@ use kube::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value as Json, json};
+use tokio::sync::Semaphore;
 
 use super::{
-    cache::{Cache, JobKey, Kind, SavepointKey},
+    cache::{Cache, JobKey, Kind, SavepointKey, SecretSeen},
     watched::{Watched, mark, told},
     watching::{Root, lean, with_causes},
 };
 use crate::objects::{MANAGER, Unrenderable, is_of};
 
+/// Requests at the same time, but for watches: each takes a connection, which takes memory.
+const REQUESTS_MAX: usize = 32;
 /// How long the API server may take for a request.
 const ANSWER_WITHIN: std::time::Duration = std::time::Duration::from_secs(15);
 
@@ -62,11 +65,12 @@ pub(super) struct Cluster {
     pub(super) client: Client,
     pub(super) env: Env,
     cache: Arc<Mutex<Cache>>,
+    requests: Arc<Semaphore>,
 }
 
 impl Cluster {
     pub(super) fn new(client: Client, env: Env, cache: Arc<Mutex<Cache>>) -> Self {
-        Self { client, env, cache }
+        Self { client, env, cache, requests: Arc::new(Semaphore::new(REQUESTS_MAX)) }
     }
 
     /// The cache, for those who fill it.
@@ -91,6 +95,9 @@ impl Cluster {
         what: impl Fn() -> String,
         request: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, EffectError> {
+        let Ok(_permit) = self.requests.acquire().await else {
+            return Err(EffectError::Failed { what: what(), why: "the controller stops".to_owned() });
+        };
         let request = std::pin::pin!(request);
         let why = match select(request, self.env.runtime.sleep(ANSWER_WITHIN)).await {
             Either::Left((Ok(answer), _)) => return Ok(answer),
@@ -185,8 +192,12 @@ impl Cluster {
         Ok(false)
     }
 
-    /// Creates a Secret, unless it is there. Answers whether it was created.
-    pub(super) async fn create_secret(&self, job: &StreamJob, secret: &Secret) -> Result<bool, EffectError> {
+    /// Creates a Secret, unless it is there. Answers whether it was created, and what there is now.
+    pub(super) async fn create_secret(
+        &self,
+        job: &StreamJob,
+        secret: &Secret,
+    ) -> Result<(bool, SecretSeen), EffectError> {
         let name = secret.name_any();
         let api = self.api::<Secret>(&job.namespace().unwrap_or_default());
         let params = PostParams { field_manager: Some(MANAGER.to_owned()), dry_run: false };
@@ -197,21 +208,33 @@ impl Cluster {
             }
         };
         if self.request(|| format!("create Secret {name}"), create).await? {
-            return Ok(true);
+            return Ok((true, SecretSeen::of(&secret.metadata)));
         }
         let found = self.request(|| format!("read Secret {name}"), api.get_metadata_opt(&name)).await?;
         match found {
-            Some(found) => check(job, "Secret", &name, &found.metadata).map(|()| false),
+            Some(found) => {
+                check(job, "Secret", &name, &found.metadata)?;
+                Ok((false, SecretSeen::of(&found.metadata)))
+            }
             // It has gone in between.
             None => Err(EffectError::Overtaken(format!("create Secret {name}"))),
         }
     }
 
-    /// Whether there is a Secret of this name that is the job's.
-    pub(super) async fn has_secret(&self, job: &StreamJob, name: &str) -> Result<bool, EffectError> {
+    /// The Secret of this name, if there is one that is the job's.
+    pub(super) async fn look_for_secret(&self, job: &StreamJob, name: &str) -> Result<Option<SecretSeen>, EffectError> {
         let api = self.api::<Secret>(&job.namespace().unwrap_or_default());
         let found = self.request(|| format!("read Secret {name}"), api.get_metadata_opt(name)).await?;
-        Ok(found.is_some_and(|f| is_of(job, &f.metadata) && f.metadata.deletion_timestamp.is_none()))
+        let found = found.filter(|f| is_of(job, &f.metadata) && f.metadata.deletion_timestamp.is_none());
+        Ok(found.map(|f| SecretSeen::of(&f.metadata)))
+    }
+
+    /// Changes some fields of a Secret.
+    pub(super) async fn patch_secret(&self, namespace: &str, name: &str, body: &Json) -> Result<(), EffectError> {
+        let api = self.api::<Secret>(namespace);
+        let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+        self.request(|| format!("patch Secret {name}"), api.patch_metadata(name, &params, &Patch::Merge(body))).await?;
+        Ok(())
     }
 
     /// The content of a Secret, if it is there.

@@ -9,6 +9,7 @@
 //!
 //! Invariants: a pass never decides on less than this process has written (see `cache`); with nothing changed, nothing is written.
 
+mod access;
 mod agenda;
 mod answering;
 mod cache;
@@ -35,7 +36,7 @@ use std::{
     time::Duration,
 };
 
-use floodmark_crds::{StreamJob, Timestamp};
+use floodmark_crds::{DeletionPolicy, StreamJob, Timestamp};
 use floodmark_snapshot::Env;
 use futures::{
     FutureExt as _, StreamExt as _,
@@ -46,12 +47,12 @@ use kube::{Client, ResourceExt as _};
 use tokio::sync::{Semaphore, mpsc};
 
 use self::{
+    access::{Kept, secret_of},
     agenda::{Agenda, Outcome},
     answering::{Ask, LOOKUPS_MAX, ORDERS_MAX},
     cluster::{Cluster, EffectError},
     notes::{Counts, NOTES_MAX, NoteOf},
-    questions::Questions,
-    saving::SavepointQuestions,
+    questions::{JobQuestions, SavepointQuestions},
 };
 pub use self::{
     cache::{JobKey, SavepointKey},
@@ -61,7 +62,7 @@ pub use self::{
 use crate::{
     lifecycle::{Action, Note, decide},
     metrics::Metrics,
-    objects::{Defaults, run_name},
+    objects::{Defaults, secret_name},
 };
 
 /// How long news are gathered before a pass: an update of a Deployment seldom comes alone.
@@ -82,6 +83,8 @@ pub struct Settings {
     pub defaults: Defaults,
     /// By what name events say who has written them: the pod's.
     pub instance: String,
+    /// How long the certificates of a run are in force: [`IDENTITY_LIFETIME`](crate::objects::IDENTITY_LIFETIME), usually.
+    pub certificate_lifetime: Duration,
 }
 
 /// Whose turn it is.
@@ -97,10 +100,12 @@ pub struct Operator {
     outside: Arc<dyn Outside>,
     defaults: Defaults,
     instance: String,
+    certificate_lifetime: Duration,
     namespaces: Vec<String>,
     metrics: Arc<Metrics>,
-    questions: Mutex<Questions>,
+    questions: Mutex<JobQuestions>,
     savepoint_questions: Mutex<SavepointQuestions>,
+    kept: Mutex<Kept>,
     lookups: Semaphore,
     orders: Semaphore,
     asks: mpsc::Sender<Ask>,
@@ -146,16 +151,18 @@ impl Operator {
         let (asks, to_ask) = mpsc::channel(ASKS_MAX);
         let (turns, to_turn) = mpsc::channel(ASKS_MAX);
         let (notes, to_note) = mpsc::channel(NOTES_MAX);
-        let Settings { namespaces, defaults, instance } = settings;
+        let Settings { namespaces, defaults, instance, certificate_lifetime } = settings;
         Arc::new(Self {
             cluster: Cluster::new(client, env, Arc::default()),
             outside,
             defaults,
             instance,
+            certificate_lifetime,
             namespaces,
             metrics,
             questions: Mutex::default(),
             savepoint_questions: Mutex::default(),
+            kept: Mutex::default(),
             lookups: Semaphore::new(LOOKUPS_MAX),
             orders: Semaphore::new(ORDERS_MAX),
             asks,
@@ -182,7 +189,7 @@ impl Operator {
         self.metrics.jobs(states);
     }
 
-    fn questions(&self) -> MutexGuard<'_, Questions> {
+    fn questions(&self) -> MutexGuard<'_, JobQuestions> {
         self.questions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -211,7 +218,7 @@ impl Operator {
         let note_writer = async {
             let mut counts = Counts::default();
             while let Some(note) = notes.recv().await {
-                self.cluster.write_note(&note, &self.instance, &mut counts).await;
+                self.cluster.write_note(&note, &self.defaults.controller_namespace, &self.instance, &mut counts).await;
             }
         };
         let mut note_writer = std::pin::pin!(note_writer.fuse());
@@ -288,8 +295,9 @@ impl Operator {
             Ok(Round::Gone) => ("done", Outcome::Gone, None),
             Ok(Round::Again) => ("failed", Outcome::Failed, Some("it does not come to rest".to_owned())),
             Ok(Round::Rest(wake)) => {
-                let in_ms = wake.map(|at| at.millis_since(self.now()) + 1);
-                let at = in_ms.map(|ms| self.monotonic() + Duration::from_millis(ms));
+                // Clocks are read in whole milliseconds.
+                let wait = wake.map(|at| at.since(self.now()) + Duration::from_millis(1));
+                let at = wait.map(|wait| self.monotonic() + wait);
                 ("done", Outcome::Rest(at), None)
             }
             Err(EffectError::Overtaken(_)) => ("overtaken", Outcome::Overtaken, None),
@@ -321,11 +329,15 @@ impl Operator {
     async fn round(&self, key: &JobKey) -> Result<Round, EffectError> {
         let Some(job) = self.cluster.cache().job(key) else { return Ok(Round::Gone) };
         self.look_for_secrets(key, &job).await?;
+        if job.spec.checkpoints.on_delete == DeletionPolicy::Delete {
+            let leaving = job.metadata.deletion_timestamp.is_some();
+            self.keep_access(&key.namespace, secret_of(&job), leaving).await;
+        }
         let restore_from = self.restore_from(&job).location();
         let answers = {
             let mut questions = self.questions();
-            questions.tidy(&job);
-            questions.of(&job)
+            questions.tidy_job(&job, restore_from.as_deref());
+            questions.of(&job.uid().unwrap_or_default())
         };
         let now = self.now();
         let (seen, look_again) = {
@@ -335,16 +347,18 @@ impl Operator {
         };
         let plan = decide(&seen);
         let JobKey { namespace, base } = key;
+        let writes = plan.status.is_some();
         if let Some(status) = plan.status {
             let written = StreamJob { status: Some(*status), ..(*job).clone() };
             self.cluster.write_status(&written).await?;
-            for note in plan.notes {
-                tracing::info!(%namespace, job = %base, "{}: {}", note.reason, note.message);
-                self.note(&*job, note);
-            }
+        }
+        for note in plan.notes {
+            tracing::info!(%namespace, job = %base, "{}: {}", note.reason, note.message);
+            self.note(&*job, note);
+        }
+        if writes {
             return Ok(Round::Again);
         }
-        plan.notes.into_iter().for_each(|note| self.note(&*job, note));
         let mut again = false;
         for action in &plan.actions {
             tracing::info!(%namespace, job = %base, "{action}");
@@ -362,14 +376,13 @@ impl Operator {
             let Some(known) = cache.known(key) else { return Ok(()) };
             known.runs().into_iter().filter(|run| !known.secrets.contains_key(run)).collect()
         };
-        let name = job.name_any();
         let looks = unsure.into_iter().map(|run| {
-            let name = run_name(&name, run);
-            async move { (run, self.cluster.has_secret(job, &name).await) }
+            let name = secret_name(job, run);
+            async move { (run, self.cluster.look_for_secret(job, &name).await) }
         });
-        for (run, there) in join_all(looks).await {
-            let there = there?;
-            self.cluster.cache().put_secret(key, run, there);
+        for (run, seen) in join_all(looks).await {
+            let seen = seen?;
+            self.cluster.cache().put_secret(key, run, seen);
         }
         Ok(())
     }

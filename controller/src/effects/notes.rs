@@ -13,6 +13,7 @@ use k8s_openapi::{
 use kube::{
     Resource, ResourceExt as _,
     api::{ObjectMeta, Patch, PatchParams, PostParams},
+    core::Status,
 };
 use serde_json::json;
 use xxhash_rust::xxh3::xxh3_64;
@@ -92,30 +93,78 @@ fn micro_time(at: Timestamp) -> MicroTime {
     MicroTime(jiff::Timestamp::from_millisecond(at.millis()).unwrap_or_default())
 }
 
+/// What an API server calls it when nothing new may be in a namespace, because it is being removed.
+const TERMINATING: &str = "NamespaceTerminating";
+
+/// What became of an event.
+enum Created {
+    Yes,
+    /// It was written before.
+    Already,
+    /// There is no place for it: its namespace goes.
+    Nowhere,
+}
+
 impl Cluster {
-    /// Writes a note down, or counts it once more.
-    pub(super) async fn write_note(&self, note: &NoteOf, instance: &str, counts: &mut Counts) {
-        if let Err(error) = self.try_write_note(note, instance, counts).await {
-            tracing::warn!(%error, reason = note.note.reason, "an event could not be written");
+    /// Writes a note down, or counts it once more. What is left behind in the end must be told, also of a namespace that goes: then
+    /// it is told in `namespace`, of the pod `instance` there.
+    pub(super) async fn write_note(&self, note: &NoteOf, namespace: &str, instance: &str, counts: &mut Counts) {
+        let written = match self.try_write_note(&note.event(instance), note.at, counts).await {
+            Ok(false) if note.note.warning => {
+                let event = elsewhere(note, namespace, instance);
+                self.try_write_note(&event, note.at, counts).await
+            }
+            other => other,
+        };
+        if let Err(error) = written {
+            let Note { reason, message, .. } = &note.note;
+            tracing::warn!(%error, %reason, %message, "an event could not be written");
         }
     }
 
-    async fn try_write_note(&self, note: &NoteOf, instance: &str, counts: &mut Counts) -> Result<(), EffectError> {
-        let event = note.event(instance);
+    /// Answers whether there was a place for it.
+    async fn try_write_note(&self, event: &Event, at: Timestamp, counts: &mut Counts) -> Result<bool, EffectError> {
         let name = event.name_any();
-        let api = self.api::<Event>(note.about.namespace.as_deref().unwrap_or_default());
+        let api = self.api::<Event>(event.metadata.namespace.as_deref().unwrap_or_default());
         let create = async {
-            match api.create(&PostParams::default(), &event).await {
-                Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(false),
-                other => other.map(|_| true),
+            match api.create(&PostParams::default(), event).await {
+                Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(Created::Already),
+                Err(kube::Error::Api(status)) if is_terminating(&status) => Ok(Created::Nowhere),
+                other => other.map(|_| Created::Yes),
             }
         };
-        if self.request(|| format!("create Event {name}"), create).await? {
-            return Ok(());
+        match self.request(|| format!("create Event {name}"), create).await? {
+            Created::Yes => return Ok(true),
+            Created::Nowhere => return Ok(false),
+            Created::Already => {}
         }
         let count = counts.again(&name);
-        let series = json!({"series": {"count": count, "lastObservedTime": micro_time(note.at)}});
+        let series = json!({"series": {"count": count, "lastObservedTime": micro_time(at)}});
         let (params, body) = (PatchParams::default(), Patch::Merge(series));
-        self.request(|| format!("patch Event {name}"), api.patch(&name, &params, &body)).await.map(drop)
+        self.request(|| format!("patch Event {name}"), api.patch(&name, &params, &body)).await.map(|_| true)
     }
+}
+
+/// Whether nothing can be created in a namespace, because it goes or has gone.
+fn is_terminating(status: &Status) -> bool {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    status.is_not_found() || causes.map(|cause| cause.reason.as_str()).any(|reason| reason == TERMINATING)
+}
+
+/// A note about an object, told of the controller.
+fn elsewhere(note: &NoteOf, namespace: &str, instance: &str) -> Event {
+    let mut event = note.event(instance);
+    let of = |field: &Option<String>| field.clone().unwrap_or_default();
+    let about = format!("{} {}/{}: ", of(&note.about.kind), of(&note.about.namespace), of(&note.about.name));
+    event.note = event.note.map(|text| (about + &text).chars().take(TEXT_MAX).collect());
+    event.metadata.namespace = Some(namespace.to_owned());
+    event.regarding = Some(ObjectReference {
+        api_version: Some("v1".to_owned()),
+        kind: Some("Pod".to_owned()),
+        namespace: Some(namespace.to_owned()),
+        name: Some(instance.to_owned()),
+        ..ObjectReference::default()
+    });
+    event.related = Some(note.about.clone());
+    event
 }

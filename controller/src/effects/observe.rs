@@ -89,7 +89,7 @@ fn is_own(job: &StreamJob, thing: &Thing) -> bool {
 fn lease_seen(known: &Known, job: &StreamJob) -> Option<LeaseSeen> {
     let lease = known.thing(Kind::Lease, &objects::base(&job.name_any()))?;
     match &lease.holds {
-        Holds::Lease(seen) if is_own(job, lease) && !lease.leaving => Some(seen.clone()),
+        Holds::Lease(seen) if is_own(job, lease) && !lease.leaving => Some((**seen).clone()),
         _ => None,
     }
 }
@@ -123,7 +123,7 @@ fn run_seen(
     let name = job.name_any();
     let own = |kind, name: &str| known.thing(kind, name).filter(|t| is_own(job, t));
     let deployment = |name: &str| match own(Kind::Deployment, name).map(|t| (t, &t.holds)) {
-        Some((thing, Holds::Deployment(seen))) => Some((thing, seen)),
+        Some((thing, Holds::Deployment(seen))) => Some((thing, &**seen)),
         _ => None,
     };
     let coordinator = deployment(&coordinator_name(&name, run));
@@ -135,7 +135,7 @@ fn run_seen(
     let (coordinators, workers): (Vec<&PodSeen>, Vec<&PodSeen>) = known
         .of_run(run)
         .filter_map(|(_, _, thing)| match &thing.holds {
-            Holds::Pod(pod) => Some(pod),
+            Holds::Pod(pod) => Some(&**pod),
             _ => None,
         })
         .filter(|pod| pod.counts(now))
@@ -149,16 +149,19 @@ fn run_seen(
     let account = |of: &Option<(&Thing, &DeploymentSeen)>| of.and_then(|(_, d)| d.account.clone());
     let both = account(&coordinator).is_some() && account(&worker).is_some();
     let accounts: RunStatus = account(&coordinator).or_else(|| account(&worker)).unwrap_or_default();
-    let secret = known.secrets.get(&run) == Some(&true);
+    let secret = known.secrets.get(&run).copied().flatten();
     let pods = |pods: Vec<&PodSeen>, of: &Option<(&Thing, &DeploymentSeen)>| -> PodsSeen {
         pods_seen(pods.into_iter(), of.and_then(|(_, d)| d.refused.as_deref()), now)
     };
     Some(RunSeen {
-        complete: things.iter().all(is_there) && both && secret,
+        complete: things.iter().all(is_there) && both && secret.is_some(),
         leaving: !stays,
         revision: accounts.revision,
         parallelism: accounts.parallelism,
         restore: accounts.restore,
+        counts: [&coordinator, &worker].into_iter().flatten().find_map(|(_, d)| d.counts),
+        checkpoints: [&coordinator, &worker].into_iter().flatten().find_map(|(_, d)| d.checkpoints),
+        renew_at: secret.and_then(|s| s.renew_at),
         workers_wanted: worker.map_or(0, |(_, d)| d.replicas),
         coordinators_wanted: coordinator.map_or(0, |(_, d)| d.replicas),
         workers: pods(workers, &worker),

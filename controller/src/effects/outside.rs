@@ -80,7 +80,9 @@ pub enum Reply {
 pub enum Removed {
     /// Nothing is left.
     All,
-    /// It can't be removed, and asked again it is the same: why.
+    /// This process can't reach it, and will not: why.
+    OutOfReach(String),
+    /// It can't be removed unless somebody changes something: why.
     Refused(String),
     /// There is more, or the storage does not answer: ask again.
     NotYet(String),

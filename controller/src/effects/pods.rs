@@ -1,5 +1,7 @@
 //! What is looked at of a pod: whether it is ready, and what is the matter with it. Pure.
 
+use std::time::Duration;
+
 use floodmark_crds::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus};
 use kube::ResourceExt as _;
@@ -10,9 +12,13 @@ use crate::{
 };
 
 /// A pod that should be gone for so long, and is still there, is on a node that is lost: nobody can say it is gone.
-const LOST_AFTER_MS: i64 = 10_000;
-/// The exit code by which our process says that what it was given can't be run.
+const LOST_AFTER: Duration = Duration::from_secs(10);
+/// Exit codes of our process: it has failed, and says why.
+const FAILED: i32 = 1;
+/// What it was given can't be run.
 const BAD_INPUT: i32 = 2;
+/// The storage can't be used, or doesn't allow a start.
+const STORAGE: i32 = 4;
 /// Longest part of a container's last words that is told, characters.
 const WORDS_MAX: usize = 600;
 
@@ -24,33 +30,33 @@ pub(super) struct PodSeen {
     pub(super) ready: bool,
     /// Its processes have ended, and it is not started again.
     pub(super) ended: bool,
-    /// When it should be gone, milliseconds since the Unix epoch, if it is being removed.
-    pub(super) gone_by_ms: Option<i64>,
+    /// When it should be gone, if it is being removed.
+    pub(super) gone_by: Option<Timestamp>,
     pub(super) trouble: Option<Trouble>,
 }
 
 impl PodSeen {
     pub(super) fn of(pod: &Pod) -> Self {
-        let gone_by_ms = pod.metadata.deletion_timestamp.as_ref().map(|t| t.0.as_millisecond());
+        let gone_by = pod.metadata.deletion_timestamp.as_ref().map(Timestamp::from);
         let status = pod.status.clone().unwrap_or_default();
         let condition = |kind: &str, holds: &str| {
             let mut conditions = status.conditions.iter().flatten();
             conditions.any(|c| c.type_ == kind && c.status == holds)
         };
-        let ready = condition("Ready", "True") && gone_by_ms.is_none();
-        let trouble = (!ready && gone_by_ms.is_none()).then(|| trouble(&pod.name_any(), &status)).flatten();
+        let ready = condition("Ready", "True") && gone_by.is_none();
+        let trouble = (!ready && gone_by.is_none()).then(|| trouble(&pod.name_any(), &status)).flatten();
         Self {
             coordinator: pod.labels().get(ROLE_LABEL).is_some_and(|role| role == "coordinator"),
             ready,
             ended: matches!(status.phase.as_deref(), Some("Failed" | "Succeeded")),
-            gone_by_ms,
+            gone_by,
             trouble,
         }
     }
 
     /// When nobody waits any more for it to go.
     pub(super) fn lost_by(&self) -> Option<Timestamp> {
-        self.gone_by_ms.map(|ms| Timestamp::from_millis(ms.saturating_add(LOST_AFTER_MS)))
+        self.gone_by.map(|at| at.plus(LOST_AFTER))
     }
 
     /// Whether it counts as there.
@@ -110,8 +116,11 @@ fn of_container(pod: &str, container: &ContainerStatus) -> Option<Trouble> {
             (words, _) => format!("it ended with exit code {}: {words}", l.exit_code),
         }
     });
-    if let (Some(words), Some(BAD_INPUT)) = (&last_words, last.map(|l| l.exit_code)) {
-        return told(TroubleKind::BadInput, words);
+    let code = last.map(|l| l.exit_code);
+    match (&last_words, code) {
+        (Some(words), Some(BAD_INPUT)) => return told(TroubleKind::BadInput, words),
+        (Some(words), Some(STORAGE)) => return told(TroubleKind::Storage, words),
+        _ => {}
     }
     let waiting = waiting?;
     let reason = waiting.reason.as_deref().unwrap_or_default();
@@ -127,7 +136,8 @@ fn of_container(pod: &str, container: &ContainerStatus) -> Option<Trouble> {
         }
         "CrashLoopBackOff" => {
             let words = last_words.unwrap_or_else(|| "it ended".to_owned());
-            told(TroubleKind::Crash, &format!("it ends again and again; {words}"))
+            let kind = if code == Some(FAILED) { TroubleKind::Ended } else { TroubleKind::Crash };
+            told(kind, &format!("it ends again and again; {words}"))
         }
         _ => None,
     }
@@ -180,7 +190,7 @@ mod tests {
         );
         check(
             &container("{waiting: {reason: CrashLoopBackOff}}", "{terminated: {exitCode: 1, message: ' disk full '}}"),
-            Some(TroubleKind::Crash),
+            Some(TroubleKind::Ended),
             expect![
                 "pod a-1-worker-x, container floodmark: it ends again and again; it ended with exit code 1: disk full"
             ],
@@ -207,6 +217,11 @@ mod tests {
                 expect!["pod a-1-worker-x, container floodmark: it ended with exit code 2: bad SQL"],
             );
         }
+        check(
+            &container("{waiting: {reason: CrashLoopBackOff}}", "{terminated: {exitCode: 4, message: no such bucket}}"),
+            Some(TroubleKind::Storage),
+            expect!["pod a-1-worker-x, container floodmark: it ended with exit code 4: no such bucket"],
+        );
     }
 
     #[test]

@@ -110,9 +110,8 @@ fn place(access: &Access) -> Result<Place, StorageError> {
         storage::open_existing(location)
     } else if let Some(credentials) = &access.credentials {
         storage::open_with(location, credentials)
-    } else if std::env::vars_os().any(|(name, _)| name.to_string_lossy().starts_with("AWS_")) {
-        storage::open_existing(location)
     } else {
+        // Its own, if it has any, are not for whoever may write StreamJobs.
         return hidden("the controller has no credentials for it (spec.checkpoints.credentials names none)");
     };
     opened.map(Place::Open).map_err(StorageError)
@@ -173,38 +172,11 @@ impl Outside for Reach {
     }
 
     async fn remove_state(&self, job: &StreamJob, access: &Access) -> Removed {
-        let storage = match place(access) {
-            Ok(Place::Open(storage)) => storage,
-            Ok(Place::Hidden(why)) => return Removed::Refused(why),
-            Err(error) => return Removed::NotYet(error.to_string()),
-        };
-        let mut removed = 0;
-        for _ in 0..STEPS_MAX {
-            match remove_job(&job_id(job), &storage, &self.env, MANAGER, Extent::AllButSavepoints).await {
-                Ok(Removal::Done { .. }) => return Removed::All,
-                Ok(Removal::More { files }) => removed += files,
-                Err(error) => return Removed::NotYet(error.to_string()),
-            }
-        }
-        Removed::NotYet(format!("{removed} files are removed so far"))
+        self.remove(job, None, access).await
     }
 
     async fn remove_savepoint(&self, job: &StreamJob, name: &str, access: &Access) -> Removed {
-        let storage = match place(access) {
-            Ok(Place::Open(storage)) => storage,
-            Ok(Place::Hidden(why)) => return Removed::Refused(why),
-            Err(error) => return Removed::NotYet(error.to_string()),
-        };
-        let mut removed = 0;
-        for _ in 0..STEPS_MAX {
-            match remove_savepoint(&job_id(job), &storage, name).await {
-                Ok(Removal::Done { .. }) => return Removed::All,
-                Ok(Removal::More { files }) => removed += files,
-                Err(RequestError::Refused(why)) => return Removed::Refused(why),
-                Err(error @ RequestError::Storage(_)) => return Removed::NotYet(error.to_string()),
-            }
-        }
-        Removed::NotYet(format!("{removed} files are removed so far"))
+        self.remove(job, Some(name), access).await
     }
 
     async fn order(&self, order: Order) -> Reply {
@@ -220,6 +192,30 @@ impl Outside for Reach {
 }
 
 impl Reach {
+    /// Removes a savepoint of a job, or all that is no savepoint, step by step.
+    async fn remove(&self, job: &StreamJob, name: Option<&str>, access: &Access) -> Removed {
+        let storage = match place(access) {
+            Ok(Place::Open(storage)) => storage,
+            Ok(Place::Hidden(why)) => return Removed::OutOfReach(why),
+            Err(error) => return not_removed(&error),
+        };
+        let (id, extent) = (job_id(job), Extent::AllButSavepoints);
+        let mut removed = 0;
+        for _ in 0..STEPS_MAX {
+            let step = match name {
+                Some(name) => remove_savepoint(&id, &storage, name).await,
+                None => remove_job(&id, &storage, &self.env, MANAGER, extent).await.map_err(RequestError::Storage),
+            };
+            match step {
+                Ok(Removal::Done { .. }) => return Removed::All,
+                Ok(Removal::More { files }) => removed += files,
+                Err(RequestError::Refused(why)) => return Removed::Refused(why),
+                Err(RequestError::Storage(error)) => return not_removed(&error),
+            }
+        }
+        Removed::NotYet(format!("{removed} files are removed so far"))
+    }
+
     async fn exchange(&self, order: Order) -> Reply {
         let Order { to, token, path, body, .. } = order;
         let lost =
@@ -276,6 +272,11 @@ fn understood(status: StatusCode, bytes: &[u8]) -> Reply {
         // It has ended, or something is in the way.
         _ => Reply::Lost(why),
     }
+}
+
+fn not_removed(error: &StorageError) -> Removed {
+    let why = error.to_string();
+    if error.may_pass() { Removed::NotYet(why) } else { Removed::Refused(why) }
 }
 
 fn unknown(error: &StorageError) -> Answer {

@@ -1,77 +1,35 @@
 //! Savepoint objects: sees what there is of one, has [`savepoints`](crate::savepoints) decide, and does what the plan says.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use floodmark_crds::{
-    DeletionPolicy, ReportPhase, Savepoint, SavepointSpec, SavepointState, StorageStatus, StreamJob, StreamJobSpec,
-    Timestamp,
+    DeletionPolicy, ReportPhase, Savepoint, SavepointSpec, StorageStatus, StreamJob, StreamJobSpec, Timestamp,
 };
 use kube::{Resource as _, ResourceExt as _};
 use serde_json::json;
 
 use super::{
     Operator, Round, Turn,
+    access::Removing,
     answering::Ask,
     cache::{Cache, Holds, JobKey, Kind, Known, SavepointKey},
     cluster::EffectError,
     outside::{Access, Removed, Reply, SavepointFound},
 };
 use crate::{
+    lifecycle::Asked,
     objects,
-    savepoints::{Action, Answer, Asked, FINALIZER, JobSeen, Question, Seen, decide, due},
+    savepoints::{Action, Answer, FINALIZER, JobSeen, Question, Seen, decide, due},
 };
 
-/// Questions and answers by the uid of the Savepoint that they are about.
-#[derive(Debug, Default)]
-pub(super) struct SavepointQuestions(HashMap<String, BTreeMap<Question, Asked>>);
-
-impl SavepointQuestions {
-    fn of(&self, uid: &str) -> BTreeMap<Question, Asked> {
-        self.0.get(uid).cloned().unwrap_or_default()
-    }
-
-    /// Notes that a question is asked; answers whether it is to be asked, and is not already.
-    fn begin(&mut self, uid: &str, question: &Question) -> bool {
-        let asked = self.0.entry(uid.to_owned()).or_default();
-        let begun = asked.get(question) != Some(&Asked::UnderWay);
-        if begun {
-            asked.insert(question.clone(), Asked::UnderWay);
-        }
-        begun
-    }
-
-    /// Notes what came of it.
-    pub(super) fn end(&mut self, uid: &str, question: &Question, answer: Answer, now: Timestamp) {
-        if let Some(asked) = self.0.get_mut(uid).and_then(|asked| asked.get_mut(question)) {
-            *asked = Asked::Answered(answer, now);
-        }
-    }
-
-    /// Forgets what is not asked any more. What is under way stays until it is answered.
-    fn tidy(&mut self, uid: &str, savepoint: &Savepoint) {
-        let Some(asked) = self.0.get_mut(uid) else { return };
-        let status = savepoint.status.clone().unwrap_or_default();
-        let open = matches!(status.state, SavepointState::Pending | SavepointState::InProgress);
-        asked.retain(|question, state| match question {
-            _ if *state == Asked::UnderWay => true,
-            Question::Take { attempt, .. } => open && *attempt == status.failures,
-            Question::Remove { .. } => savepoint.metadata.deletion_timestamp.is_some(),
-        });
-        if asked.is_empty() {
-            self.0.remove(uid);
-        }
-    }
-}
-
 /// What there is of a Savepoint.
-fn seen(cache: &Cache, savepoint: &Savepoint, answers: BTreeMap<Question, Asked>, now: Timestamp) -> Seen {
+fn seen(cache: &Cache, savepoint: &Savepoint, answers: BTreeMap<Question, Asked<Answer>>, now: Timestamp) -> Seen {
     let namespace = savepoint.namespace().unwrap_or_default();
     let key = JobKey { namespace: namespace.clone(), base: objects::base(&savepoint.spec.job) };
     let known = cache.known(&key);
     let job = known.and_then(|k| k.job.as_ref()).filter(|job| job.metadata.deletion_timestamp.is_none());
     let scheduled = savepoint.spec.schedule.as_ref();
-    let made =
-        savepoint.metadata.creation_timestamp.as_ref().map_or(now, |t| Timestamp::from_millis(t.0.as_millisecond()));
+    let made = savepoint.metadata.creation_timestamp.as_ref().map_or(now, Timestamp::from);
     let before = savepoint.status.as_ref().and_then(|s| s.time).unwrap_or(made);
     Seen {
         due: scheduled.map(|schedule| due(schedule, before)),
@@ -117,6 +75,11 @@ fn needed(cache: &Cache, namespace: &str) -> BTreeSet<String> {
     words.collect()
 }
 
+/// `spec.checkpoints.storage` of the job, as it was.
+fn location_of(storage: &StorageStatus) -> Option<String> {
+    Some(storage.location.clone()).filter(|location| !location.is_empty())
+}
+
 /// As much of a job as is needed to find its files: it may be gone.
 fn owner_of(savepoint: &Savepoint, storage: &StorageStatus) -> Result<StreamJob, EffectError> {
     let failed = |e: serde_json::Error| EffectError::Failed { what: "name the job".to_owned(), why: e.to_string() };
@@ -132,28 +95,35 @@ impl Operator {
     pub(super) async fn savepoint_round(&self, key: &SavepointKey) -> Result<Round, EffectError> {
         let Some(savepoint) = self.cluster.cache().savepoint(key) else { return Ok(Round::Gone) };
         let uid = savepoint.uid().unwrap_or_default();
+        let storage = savepoint.status.as_ref().and_then(|s| s.storage.as_ref());
+        if let Some(storage) = storage.filter(|_| savepoint.spec.on_delete == DeletionPolicy::Delete) {
+            let leaving = savepoint.metadata.deletion_timestamp.is_some();
+            self.keep_access(&key.namespace, storage.secret_name.as_deref(), leaving).await;
+        }
         let answers = {
             let mut questions = self.savepoint_questions();
-            questions.tidy(&uid, &savepoint);
+            questions.tidy_savepoint(&savepoint);
             questions.of(&uid)
         };
         let seen = seen(&self.cluster.cache(), &savepoint, answers, self.now());
         let plan = decide(&seen);
         let SavepointKey { namespace, name } = key;
+        let writes = plan.status.is_some();
         if let Some(status) = plan.status {
             let written = Savepoint { status: Some(*status), ..(*savepoint).clone() };
             self.cluster.write_status(&written).await?;
-            for note in plan.notes {
-                tracing::info!(%namespace, savepoint = %name, "{}: {}", note.reason, note.message);
-                self.note(&*savepoint, note);
-            }
+        }
+        for note in plan.notes {
+            tracing::info!(%namespace, savepoint = %name, "{}: {}", note.reason, note.message);
+            self.note(&*savepoint, note);
+        }
+        if writes {
             for other in self.concerned(&Turn::Savepoint(key.clone())) {
                 // What was written here is no news to the watch. Whoever takes it ends with this process only.
                 let _ = self.turns.send(other).await;
             }
             return Ok(Round::Again);
         }
-        plan.notes.into_iter().for_each(|note| self.note(&*savepoint, note));
         let mut again = false;
         for action in &plan.actions {
             tracing::info!(%namespace, savepoint = %name, ?action);
@@ -172,7 +142,10 @@ impl Operator {
             }
             Action::RemoveFinalizer => {
                 let finalizers: Vec<_> = finalizers.filter(|f| f != FINALIZER).collect();
-                self.cluster.write_finalizers(savepoint, &finalizers).await
+                self.cluster.write_finalizers(savepoint, &finalizers).await?;
+                self.savepoint_questions().forget(&savepoint.uid().unwrap_or_default());
+                self.drop_access();
+                Ok(())
             }
             Action::Create { name } => {
                 self.cluster.create_savepoint(&child(savepoint, name)).await?;
@@ -218,7 +191,7 @@ impl Operator {
         };
         let (kind, told) = match &answer {
             Answer::Taken { .. } | Answer::Removed => ("yes", String::new()),
-            Answer::Failed(why) => ("no", why.clone()),
+            Answer::Failed(why) | Answer::OutOfReach(why) => ("no", why.clone()),
             Answer::Unknown(why) => ("unknown", why.clone()),
         };
         let asked = if matches!(question, Question::Take { .. }) { "savepoint" } else { "remove-savepoint" };
@@ -246,8 +219,8 @@ impl Operator {
         job: &StreamJob,
         storage: &StorageStatus,
     ) -> Result<Result<Access, String>, EffectError> {
-        let location = Some(storage.location.clone()).filter(|l| !l.is_empty());
-        self.access_to(&job.namespace().unwrap_or_default(), location, storage.secret_name.as_deref()).await
+        let secret = storage.secret_name.as_deref();
+        self.access_to(&job.namespace().unwrap_or_default(), location_of(storage), secret).await
     }
 
     /// Has the job take a savepoint, unless it is there already.
@@ -302,12 +275,16 @@ impl Operator {
         let Ok(_permit) = self.lookups.acquire().await else {
             return Ok(Answer::Unknown("the controller stops".to_owned()));
         };
-        let access = match self.storage_of(job, storage).await? {
-            Ok(access) => access,
-            Err(why) => return Ok(Answer::Unknown(why)),
-        };
+        let (namespace, location) = (job.namespace().unwrap_or_default(), location_of(storage));
+        let Removing { access, remembered } =
+            match self.access_to_remove(&namespace, location, storage.secret_name.as_deref()).await? {
+                Ok(removing) => removing,
+                Err(why) => return Ok(Answer::OutOfReach(why)),
+            };
         Ok(match self.outside.remove_savepoint(job, name, &access).await {
             Removed::All => Answer::Removed,
+            Removed::OutOfReach(why) => Answer::OutOfReach(why),
+            Removed::Refused(why) if remembered => Answer::OutOfReach(why),
             Removed::Refused(why) => Answer::Failed(why),
             Removed::NotYet(why) => Answer::Unknown(why),
         })

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     lifecycle::LeaseSeen,
-    objects::{JOB_LABEL, RUN_LABEL, run_of},
+    objects::{JOB_LABEL, RUN_LABEL, checkpoints_of, counts_of, run_of},
 };
 
 /// Annotation of objects that may be applied again: a hash of what was applied last.
@@ -81,12 +81,10 @@ impl Watched for Lease {
 
     fn holds(&self) -> Holds {
         let annotation = |name| self.annotations().get(name);
-        let holder = self.spec.as_ref().and_then(|s| s.holder_identity.as_deref());
-        Holds::Lease(LeaseSeen {
+        Holds::Lease(Box::new(LeaseSeen {
             run: annotation(RUN_ANNOTATION).and_then(|run| run.trim().parse().ok()).unwrap_or(0),
-            held: holder.is_some_and(|h| !h.is_empty()),
             report: annotation(REPORT_ANNOTATION).and_then(|text| serde_json::from_str(text).ok()),
-        })
+        }))
     }
 }
 
@@ -97,11 +95,13 @@ impl Watched for Deployment {
         let replicas = self.spec.as_ref().and_then(|s| s.replicas).unwrap_or(1);
         let mut conditions = self.status.iter().flat_map(|s| s.conditions.iter().flatten());
         let refused = conditions.find(|c| c.type_ == "ReplicaFailure" && c.status == "True");
-        Holds::Deployment(DeploymentSeen {
+        Holds::Deployment(Box::new(DeploymentSeen {
             replicas: u32::try_from(replicas).unwrap_or(0),
             account: run_of(self),
+            counts: counts_of(self),
+            checkpoints: checkpoints_of(self),
             refused: refused.map(|c| c.message.clone().unwrap_or_else(|| "no reason is given".to_owned())),
-        })
+        }))
     }
 }
 
@@ -109,7 +109,7 @@ impl Watched for Pod {
     const KIND: Kind = Kind::Pod;
 
     fn holds(&self) -> Holds {
-        Holds::Pod(PodSeen::of(self))
+        Holds::Pod(Box::new(PodSeen::of(self)))
     }
 }
 

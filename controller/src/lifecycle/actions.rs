@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 
 use floodmark_crds::{Operation, OperationKind, Report, ReportPhase, RunStatus, Step, StreamJobStatus, Timestamp};
 
-use super::{
-    Action, Question, Reply, Seen,
-    advance::{rescale_question, stop_question},
-};
+use crate::objects::PodCounts;
+
+use super::{Action, Question, Reply, Seen, advance::question_of, earlier};
 
 pub(super) fn actions(status: &StreamJobStatus, seen: &Seen, wake: &mut Option<Timestamp>) -> Vec<Action> {
     let operation = status.operation.as_ref();
@@ -22,16 +21,22 @@ pub(super) fn actions(status: &StreamJobStatus, seen: &Seen, wake: &mut Option<T
         actions.push(Action::Allow { run: allowed });
     }
     for (&number, run) in &runs {
-        let workers = workers(operation, run, seen);
+        let counts = counts(run, seen);
+        let workers = workers(operation, run, counts, seen);
         match seen.runs.get(&number) {
             // What leaves has to be gone first.
             Some(there) if there.leaving => {}
             Some(there) if there.complete => {
-                if there.workers_wanted != workers {
-                    actions.push(Action::ScaleWorkers { run: number, pods: workers });
+                match there.renew_at {
+                    Some(at) if seen.now >= at => actions.push(Action::RenewCertificates { run: number }),
+                    Some(at) => earlier(wake, at),
+                    None => {}
                 }
-                let pods = coordinators(operation, number, seen);
-                if there.coordinators_wanted != pods {
+                if let Some(pods) = workers.filter(|pods| there.workers_wanted != *pods) {
+                    actions.push(Action::ScaleWorkers { run: number, pods });
+                }
+                let coordinators = coordinators(operation, number, counts, seen);
+                if let Some(pods) = coordinators.filter(|pods| there.coordinators_wanted != *pods) {
                     actions.push(Action::ScaleCoordinators { run: number, pods });
                 }
             }
@@ -88,39 +93,38 @@ fn stops_coordinators(operation: Option<&Operation>, run: u64) -> bool {
     })
 }
 
-/// How many pods of coordinators a run shall have.
-fn coordinators(operation: Option<&Operation>, run: u64, seen: &Seen) -> u32 {
-    let finished = operation.is_none() && seen.phase_of(run) == ReportPhase::Finished;
-    if finished || stops_coordinators(operation, run) {
-        return 0;
+/// How many pods a run's revision asks for. Of another revision than the spec's its Deployments say so; without any nobody does
+/// before they are made.
+fn counts(run: &RunStatus, seen: &Seen) -> Option<PodCounts> {
+    if run.revision == seen.revision {
+        return Some(PodCounts::of(&seen.job.spec));
     }
-    1 + u32::from(seen.job.spec.coordinator.standby)
+    seen.runs.get(&run.number).and_then(|there| there.counts)
 }
 
-/// How many pods of workers a run shall have.
-fn workers(operation: Option<&Operation>, run: &RunStatus, seen: &Seen) -> u32 {
-    let spec = &seen.job.spec;
+/// How many pods of coordinators a run shall have, if that is known.
+fn coordinators(operation: Option<&Operation>, run: u64, counts: Option<PodCounts>, seen: &Seen) -> Option<u32> {
+    let finished = operation.is_none() && seen.phase_of(run) == ReportPhase::Finished;
+    if finished || stops_coordinators(operation, run) {
+        return Some(0);
+    }
+    counts.map(PodCounts::coordinators)
+}
+
+/// How many pods of workers a run shall have, if that is known.
+fn workers(operation: Option<&Operation>, run: &RunStatus, counts: Option<PodCounts>, seen: &Seen) -> Option<u32> {
     // What is finished or has failed needs none.
     if seen.report_of(run.number).is_some_and(Report::ended) {
-        return 0;
+        return Some(0);
     }
     let rescaled = operation.filter(|o| o.kind == OperationKind::Rescale).and_then(|o| o.to.as_ref());
     let most = rescaled.map_or(run.parallelism, |to| to.parallelism.max(run.parallelism));
-    spec.worker.pods(most)
+    counts.map(|counts| counts.workers(most))
 }
 
 /// What the operation that is under way has to know or have done in its present step. Answers to all else are to be forgotten:
 /// the same question may be asked again for another reason.
 #[must_use]
 pub fn awaited(status: &StreamJobStatus) -> Option<Question> {
-    let operation = status.operation.as_ref()?;
-    match (operation.kind, operation.step) {
-        (OperationKind::Rescale, Step::Starting) => rescale_question(operation),
-        (_, Step::Checking) => {
-            let to = operation.to.as_ref()?;
-            Some(Question::Fits { revision: to.revision.clone(), restore: to.restore.clone() })
-        }
-        (_, Step::Stopping) => stop_question(operation),
-        _ => None,
-    }
+    status.operation.as_ref().and_then(question_of)
 }

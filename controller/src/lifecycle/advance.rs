@@ -1,12 +1,13 @@
 //! How far the operation that is under way has come: its next step, or its end.
 
+use std::time::Duration;
+
 use floodmark_crds::{
-    CheckpointMode, DesiredState, Operation, OperationKind, Refused, Report, ReportPhase, RestoredFrom, RunStatus,
-    Step, Timestamp, UpgradeMode,
+    DesiredState, Operation, OperationKind, Refused, Report, ReportPhase, RestoredFrom, RunStatus, Step, UpgradeMode,
 };
 
 use super::{
-    ASK_AGAIN_MS, Asked, Next, PodsSeen, Question, Reply, Seen, TroubleKind,
+    ASK_AGAIN, Asked, Next, Question, Reply, RunSeen, Seen, TroubleKind,
     begin::{LATEST, NONE, parallelism_revision, savepoint_name},
 };
 
@@ -14,11 +15,15 @@ use super::{
 const SAVEPOINTS_MAX: u32 = 3;
 /// Attempts of a new revision that fail without a checkpoint before it is rolled back.
 const FAILED_ATTEMPTS_MAX: u64 = 3;
-/// How long a pod may have a trouble that often goes by itself, milliseconds: a registry that is slow, a Secret that comes later.
-const TROUBLE_PATIENCE_MS: u64 = 20_000;
-/// How long coordinators of a run that may not lead any more are waited for, milliseconds: on a lost node they never go, and the
-/// log fences them.
-const LEAVE_PATIENCE_MS: u64 = 20_000;
+/// How long a pod may have a trouble that often goes by itself: a registry that is slow, a Secret that comes later.
+const TROUBLE_PATIENCE: Duration = Duration::from_secs(20);
+/// How long a pod may say that its storage can't be used, if nobody who has led says so: on a node that was cut off for a while the
+/// next start tells.
+const STORAGE_PATIENCE: Duration = Duration::from_secs(5);
+/// What is told of a check before anything has come of it.
+const CHECKED: &str = "it is checked whether it fits";
+/// How long coordinators of a run that may not lead any more are waited for: on a lost node they never go, and the log fences them.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(20);
 
 impl Next {
     /// Takes an operation as far as it comes. It is put back into the status unless it has ended.
@@ -60,9 +65,9 @@ impl Next {
     /// Waits in this step, and says for what.
     fn wait(&mut self, mut operation: Operation, message: impl Into<String>, seen: &Seen) {
         operation.message = message.into();
-        let timeout = timeout_ms(seen);
+        let timeout = seen.timeout();
         if seen.in_step(&operation) < timeout {
-            self.wake_at(after(operation.since, timeout));
+            self.wake_at(operation.since.plus(timeout));
         }
         self.keep(operation);
     }
@@ -109,12 +114,8 @@ impl Next {
 
     /// Whether the job has been asked for something that it may be doing now.
     fn is_asked(&self, operation: &Operation, seen: &Seen) -> bool {
-        let question = match (operation.kind, operation.step) {
-            (OperationKind::Rescale, Step::Starting) => rescale_question(operation),
-            (_, Step::Stopping) => stop_question(operation),
-            _ => None,
-        };
-        question.is_some_and(|q| matches!(seen.answers.get(&q), Some(Asked::UnderWay)))
+        let order = question_of(operation).filter(|q| !matches!(q, Question::Fits { .. }));
+        order.is_some_and(|q| matches!(seen.answers.get(&q), Some(Asked::UnderWay)))
     }
 
     fn refuse(&mut self, seen: &Seen, revision: &str, reason: &'static str, message: String) {
@@ -131,15 +132,29 @@ impl Next {
     }
 
     fn checking(&mut self, operation: Operation, seen: &Seen) {
-        let Some(to) = &operation.to else { return self.step(operation, Step::Stopping, seen) };
-        let question = Question::Fits { revision: to.revision.clone(), restore: to.restore.clone() };
+        let Some(question) = fits_question(&operation) else { return self.step(operation, Step::Stopping, seen) };
         match seen.ask(question, &mut self.wake) {
             Reply::Yes if operation.from.is_some() => self.step(operation, Step::Preparing, seen),
             Reply::Yes => self.launch_to(operation, seen),
+            Reply::No(why) if operation.to.as_ref().is_some_and(|to| to.revision != seen.revision) => {
+                // There is nothing else to go back to. To forget that the spec's was refused would be to try both in turn.
+                let refused = self.status.refused.as_ref().map_or_else(String::new, |r| format!("{}; ", r.message));
+                let message = format!("{refused}what ran before does not fit either: {why}");
+                self.wait(Operation { failures: 1, ..operation }, message, seen);
+            }
             Reply::No(why) => self.give_up(&operation, "DoesNotFit", why, seen),
-            Reply::Wait(why) => self.wait(operation, format!("whether it fits is not known yet: {why}"), seen),
-            Reply::Ask(_) | Reply::UnderWay => self.wait_for_answer(operation, "it is checked whether it fits", seen),
+            Reply::Wait(why) => self.not_known(operation, &why, seen),
+            Reply::Ask(_) | Reply::UnderWay => self.wait_for_answer(operation, CHECKED, seen),
         }
+    }
+
+    /// Waits for an answer that nobody has. The first time people are told, then the status says the latest.
+    fn not_known(&mut self, operation: Operation, why: &str, seen: &Seen) {
+        let message = format!("since {} it is not known whether it fits: {why}", operation.since);
+        if operation.message.is_empty() || operation.message == CHECKED {
+            self.warn("NotChecked", format!("{message}; it is asked again, slower and slower"));
+        }
+        self.wait(operation, message, seen);
     }
 
     fn preparing(&mut self, operation: Operation, seen: &Seen) {
@@ -153,19 +168,17 @@ impl Next {
             return self.step(operation, Step::Stopping, seen);
         }
         let in_step = seen.in_step(&operation);
-        let trouble = run.and_then(|r| worst(&[&r.coordinators, &r.workers]));
-        let Some((kind, message)) = trouble else {
-            if in_step >= timeout_ms(seen) {
+        let Some(Troubled { kind, message, patience }) = run.and_then(|run| troubled(run, None, seen)) else {
+            if in_step >= seen.timeout() {
                 let message = format!("its pods were not ready within {}", seen.job.spec.upgrade.timeout);
                 return self.give_up(&operation, "PodsNotReady", message, seen);
             }
             return self.wait(operation, "its pods start", seen);
         };
-        let patience = trouble_patience(kind, seen);
         if in_step >= patience {
             return self.give_up(&operation, reason_of(kind), message, seen);
         }
-        self.wake_at(after(operation.since, patience));
+        self.wake_at(operation.since.plus(patience));
         self.wait(operation, message, seen);
     }
 
@@ -177,10 +190,10 @@ impl Next {
             let left =
                 seen.runs.get(&from.number).is_none_or(|r| r.coordinators.count == 0 && r.coordinators_wanted == 0);
             let in_step = seen.in_step(&operation);
-            if left || report.is_some_and(Report::ended) || in_step >= LEAVE_PATIENCE_MS {
+            if left || report.is_some_and(Report::ended) || in_step >= LEAVE_PATIENCE {
                 return self.stopped(operation, seen);
             }
-            self.wake_at(after(operation.since, LEAVE_PATIENCE_MS));
+            self.wake_at(operation.since.plus(LEAVE_PATIENCE));
             return self.wait(operation, "its coordinator ends", seen);
         };
         match phase {
@@ -191,7 +204,7 @@ impl Next {
             }
             ReportPhase::Waiting | ReportPhase::Restoring | ReportPhase::Running | ReportPhase::Stopping => {}
         }
-        let late = seen.in_step(&operation) >= timeout_ms(seen);
+        let late = seen.in_step(&operation) >= seen.timeout();
         match seen.ask(Question::StopWithSavepoint { run: from.number, name }, &mut self.wake) {
             Reply::Yes => self.wait(operation, "the job stops", seen),
             Reply::No(why) => self.savepoint_failed(operation, why, seen),
@@ -209,7 +222,7 @@ impl Next {
     fn savepoint_failed(&mut self, operation: Operation, why: String, seen: &Seen) {
         let Some(question) = stop_question(&operation) else { return self.keep(operation) };
         let again = match seen.answers.get(&question) {
-            Some(Asked::Answered(_, at)) => Timestamp::from_millis(at.millis().saturating_add(ASK_AGAIN_MS)),
+            Some(Asked::Answered(_, at)) => at.plus(ASK_AGAIN),
             Some(Asked::UnderWay) | None => seen.now,
         };
         if seen.now < again {
@@ -229,12 +242,20 @@ impl Next {
         self.wait(Operation { savepoint, failures, ..operation }, why, seen);
     }
 
-    /// Ends an operation whose savepoint can't be made: the old run goes on. A stop has nothing to go back to, and is tried for as
-    /// long as the spec wants it.
+    /// Ends an operation whose savepoint can't be made: the old run stays, however it is. A stop has nothing to go back to, and is
+    /// tried for as long as the spec wants it.
     fn no_savepoint(&mut self, operation: Operation, why: String, seen: &Seen) {
+        let left = operation.from.as_ref().map_or(ReportPhase::Waiting, |from| seen.phase_of(from.number));
+        let left = match left {
+            ReportPhase::Running | ReportPhase::Stopping => "The job goes on as it was",
+            ReportPhase::Waiting | ReportPhase::Restoring => "The job is left as it was, and does not run for now",
+            ReportPhase::Failed | ReportPhase::Stopped | ReportPhase::Finished => {
+                "The job is left as it was, and does not run"
+            }
+        };
         let message = format!(
-            "there is no savepoint: {why}. The job goes on as it was; to go on from its newest checkpoint instead, set \
-             spec.upgrade.mode to LastCheckpoint"
+            "there is no savepoint: {why}. {left}; to go on from its newest checkpoint instead, set spec.upgrade.mode to \
+             LastCheckpoint"
         );
         match &operation.to {
             Some(_) => self.give_up(&operation, "SavepointFailed", message, seen),
@@ -270,7 +291,7 @@ impl Next {
         {
             self.status.restored_from = Some(restored_from(&operation, &to, report));
         }
-        let disabled = seen.job.spec.checkpoints.mode == CheckpointMode::Disabled;
+        let disabled = seen.takes_no_checkpoints(&to);
         let stable = report.is_some_and(|r| match r.phase {
             ReportPhase::Finished | ReportPhase::Stopped => true,
             ReportPhase::Running => r.completed > 0 || disabled,
@@ -280,17 +301,15 @@ impl Next {
             return self.stable(&operation, to, seen);
         }
         let in_step = seen.in_step(&operation);
-        let late = in_step >= timeout_ms(seen);
-        let pods = seen.runs.get(&to.number).and_then(|r| worst(&[&r.coordinators, &r.workers]));
+        let late = in_step >= seen.timeout();
+        let pods = seen.runs.get(&to.number).and_then(|run| troubled(run, report, seen));
         let failure = report.and_then(|r| r.failure.as_ref()).map(|f| f.cause.clone());
         let failed = report
             .is_some_and(|r| r.phase == ReportPhase::Failed || r.restarts >= FAILED_ATTEMPTS_MAX && r.completed == 0);
         let verdict = match (&pods, failure) {
             (_, Some(cause)) if failed => Some(("Failed", cause)),
             (_, None) if failed => Some(("Failed", "the job has failed".to_owned())),
-            (Some((kind, message)), _) if in_step >= trouble_patience(*kind, seen) => {
-                Some((reason_of(*kind), message.clone()))
-            }
+            (Some(pods), _) if in_step >= pods.patience => Some((reason_of(pods.kind), pods.message.clone())),
             (_, cause) if late => {
                 let timeout = seen.job.spec.upgrade.timeout;
                 let cause = cause.map_or_else(String::new, |c| format!("; the last failure: {c}"));
@@ -301,10 +320,10 @@ impl Next {
         match verdict {
             Some((reason, why)) => self.failed_to_start(operation, &to, reason, why, seen),
             None => {
-                if let Some((kind, _)) = pods {
-                    self.wake_at(after(operation.since, trouble_patience(kind, seen)));
+                if let Some(pods) = &pods {
+                    self.wake_at(operation.since.plus(pods.patience));
                 }
-                let message = pods.map_or_else(|| waiting_for(report), |(_, message)| message);
+                let message = pods.map_or_else(|| waiting_for(report), |pods| pods.message);
                 self.wait(operation, message, seen);
             }
         }
@@ -319,7 +338,7 @@ impl Next {
         self.note(
             if operation.kind == OperationKind::Rollback { "RolledBack" } else { "Stable" },
             format!("run {} of revision {} runs, {} ms after it was begun", to.number, to.revision, {
-                seen.now.millis_since(operation.started_at)
+                seen.now.since(operation.started_at).as_millis()
             }),
         );
         self.status.stable_run = Some(to.clone());
@@ -366,15 +385,15 @@ impl Next {
     fn rescaling(&mut self, operation: Operation, seen: &Seen) {
         let Some(to) = operation.to.clone() else { return };
         let wanted = parallelism_revision(to.parallelism);
-        let late = seen.in_step(&operation) >= timeout_ms(seen);
+        let late = seen.in_step(&operation) >= seen.timeout();
         let running = seen.phase_of(to.number) == ReportPhase::Running;
         if operation.step < Step::Starting {
             let workers = seen.runs.get(&to.number).map_or(0, |r| r.workers.ready);
             if workers >= seen.job.spec.worker.pods(to.parallelism) && running {
                 return self.step(operation, Step::Starting, seen);
             }
-            let trouble = seen.runs.get(&to.number).and_then(|r| worst(&[&r.workers]));
-            let message = trouble.map_or_else(|| "its pods start".to_owned(), |(_, message)| message);
+            let trouble = seen.runs.get(&to.number).and_then(|r| r.workers.trouble.as_ref());
+            let message = trouble.map_or_else(|| "its pods start".to_owned(), |trouble| trouble.message.clone());
             if late {
                 return self.refuse(seen, &wanted, "PodsNotReady", message);
             }
@@ -400,14 +419,30 @@ impl Next {
     }
 }
 
+/// What an operation has to know or have done in its present step.
+pub(super) fn question_of(operation: &Operation) -> Option<Question> {
+    match (operation.kind, operation.step) {
+        (OperationKind::Rescale, Step::Starting) => rescale_question(operation),
+        (_, Step::Checking) => fits_question(operation),
+        (_, Step::Stopping) => stop_question(operation),
+        _ => None,
+    }
+}
+
+/// What tells whether the new run of an operation can start.
+fn fits_question(operation: &Operation) -> Option<Question> {
+    let to = operation.to.as_ref()?;
+    Some(Question::Fits { revision: to.revision.clone(), restore: to.restore.clone() })
+}
+
 /// What stops the old run of an operation.
-pub(super) fn stop_question(operation: &Operation) -> Option<Question> {
+fn stop_question(operation: &Operation) -> Option<Question> {
     let (run, name) = (operation.from.as_ref()?.number, operation.savepoint.clone()?);
     Some(Question::StopWithSavepoint { run, name })
 }
 
 /// What rescales the run of an operation.
-pub(super) fn rescale_question(operation: &Operation) -> Option<Question> {
+fn rescale_question(operation: &Operation) -> Option<Question> {
     operation.to.as_ref().map(|to| Question::Rescale { run: to.number, parallelism: to.parallelism })
 }
 
@@ -433,35 +468,47 @@ fn waiting_for(report: Option<&Report>) -> String {
     }
 }
 
-fn worst(of: &[&PodsSeen]) -> Option<(TroubleKind, String)> {
-    let troubles = of.iter().filter_map(|p| p.trouble.as_ref());
-    troubles.max_by_key(|t| t.kind).map(|t| (t.kind, t.message.clone()))
+/// Why a run that may lead will not come to run whoever waits for it: its pods say so themselves.
+pub(super) fn hopeless(operation: &Operation, seen: &Seen) -> Option<(&'static str, String)> {
+    let to = operation.to.as_ref().filter(|_| operation.step == Step::Starting)?;
+    let Troubled { kind, message, patience } = troubled(seen.runs.get(&to.number)?, seen.report_of(to.number), seen)?;
+    let permanent = matches!(kind, TroubleKind::Storage | TroubleKind::BadInput) && patience < seen.timeout();
+    (permanent && seen.in_step(operation) >= patience).then(|| (reason_of(kind), message))
+}
+
+/// The worst trouble of a run's pods, and how long it is looked at before it counts.
+struct Troubled {
+    kind: TroubleKind,
+    message: String,
+    patience: Duration,
+}
+
+/// `report` is what the run's leader has told, if it may lead.
+fn troubled(run: &RunSeen, report: Option<&Report>, seen: &Seen) -> Option<Troubled> {
+    // Whoever has led has said why it ended, and that it may go by itself: else it would have said that the run has failed.
+    let may_pass = report.is_some_and(|r| r.failure.is_some() && !r.ended());
+    let troubles = [(&run.coordinators, may_pass), (&run.workers, false)].into_iter();
+    let troubles = troubles.filter_map(|(pods, may_pass)| Some((pods.trouble.as_ref()?, may_pass)));
+    let (trouble, may_pass) = troubles.max_by_key(|(trouble, _)| trouble.kind)?;
+    let patience = match trouble.kind {
+        // A node may come, or room on one.
+        TroubleKind::Unschedulable => seen.timeout(),
+        TroubleKind::Ended | TroubleKind::Storage if may_pass => seen.timeout(),
+        TroubleKind::Ended | TroubleKind::Crash | TroubleKind::Image | TroubleKind::Config => TROUBLE_PATIENCE,
+        TroubleKind::Storage => STORAGE_PATIENCE,
+        TroubleKind::BadInput => Duration::ZERO,
+    };
+    let patience = patience.min(seen.timeout());
+    Some(Troubled { kind: trouble.kind, message: trouble.message.clone(), patience })
 }
 
 fn reason_of(kind: TroubleKind) -> &'static str {
     match kind {
         TroubleKind::Unschedulable => "Unschedulable",
-        TroubleKind::Crash => "CrashLoop",
+        TroubleKind::Ended | TroubleKind::Crash => "CrashLoop",
         TroubleKind::Image => "ImageNotPulled",
         TroubleKind::Config => "ConfigError",
+        TroubleKind::Storage => "StorageUnusable",
         TroubleKind::BadInput => "BadInput",
     }
-}
-
-/// How long a trouble is looked at before it counts, milliseconds.
-fn trouble_patience(kind: TroubleKind, seen: &Seen) -> u64 {
-    match kind {
-        // A node may come, or room on one.
-        TroubleKind::Unschedulable => timeout_ms(seen),
-        TroubleKind::Crash | TroubleKind::Image | TroubleKind::Config => TROUBLE_PATIENCE_MS.min(timeout_ms(seen)),
-        TroubleKind::BadInput => 0,
-    }
-}
-
-fn timeout_ms(seen: &Seen) -> u64 {
-    u64::try_from(seen.job.spec.upgrade.timeout.get().as_millis()).unwrap_or(u64::MAX)
-}
-
-fn after(since: Timestamp, millis: u64) -> Timestamp {
-    Timestamp::from_millis(since.millis().saturating_add(i64::try_from(millis).unwrap_or(i64::MAX)))
 }

@@ -138,7 +138,7 @@ impl Next {
 
     fn suspend(&mut self, seen: &Seen, run: RunStatus) {
         let spec = &seen.job.spec;
-        let disabled = spec.checkpoints.mode == CheckpointMode::Disabled;
+        let disabled = seen.takes_no_checkpoints(&run);
         let ended = seen.report_of(run.number).is_some_and(Report::ended);
         // One that has ended has nothing to save, and one of which nothing has come neither.
         let without = spec.upgrade.mode == UpgradeMode::LastCheckpoint || disabled || ended || !run.stable;

@@ -1,14 +1,16 @@
 //! What people are told of a job: its state in a word, its conditions, what it last did.
 
+use std::time::Duration;
+
 use floodmark_crds::{
-    Condition, ConditionStatus, DesiredState, JobState, LastCheckpoint, LastFailure, OperationKind, Report,
-    ReportPhase, Step, StreamJobStatus, Timestamp,
+    Condition, DesiredState, JobState, LastCheckpoint, LastFailure, OperationKind, Report, ReportPhase, Step,
+    StreamJobStatus, Timestamp,
 };
 
-use super::{Seen, begin::parallelism_revision};
+use super::{Seen, advance::hopeless, begin::parallelism_revision};
 
-/// The newest checkpoint is told no more often than this, if nothing else is new, milliseconds.
-const CHECKPOINT_EVERY_MS: u64 = 30_000;
+/// The newest checkpoint is told no more often than this, if nothing else is new.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(30);
 /// Longest text of a cause.
 const MESSAGE_MAX: usize = 1_024;
 
@@ -32,6 +34,7 @@ pub(super) fn describe(status: &mut StreamJobStatus, seen: &Seen) {
     status.state = state(status, seen, report);
     if let Some(report) = report {
         tell_progress(status, report);
+        tell_restored(status, report);
     }
     if let Some(trouble) = trouble(status, seen, report) {
         let cause = shortened(&trouble);
@@ -40,14 +43,14 @@ pub(super) fn describe(status: &mut StreamJobStatus, seen: &Seen) {
         }
     }
     for (kind, holds, reason, message) in conditions(status, seen, report) {
-        status.set_condition(condition(seen, kind, holds, &reason, &message));
+        condition(seen, kind, holds, &reason, &message).put(&mut status.conditions);
     }
 }
 
 /// What is told of a job that is being deleted.
 pub(super) fn leaving(status: &mut StreamJobStatus, seen: &Seen) {
     for (kind, holds) in [("Ready", false), ("Reconciling", true), ("Stalled", false), ("Running", false)] {
-        status.set_condition(condition(seen, kind, holds, "Deleting", "the job is being deleted"));
+        condition(seen, kind, holds, "Deleting", "the job is being deleted").put(&mut status.conditions);
     }
 }
 
@@ -58,7 +61,7 @@ fn name(seen: &Seen) -> String {
 fn condition(seen: &Seen, kind: &str, holds: bool, reason: &str, message: &str) -> Condition {
     Condition {
         kind: kind.to_owned(),
-        status: if holds { ConditionStatus::True } else { ConditionStatus::False },
+        status: holds.into(),
         reason: reason.to_owned(),
         message: shortened(message),
         last_transition_time: seen.now,
@@ -76,11 +79,22 @@ fn tell_progress(status: &mut StreamJobStatus, report: &Report) {
     let Some(last) = &report.last_checkpoint else { return };
     let time = Timestamp::from_millis(last.triggered_at_ms);
     let told = status.last_checkpoint.as_ref();
-    if told.is_some_and(|t| t.epoch <= last.epoch && time.millis_since(t.time) < CHECKPOINT_EVERY_MS) {
+    if told.is_some_and(|t| t.epoch <= last.epoch && time.since(t.time) < CHECKPOINT_EVERY) {
         return;
     }
     let (epoch, duration_ms, size) = (last.epoch, last.duration_ms, last.size);
     status.last_checkpoint = Some(LastCheckpoint { epoch, time, duration_ms, size });
+}
+
+/// The checkpoint that the run goes on from is known a moment after it begins. It is another one, and people want to know why, if the
+/// newest turns out to be damaged later.
+fn tell_restored(status: &mut StreamJobStatus, report: &Report) {
+    let Some(told) = &mut status.restored_from else { return };
+    let another = report.fallback.is_some() && report.fallback != told.fallback;
+    if another || (told.epoch.is_none() && report.restarts == 0) {
+        told.epoch = report.restored_from;
+        told.fallback.clone_from(&report.fallback);
+    }
 }
 
 /// How the run that is in force fails, if it does.
@@ -186,6 +200,9 @@ fn stalled(status: &StreamJobStatus, seen: &Seen, report: Option<&Report>) -> Op
     {
         return Some((refused.reason.clone(), refused.message.clone()));
     }
+    if let Some(operation) = operation.filter(|o| o.step == Step::Checking && o.failures > 0) {
+        return Some(("DoesNotFit".to_owned(), operation.message.clone()));
+    }
     if report.is_some_and(|r| r.phase == ReportPhase::Failed) {
         let cause = report.and_then(|r| r.failure.as_ref()).map_or("", |f| f.cause.as_str());
         // The next revision may be on its way to take its place.
@@ -193,8 +210,10 @@ fn stalled(status: &StreamJobStatus, seen: &Seen, report: Option<&Report>) -> Op
         return (!replaced).then(|| ("Failed".to_owned(), cause.to_owned()));
     }
     let operation = operation?;
-    let timeout = u64::try_from(spec.upgrade.timeout.get().as_millis()).unwrap_or(u64::MAX);
+    if let Some((reason, message)) = hopeless(operation, seen) {
+        return Some((reason.to_owned(), message));
+    }
     // It is still tried, but nobody should wait for it.
-    let late = seen.in_step(operation) >= timeout;
+    let late = seen.in_step(operation) >= seen.timeout();
     late.then(|| ("Timeout".to_owned(), operation.message.clone()))
 }

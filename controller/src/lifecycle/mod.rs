@@ -19,7 +19,11 @@ mod seen;
 #[cfg(test)]
 mod tests;
 
-use floodmark_crds::{DeletionPolicy, JobState, Operation, Report, ReportPhase, RunStatus, StreamJobStatus, Timestamp};
+use std::time::Duration;
+
+use floodmark_crds::{
+    CheckpointMode, DeletionPolicy, JobState, Operation, Report, ReportPhase, RunStatus, StreamJobStatus, Timestamp,
+};
 use kube::ResourceExt as _;
 
 pub use self::{
@@ -31,9 +35,11 @@ pub use self::{
 /// Keeps a StreamJob from going before its pods are gone, and its checkpoints if they shall be.
 pub const FINALIZER: &str = "floodmark.io/job";
 /// After so long a job that is deleted goes although its checkpoints could not be removed.
-const DELETE_PATIENCE_MS: i64 = 600_000;
+const DELETE_PATIENCE: Duration = Duration::from_secs(600);
 /// From an answer that nobody knew to the next try.
-const ASK_AGAIN_MS: i64 = 3_000;
+const ASK_AGAIN: Duration = Duration::from_secs(3);
+/// The same where nothing waits but a start: it is asked when it has been unknown for twice as long, but no later than this.
+const ASK_AGAIN_MAX: Duration = Duration::from_secs(60);
 
 /// What is to be done for a job. See the header of this file.
 #[must_use]
@@ -54,6 +60,10 @@ pub fn decide(seen: &Seen) -> Plan {
         next.begin(seen);
     }
     describe::describe(&mut next.status, seen);
+    let fallback = |status: &StreamJobStatus| status.restored_from.as_ref().and_then(|r| r.fallback.clone());
+    if let Some(why) = fallback(&next.status).filter(|why| fallback(&present).as_ref() != Some(why)) {
+        next.warn("OlderCheckpoint", why);
+    }
     let status = (next.status != present || seen.job.status.is_none()).then(|| Box::new(next.status.clone()));
     let actions = if status.is_some() { Vec::new() } else { actions::actions(&next.status, seen, &mut next.wake) };
     Plan { status, notes: next.notes, actions, wake: next.wake }
@@ -137,20 +147,14 @@ fn leave(seen: &Seen) -> Plan {
         return plan;
     }
     if seen.job.spec.checkpoints.on_delete == DeletionPolicy::Delete {
-        let deleted = seen.job.metadata.deletion_timestamp.as_ref().map_or(0, |t| t.0.as_millisecond());
-        let give_up = Timestamp::from_millis(deleted + DELETE_PATIENCE_MS);
+        let deleted = seen.job.metadata.deletion_timestamp.as_ref().map(Timestamp::from).unwrap_or_default();
+        let give_up = deleted.plus(DELETE_PATIENCE);
         match seen.ask(Question::DeleteState, &mut plan.wake) {
             Reply::Yes => {}
             Reply::Ask(question) if seen.now < give_up => plan.actions.push(Action::Ask(question)),
             Reply::Wait(_) | Reply::UnderWay if seen.now < give_up => earlier(&mut plan.wake, give_up),
-            Reply::No(why) | Reply::Wait(why) => {
-                let message = format!("the job's checkpoints stay where they are: they could not be removed: {why}");
-                plan.notes.push(Note { warning: true, reason: "StateLeft", message });
-            }
-            Reply::Ask(_) | Reply::UnderWay => {
-                let message = "the job's checkpoints stay where they are: nobody could say whether they were removed";
-                plan.notes.push(Note { warning: true, reason: "StateLeft", message: message.to_owned() });
-            }
+            Reply::No(why) | Reply::Wait(why) => plan.notes.push(state_left(seen, &why)),
+            Reply::Ask(_) | Reply::UnderWay => plan.notes.push(state_left(seen, "nobody could say whether they were")),
         }
         if !plan.actions.is_empty() || plan.wake.is_some() {
             return plan;
@@ -158,6 +162,16 @@ fn leave(seen: &Seen) -> Plan {
     }
     plan.actions.push(Action::RemoveFinalizer);
     plan
+}
+
+/// What is said of checkpoints that could not be removed.
+fn state_left(seen: &Seen, why: &str) -> Note {
+    let place = match &seen.job.spec.checkpoints.storage {
+        Some(storage) => format!("{storage}, folder {}", floodmark_admission::job_id(&seen.job)),
+        None => "its pods".to_owned(),
+    };
+    let message = format!("the job's checkpoints are left in {place}: they could not be removed: {why}");
+    Note { warning: true, reason: "StateLeft", message }
 }
 
 /// What is to be made of a question.
@@ -187,9 +201,14 @@ impl Seen {
         self.report_of(run).map_or(ReportPhase::Waiting, |r| r.phase)
     }
 
-    /// Milliseconds since this step was begun.
-    fn in_step(&self, operation: &Operation) -> u64 {
-        self.now.millis_since(operation.since)
+    /// How long ago this step was begun.
+    fn in_step(&self, operation: &Operation) -> Duration {
+        self.now.since(operation.since)
+    }
+
+    /// How long a step may take.
+    fn timeout(&self) -> Duration {
+        self.job.spec.upgrade.timeout.get()
     }
 
     fn ask(&self, question: Question, wake: &mut Option<Timestamp>) -> Reply {
@@ -199,7 +218,7 @@ impl Seen {
             Some(Asked::Answered(Answer::Yes, _)) => Reply::Yes,
             Some(Asked::Answered(Answer::No(why), _)) => Reply::No(why.clone()),
             Some(Asked::Answered(Answer::Unknown(why), at)) => {
-                let again = Timestamp::from_millis(at.millis() + ASK_AGAIN_MS);
+                let again = at.plus(self.patience(&question, *at));
                 if self.now >= again {
                     return Reply::Ask(question);
                 }
@@ -207,5 +226,24 @@ impl Seen {
                 Reply::Wait(why.clone())
             }
         }
+    }
+
+    /// How long after an answer at this time, which nobody knew, a question is asked again.
+    fn patience(&self, question: &Question, at: Timestamp) -> Duration {
+        match question {
+            Question::Fits { .. } => {
+                let operation = self.job.status.as_ref().and_then(|s| s.operation.as_ref());
+                let unknown = operation.map_or(Duration::ZERO, |o| at.since(o.since));
+                unknown.clamp(ASK_AGAIN, ASK_AGAIN_MAX)
+            }
+            Question::StopWithSavepoint { .. } | Question::Rescale { .. } | Question::DeleteState => ASK_AGAIN,
+        }
+    }
+
+    /// Whether a run takes no checkpoints. Of another revision than the spec's its Deployments say so, if this version has made them.
+    fn takes_no_checkpoints(&self, run: &RunStatus) -> bool {
+        let account = self.runs.get(&run.number).and_then(|there| there.checkpoints);
+        let mode = account.filter(|_| run.revision != self.revision).unwrap_or(self.job.spec.checkpoints.mode);
+        mode == CheckpointMode::Disabled
     }
 }

@@ -35,8 +35,8 @@ pub enum Action {
     ApplyRun {
         /// Which.
         run: RunStatus,
-        /// Pods of workers.
-        workers: u32,
+        /// Pods of workers; none: as many as its revision says.
+        workers: Option<u32>,
     },
     /// Ask for another number of a run's workers.
     ScaleWorkers {
@@ -51,6 +51,11 @@ pub enum Action {
         run: u64,
         /// How many.
         pods: u32,
+    },
+    /// Have a run's processes show the next certificates.
+    RenewCertificates {
+        /// The run.
+        run: u64,
     },
     /// Remove the objects of a run.
     RemoveRun {
@@ -86,10 +91,12 @@ impl fmt::Display for Action {
             Self::ApplyJob { run: None } => f.write_str("apply the job's objects"),
             Self::ApplyRun { run, workers } => {
                 let RunStatus { number, revision, restore, .. } = run;
-                write!(f, "apply run {number} of revision {revision} from {restore}, {workers} workers")
+                write!(f, "apply run {number} of revision {revision} from {restore}")?;
+                workers.map_or(Ok(()), |workers| write!(f, ", {workers} workers"))
             }
             Self::ScaleWorkers { run, pods } => write!(f, "scale the workers of run {run} to {pods}"),
             Self::ScaleCoordinators { run, pods } => write!(f, "scale the coordinators of run {run} to {pods}"),
+            Self::RenewCertificates { run } => write!(f, "renew the certificates of run {run}"),
             Self::RemoveRun { run } => write!(f, "remove run {run}"),
             Self::Allow { run: 0 } => f.write_str("allow no run to lead"),
             Self::Allow { run } => write!(f, "allow run {run} to lead"),

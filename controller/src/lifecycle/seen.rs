@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use floodmark_crds::{Report, StreamJob, Timestamp};
+use floodmark_crds::{CheckpointMode, Report, StreamJob, Timestamp};
+
+use crate::objects::PodCounts;
 
 /// A job, and all that is there of it.
 #[derive(Clone, Debug)]
@@ -30,8 +32,6 @@ pub struct Seen {
 pub struct LeaseSeen {
     /// The run that may lead; 0 if none may.
     pub run: u64,
-    /// Whether somebody holds it.
-    pub held: bool,
     /// What the leader last told.
     pub report: Option<Report>,
 }
@@ -49,6 +49,12 @@ pub struct RunSeen {
     pub parallelism: u32,
     /// What it was told to restore, by its own account.
     pub restore: String,
+    /// How many pods its revision asks for, by its own account.
+    pub counts: Option<PodCounts>,
+    /// How its revision takes checkpoints, by its own account.
+    pub checkpoints: Option<CheckpointMode>,
+    /// When its certificates are to be renewed, if they can be.
+    pub renew_at: Option<Timestamp>,
     /// Pods of workers that are asked for.
     pub workers_wanted: u32,
     /// Pods of coordinators that are asked for.
@@ -84,12 +90,16 @@ pub struct Trouble {
 pub enum TroubleKind {
     /// There is no node for it.
     Unschedulable,
-    /// Its container ends again and again.
+    /// Its process ends again and again, and says why: something that it needs is not there, for now perhaps.
+    Ended,
+    /// Its process is ended again and again, or has a defect.
     Crash,
     /// Its image can't be had.
     Image,
     /// It names something that is not there, or asks for what it may not.
     Config,
+    /// Its process says that the storage can't be used, or holds nothing that it may start from.
+    Storage,
     /// Its process says that what it was given can't be run, and would say so again.
     BadInput,
 }
@@ -122,13 +132,13 @@ pub enum Question {
     DeleteState,
 }
 
-/// What has come of a question.
+/// What has come of a question that is answered like this.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Asked {
+pub enum Asked<A = Answer> {
     /// Nothing yet.
     UnderWay,
     /// This, at that time.
-    Answered(Answer, Timestamp),
+    Answered(A, Timestamp),
 }
 
 /// An answer.

@@ -2,7 +2,8 @@
 //!
 //! [`job_objects`] and the [`lease`] are there as long as the job, and may be applied again at any time; [`run_objects`] and
 //! [`run_secret`] belong to one run. A run is immutable: they are *created*, never applied again (a controller of another
-//! version would render them otherwise, and so restart the job), and only [`scale_patch`] changes one later.
+//! version would render them otherwise, and so restart the job), and only [`scale_patch`] and a [`renewal`] of its certificates change
+//! one later.
 //!
 //! Invariants: objects of two jobs of a namespace never share a kind and a name; a pod that its job says nothing else about meets
 //! the *restricted* profile of Pod Security; a worker's pod holds no key but its own.
@@ -20,15 +21,19 @@ pub mod restricted;
 mod revisions;
 mod run;
 mod secret;
+mod storage;
 mod template;
 #[cfg(test)]
 mod tests;
 
 pub use job::{JobObjects, job_objects, lease};
-pub use names::{BASE_LENGTH_MAX, base, coordinator_name, revision_name, run_name, worker_name};
+pub use names::{BASE_LENGTH_MAX, base, coordinator_name, revision_name, secret_name, worker_name};
 pub use revisions::{revision_object, revision_spec};
-pub use run::{RunObjects, run_objects, run_of, scale_patch, worker_selector};
-pub use secret::{IDENTITY_LIFETIME, RunIdentity, run_identity, run_secret};
+pub use run::{PodCounts, RunObjects, checkpoints_of, counts_of, run_objects, run_of, scale_patch, worker_selector};
+pub use secret::{
+    Generation, IDENTITY_LIFETIME, RunIdentity, next_generation, renew_at, renewal, run_identity, run_secret,
+};
+pub use storage::check_storage;
 
 /// Who writes the objects: their `app.kubernetes.io/managed-by`, and the field manager.
 pub const MANAGER: &str = "floodmark-controller";
@@ -44,6 +49,12 @@ pub const REVISION_ANNOTATION: &str = "floodmark.io/revision";
 pub const PARALLELISM_ANNOTATION: &str = "floodmark.io/parallelism";
 /// Annotation of a run's Deployments: what the run is told to restore.
 pub const RESTORE_ANNOTATION: &str = "floodmark.io/restore";
+/// Annotation of a run's Deployments: how many pods its revision asks for, [`PodCounts`] as JSON.
+pub const PODS_ANNOTATION: &str = "floodmark.io/pods";
+/// Annotation of a run's Deployments: how its revision takes checkpoints, `spec.checkpoints.mode`.
+pub const CHECKPOINTS_ANNOTATION: &str = "floodmark.io/checkpoints";
+/// Annotation of a run's Secret: when its certificates are to be renewed, as JSON.
+pub const CERTIFICATES_ANNOTATION: &str = "floodmark.io/certificates";
 /// The label by which the controller's own pods are known, and its value; the chart gives it to them.
 pub const CONTROLLER_LABEL: (&str, &str) = ("app.kubernetes.io/name", "floodmark-controller");
 /// Where pods answer HTTP.
@@ -69,6 +80,8 @@ pub struct Defaults {
     pub controller_labels: BTreeMap<String, String>,
     /// The cluster's DNS domain; none: names of Services are completed as pods of the cluster do it.
     pub cluster_domain: Option<String>,
+    /// Whether pods have IPv6 addresses: then they listen on all of them, and on those of IPv4 that they have.
+    pub ipv6: bool,
 }
 
 /// A field of a StreamJob of which no object can be made.

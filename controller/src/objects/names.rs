@@ -4,12 +4,17 @@
 //! `<base>-<n>` or `<base>-<n>-<role>`; so no base looks like the name of a run's Service, and one that is made with a hash looks
 //! like no job's name that is taken as it is.
 
+use floodmark_crds::StreamJob;
+use kube::ResourceExt as _;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Longest base: with the number of a run (ten digits) and `-coordinator` behind it, it is still a DNS label.
 pub const BASE_LENGTH_MAX: usize = 40;
 /// Hexadecimal digits of a hash.
 const HASH_DIGITS: usize = 12;
+
+/// Characters of a job's uid in the names of its Secrets.
+const UID_SHOWN: usize = 8;
 
 const COORDINATOR: &str = "-coordinator";
 
@@ -29,10 +34,17 @@ pub fn base(job: &str) -> String {
     format!("{}-x{:012x}", begin.trim_end_matches('-'), xxh3_64(job.as_bytes()) >> (64 - 4 * HASH_DIGITS))
 }
 
-/// What the objects of a run are called by, and its Secret.
-#[must_use]
-pub fn run_name(job: &str, run: u64) -> String {
+/// What the objects of a run are called by.
+fn run_name(job: &str, run: u64) -> String {
     format!("{}-{run}", base(job))
+}
+
+/// The Secret of a run. A later job of the same name has another: a node may for a while hand what it has of a Secret to all who mount
+/// one of that name.
+#[must_use]
+pub fn secret_name(job: &StreamJob, run: u64) -> String {
+    let uid: String = job.uid().unwrap_or_default().chars().take(UID_SHOWN).collect();
+    format!("{}-{uid}", run_name(&job.name_any(), run))
 }
 
 /// The Deployment of a run's coordinator, and the Service by which workers find it.

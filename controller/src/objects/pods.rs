@@ -3,7 +3,10 @@
 //! Invariants: nothing in a pod depends on the run's parallelism, which changes while pods stay; the key of the job's authority is
 //! in none; only a coordinator has a token for the API server.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use floodmark_crds::{EnvSource, Quantity as Amount, Resources, RunStatus, StreamJob, StreamJobSpec};
 use floodmark_link::tls::Role;
@@ -21,11 +24,11 @@ use kube::ResourceExt;
 use super::{
     COORDINATOR_PORT, Defaults, HTTP_PORT, ROLE_LABEL, Unrenderable, WORKER_PORT, base, coordinator_name, namespace,
     run::{pod_selector, run_labels},
-    run_name, secret, selecting, template,
+    secret, secret_name, selecting, template,
 };
 
 /// The container of our process.
-const CONTAINER: &str = "floodmark";
+pub(super) const CONTAINER: &str = "floodmark";
 /// Who it runs as: nobody that the image or a node knows.
 const USER: i64 = 65_532;
 /// Seconds from the loss of a node's heartbeats to the replacement of its pods. Kubernetes' own default is 300.
@@ -123,7 +126,7 @@ fn container(
         image_pull_policy: defaults.image_pull_policy.clone(),
         command: Some(vec!["floodmark".to_owned()]),
         args: Some(match role {
-            Role::Coordinator => coordinator_args(job, spec, run),
+            Role::Coordinator => coordinator_args(job, spec, run, defaults),
             Role::Worker => worker_args(job, spec, run, defaults),
         }),
         env: Some(environment(spec)?),
@@ -153,10 +156,16 @@ fn container(
     })
 }
 
-fn coordinator_args(job: &StreamJob, spec: &StreamJobSpec, run: &RunStatus) -> Vec<String> {
+/// All addresses of a pod, with this port.
+fn any(port: u16, defaults: &Defaults) -> String {
+    let all: IpAddr = if defaults.ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    SocketAddr::new(all, port).to_string()
+}
+
+fn coordinator_args(job: &StreamJob, spec: &StreamJobSpec, run: &RunStatus, defaults: &Defaults) -> Vec<String> {
     let base = base(&job.name_any());
-    let (manifest, listen) = (format!("{JOB_DIR}/{}", secret::MANIFEST), format!("0.0.0.0:{COORDINATOR_PORT}"));
-    let (http, token) = (format!("0.0.0.0:{HTTP_PORT}"), format!("{TOKEN_DIR}/{}", secret::TOKEN));
+    let (manifest, listen) = (format!("{JOB_DIR}/{}", secret::MANIFEST), any(COORDINATOR_PORT, defaults));
+    let (http, token) = (any(HTTP_PORT, defaults), format!("{TOKEN_DIR}/{}", secret::TOKEN));
     let number = run.number.to_string();
     let mut args = words(&["coordinator", &manifest, "--listen", &listen, "--identity", IDENTITY_DIR]);
     args.extend(words(&["--listen-http", &http, "--http-token-file", &token, "--lease", &base, "--run", &number]));
@@ -177,7 +186,8 @@ fn worker_args(job: &StreamJob, spec: &StreamJobSpec, run: &RunStatus, defaults:
     let domain = defaults.cluster_domain.as_deref().map(|domain| format!(".{domain}")).unwrap_or_default();
     let coordinator = format!("{service}.{}.svc{domain}:{COORDINATOR_PORT}", namespace(job));
     let manifest = format!("{JOB_DIR}/{}", secret::MANIFEST);
-    let (listen, http) = (format!("$(POD_IP):{WORKER_PORT}"), format!("0.0.0.0:{HTTP_PORT}"));
+    // Of which family it is only the pod knows. An address of IPv6 without brackets is understood, too: the port is what comes last.
+    let (listen, http) = (format!("$(POD_IP):{WORKER_PORT}"), any(HTTP_PORT, defaults));
     let slots = spec.worker.slots.to_string();
     let mut args = words(&["worker", &manifest, "--coordinator", &coordinator, "--listen", &listen]);
     args.extend(words(&["--identity", IDENTITY_DIR, "--slots", &slots, "--listen-http", &http]));
@@ -286,7 +296,7 @@ fn volumes(job: &StreamJob, run: &RunStatus, role: Role) -> Vec<Volume> {
     let secret = |name: &str, items: &[(&str, &str)]| Volume {
         name: name.to_owned(),
         secret: Some(SecretVolumeSource {
-            secret_name: Some(run_name(&job.name_any(), run.number)),
+            secret_name: Some(secret_name(job, run.number)),
             default_mode: Some(SECRET_MODE),
             items: Some(
                 items

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use floodmark_crds::{RunStatus, StreamJob, StreamJobSpec};
+use floodmark_crds::{CheckpointMode, RunStatus, StreamJob, StreamJobSpec, WorkerSpec};
 use floodmark_link::tls::Role;
 use k8s_openapi::{
     api::{
@@ -12,12 +12,13 @@ use k8s_openapi::{
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 use kube::ResourceExt;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
 use super::{
-    COORDINATOR_PORT, Defaults, JOB_LABEL, PARALLELISM_ANNOTATION, RESTORE_ANNOTATION, REVISION_ANNOTATION, ROLE_LABEL,
-    RUN_LABEL, Unrenderable, base, coordinator_name, job::service_port, labels, meta, pods, selecting, strings,
-    worker_name,
+    CHECKPOINTS_ANNOTATION, COORDINATOR_PORT, Defaults, JOB_LABEL, PARALLELISM_ANNOTATION, PODS_ANNOTATION,
+    RESTORE_ANNOTATION, REVISION_ANNOTATION, ROLE_LABEL, RUN_LABEL, Unrenderable, base, coordinator_name,
+    job::service_port, labels, meta, pods, selecting, strings, worker_name,
 };
 
 /// See the header of this file.
@@ -43,8 +44,8 @@ pub fn run_objects(
 ) -> Result<RunObjects, Unrenderable> {
     let name = job.name_any();
     let coordinator = coordinator_name(&name, run.number);
-    let coordinators = 1 + i32::from(spec.coordinator.standby);
-    let workers = replicas(spec.worker.pods(run.parallelism));
+    let counts = PodCounts::of(spec);
+    let (coordinators, workers) = (replicas(counts.coordinators()), replicas(counts.workers(run.parallelism)));
     let at_once = RollingUpdateDeployment {
         max_unavailable: Some(IntOrString::String("100%".to_owned())),
         max_surge: Some(IntOrString::Int(0)),
@@ -54,7 +55,10 @@ pub fn run_objects(
     let deployment = |role, name, replicas, strategy| -> Result<Deployment, Unrenderable> {
         let template = pods::template(job, spec, run, role, defaults)?;
         Ok(Deployment {
-            metadata: ObjectMeta { annotations: Some(annotations(run)), ..meta(job, name, run_labels(job, run)) },
+            metadata: ObjectMeta {
+                annotations: Some(annotations(run, counts, spec.checkpoints.mode)),
+                ..meta(job, name, run_labels(job, run))
+            },
             spec: Some(DeploymentSpec {
                 replicas: Some(replicas),
                 selector: selecting(pod_selector(job, run, role)),
@@ -101,6 +105,51 @@ pub fn scale_patch(pods: u32) -> Json {
     json!({"spec": {"replicas": replicas(pods)}})
 }
 
+/// How many pods a run has, as its revision says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodCounts {
+    /// `spec.worker.slots`.
+    pub slots: u32,
+    /// `spec.worker.spares`.
+    pub spares: u32,
+    /// `spec.coordinator.standby`.
+    pub standby: bool,
+}
+
+impl PodCounts {
+    /// What a spec says.
+    #[must_use]
+    pub fn of(spec: &StreamJobSpec) -> Self {
+        Self { slots: spec.worker.slots, spares: spec.worker.spares, standby: spec.coordinator.standby }
+    }
+
+    /// Pods of workers at this parallelism.
+    #[must_use]
+    pub fn workers(self, parallelism: u32) -> u32 {
+        let Self { slots, spares, .. } = self;
+        WorkerSpec { slots, spares, ..WorkerSpec::default() }.pods(parallelism)
+    }
+
+    /// Pods of coordinators.
+    #[must_use]
+    pub fn coordinators(self) -> u32 {
+        1 + u32::from(self.standby)
+    }
+}
+
+/// How many pods the run that a Deployment belongs to asks for, by what [`run_objects`] has written on it.
+#[must_use]
+pub fn counts_of(deployment: &Deployment) -> Option<PodCounts> {
+    serde_json::from_str(deployment.annotations().get(PODS_ANNOTATION)?).ok()
+}
+
+/// How the run that a Deployment belongs to takes checkpoints, by what [`run_objects`] has written on it.
+#[must_use]
+pub fn checkpoints_of(deployment: &Deployment) -> Option<CheckpointMode> {
+    let mode = deployment.annotations().get(CHECKPOINTS_ANNOTATION)?;
+    serde_json::from_value(Json::String(mode.clone())).ok()
+}
+
 /// The run that a Deployment belongs to, by what [`run_objects`] has written on it: with the parallelism that it was started
 /// with, which a rescale may have changed since. Whether it is stable nobody knows.
 #[must_use]
@@ -126,8 +175,10 @@ fn replicas(pods: u32) -> i32 {
     i32::try_from(pods).unwrap_or(i32::MAX)
 }
 
-fn annotations(run: &RunStatus) -> BTreeMap<String, String> {
+fn annotations(run: &RunStatus, counts: PodCounts, checkpoints: CheckpointMode) -> BTreeMap<String, String> {
     strings([
+        (PODS_ANNOTATION, &json!(counts).to_string()),
+        (CHECKPOINTS_ANNOTATION, &format!("{checkpoints:?}")),
         (REVISION_ANNOTATION, &run.revision),
         (PARALLELISM_ANNOTATION, &run.parallelism.to_string()),
         (RESTORE_ANNOTATION, &run.restore),

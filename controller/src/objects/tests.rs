@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use expect_test::{Expect, ExpectFile, expect, expect_file};
-use floodmark_crds::{RunStatus, StreamJob};
+use floodmark_crds::{CheckpointMode, RunStatus, StreamJob, Timestamp};
 use floodmark_link::tls::Issued;
 use k8s_openapi::{
     api::{
@@ -73,13 +73,14 @@ pub(super) fn run(number: u64, parallelism: u32) -> RunStatus {
     RunStatus { number, revision, parallelism, restore, stable: false }
 }
 
-fn defaults() -> Defaults {
+pub(super) fn defaults() -> Defaults {
     Defaults {
         image: "floodmark:0.1.0".into(),
         image_pull_policy: None,
         controller_namespace: "floodmark-system".into(),
         controller_labels: strings([CONTROLLER_LABEL]),
         cluster_domain: None,
+        ipv6: false,
     }
 }
 
@@ -89,7 +90,12 @@ fn identity() -> RunIdentity {
         key: format!("key of {of}\n"),
         authority: "certificate of the authority\n".into(),
     };
-    RunIdentity { coordinator: issued("the coordinator"), worker: issued("workers"), token: "0123abcd".into() }
+    let generation = |of: &str| Generation {
+        until: Timestamp::from_millis(90_000),
+        coordinator: issued(&format!("{of} coordinator")),
+        worker: issued(&format!("{of} workers")),
+    };
+    RunIdentity { present: generation("the"), next: generation("the next"), token: "0123abcd".into() }
 }
 
 fn documents(job: &StreamJob, run: &RunStatus, defaults: &Defaults) -> String {
@@ -108,7 +114,7 @@ fn documents(job: &StreamJob, run: &RunStatus, defaults: &Defaults) -> String {
     add(&mut text, &of_job.network_policy);
     add(&mut text, &revision_object(job, &job.spec).unwrap());
     let of_run = run_objects(job, &job.spec, run, defaults).unwrap();
-    add(&mut text, &run_secret(job, &job.spec, run, None, &identity()).unwrap());
+    add(&mut text, &run_secret(job, &job.spec, run, None, &identity(), Timestamp::default()).unwrap());
     add(&mut text, &of_run.service);
     add(&mut text, &of_run.coordinator);
     add(&mut text, &of_run.worker);
@@ -211,7 +217,8 @@ fn a_worker_has_no_key_but_its_own_and_nobody_the_authoritys() {
     assert_eq!(worker.spec.as_ref().unwrap().automount_service_account_token, Some(false));
     assert_eq!(keys(worker), "job.yaml worker.crt worker.key ca.crt");
     assert_eq!(keys(coordinator), "job.yaml coordinator.crt coordinator.key ca.crt token");
-    let secret = run_secret(&job(SMALL), &job(SMALL).spec, &run(1, 1), None, &identity()).unwrap();
+    let secret =
+        run_secret(&job(SMALL), &job(SMALL).spec, &run(1, 1), None, &identity(), Timestamp::default()).unwrap();
     assert!(secret.string_data.unwrap().values().all(|text| text != "key of the authority"));
 }
 
@@ -243,10 +250,42 @@ fn a_run_is_known_by_its_deployments() {
     let objects = pods_of(&job(FULL), &run).0;
     for mut deployment in [objects.coordinator, objects.worker] {
         assert_eq!(run_of(&deployment), Some(run.clone()));
+        let counts = counts_of(&deployment).unwrap();
+        assert_eq!(counts, PodCounts::of(&job(FULL).spec));
+        assert_eq!(checkpoints_of(&deployment), Some(job(FULL).spec.checkpoints.mode));
+        assert_eq!(counts.workers(run.parallelism), job(FULL).spec.worker.pods(run.parallelism));
         deployment.annotations_mut().insert(PARALLELISM_ANNOTATION.into(), "0".into());
         assert_eq!(run_of(&deployment), None);
     }
-    assert_eq!(run_of(&Deployment::default()), None);
+    let none = Deployment::default();
+    assert_eq!((run_of(&none), counts_of(&none), checkpoints_of(&none)), (None, None, None));
+    for mode in [CheckpointMode::ExactlyOnce, CheckpointMode::AtLeastOnce, CheckpointMode::Disabled] {
+        let mut job = job(SMALL);
+        job.spec.checkpoints.mode = mode;
+        let objects = pods_of(&job, &run).0;
+        assert_eq!([&objects.coordinator, &objects.worker].map(checkpoints_of), [Some(mode); 2]);
+    }
+}
+
+#[test]
+fn pods_listen_where_they_can_be_reached() {
+    let job = job(SMALL);
+    let listens = |ipv6| {
+        let objects = run_objects(&job, &job.spec, &run(1, 1), &Defaults { ipv6, ..defaults() }).unwrap();
+        let pods = [objects.coordinator, objects.worker].map(|d| d.spec.unwrap().template.spec.unwrap());
+        let args: Vec<String> = pods.into_iter().flat_map(|p| p.containers[0].args.clone().unwrap()).collect();
+        let after = |option: &str| -> Vec<String> {
+            args.windows(2).filter(|words| words[0] == option).map(|words| words[1].clone()).collect()
+        };
+        [after("--listen"), after("--listen-http")].concat().join(" ")
+    };
+    assert_eq!(listens(false), "0.0.0.0:7000 $(POD_IP):7001 0.0.0.0:8080 0.0.0.0:8080");
+    assert_eq!(listens(true), "[::]:7000 $(POD_IP):7001 [::]:8080 [::]:8080");
+    // What becomes of the worker's: the process takes it for what it is.
+    for (ip, address) in [("10.0.0.7", "10.0.0.7:7001"), ("fd00::7", "[fd00::7]:7001")] {
+        let mut found = std::net::ToSocketAddrs::to_socket_addrs(&format!("{ip}:7001")).unwrap();
+        assert_eq!(found.next().unwrap().to_string(), address);
+    }
 }
 
 #[test]

@@ -12,22 +12,25 @@ mod schedule;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use floodmark_crds::{
-    Condition, ConditionStatus, DeletionPolicy, Savepoint, SavepointState, SavepointStatus, StorageStatus, Timestamp,
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
 };
+
+use floodmark_crds::{Condition, DeletionPolicy, Savepoint, SavepointState, SavepointStatus, StorageStatus, Timestamp};
 use kube::ResourceExt as _;
 
 pub use self::schedule::due;
-use crate::lifecycle::Note;
+use crate::lifecycle::{Asked, Note};
 
 /// Keeps a Savepoint from going before its files are gone, if they shall be.
 pub const FINALIZER: &str = "floodmark.io/savepoint";
-/// After so long an object that is deleted goes although its files could not be removed, milliseconds.
-const DELETE_PATIENCE_MS: i64 = 600_000;
-/// From a failure to the next try, milliseconds.
-const AGAIN_MS: i64 = 5_000;
+/// After so long an object that is deleted goes although its files could not be removed.
+const DELETE_PATIENCE: Duration = Duration::from_secs(600);
+/// From a failure to the next try.
+const AGAIN: Duration = Duration::from_secs(5);
+/// From a look at what is kept only because a job names it to the next: nobody tells when it has ceased to.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// Failures after which there will be none.
 const FAILURES_MAX: u32 = 3;
 /// Characters of an object's uid that make its savepoint's name its own.
@@ -47,7 +50,7 @@ pub struct Seen {
     /// Names and locations of savepoints that some job starts from, or may have to go back to.
     pub needed: BTreeSet<String>,
     /// What has been asked for, and what came of it.
-    pub answers: BTreeMap<Question, Asked>,
+    pub answers: BTreeMap<Question, Asked<Answer>>,
     /// The time.
     pub now: Timestamp,
 }
@@ -80,15 +83,6 @@ pub enum Question {
     },
 }
 
-/// What has come of a question.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Asked {
-    /// Nothing yet.
-    UnderWay,
-    /// This, at that time.
-    Answered(Answer, Timestamp),
-}
-
 /// An answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
@@ -105,6 +99,8 @@ pub enum Answer {
     Removed,
     /// It was tried, and failed: why.
     Failed(String),
+    /// Its files can't be reached, and asked again it is the same: why.
+    OutOfReach(String),
     /// Nobody knows, for now: why.
     Unknown(String),
 }
@@ -168,12 +164,14 @@ pub fn decide(seen: &Seen) -> Plan {
     plan
 }
 
-fn has_finalizer(seen: &Seen) -> bool {
-    seen.savepoint.finalizers().iter().any(|f| f == FINALIZER)
+/// Whether something is still to come of a Savepoint.
+pub(crate) fn is_open(savepoint: &Savepoint) -> bool {
+    let state = savepoint.status.as_ref().map_or(SavepointState::Pending, |s| s.state);
+    matches!(state, SavepointState::Pending | SavepointState::InProgress)
 }
 
-fn later(at: Timestamp, millis: i64) -> Timestamp {
-    Timestamp::from_millis(at.millis().saturating_add(millis))
+fn has_finalizer(seen: &Seen) -> bool {
+    seen.savepoint.finalizers().iter().any(|f| f == FINALIZER)
 }
 
 /// What is told of it: reason and message.
@@ -223,7 +221,7 @@ fn once(seen: &Seen, status: &mut SavepointStatus, plan: &mut Plan) -> Told {
         Some(Asked::Answered(answer, at)) => {
             let (failed, why) = match answer {
                 Answer::Failed(why) => (true, why.clone()),
-                Answer::Unknown(why) => (false, why.clone()),
+                Answer::Unknown(why) | Answer::OutOfReach(why) => (false, why.clone()),
                 Answer::Removed | Answer::Taken { .. } => (false, "another question was answered".to_owned()),
             };
             if failed && status.failures + 1 >= FAILURES_MAX {
@@ -232,7 +230,7 @@ fn once(seen: &Seen, status: &mut SavepointStatus, plan: &mut Plan) -> Told {
                 plan.notes.push(Note { warning: true, reason: "Failed", message: why.clone() });
                 return ("Failed", why);
             }
-            let again = later(*at, AGAIN_MS);
+            let again = at.plus(AGAIN);
             match (seen.now >= again, failed) {
                 // Written before it is asked again, so that it is not asked for ever.
                 (true, true) => status.failures += 1,
@@ -255,12 +253,11 @@ fn scheduled(seen: &Seen, due: &Result<Timestamp, String>, status: &mut Savepoin
             return ("BadSchedule", format!("spec.schedule: {why}"));
         }
     };
-    for name in surplus(seen) {
-        plan.actions.push(Action::Delete { name });
-    }
+    let (surplus, held) = surplus(seen);
+    plan.actions.extend(surplus.into_iter().map(|name| Action::Delete { name }));
     if seen.now < due {
         status.next = Some(due);
-        plan.wake = Some(due);
+        plan.wake = Some(if held { due.min(seen.now.plus(LOOK_AGAIN)) } else { due });
         return ("Scheduled", String::new());
     }
     let name = child_name(&seen.savepoint.name_any(), due);
@@ -280,8 +277,9 @@ fn child_name(of: &str, due: Timestamp) -> String {
     format!("{of}-{digits}")
 }
 
-/// Savepoints of a schedule that are too many: the oldest of those that are complete, and those that came to nothing.
-fn surplus(seen: &Seen) -> Vec<String> {
+/// Savepoints of a schedule that are too many: the oldest of those that are complete, and those that came to nothing. And whether
+/// there are others, which a job names.
+fn surplus(seen: &Seen) -> (Vec<String>, bool) {
     let retain = usize::try_from(seen.savepoint.spec.retain).unwrap_or(usize::MAX);
     let there = seen.children.iter().filter(|c| c.metadata.deletion_timestamp.is_none());
     let state = |c: &Savepoint| c.status.as_ref().map_or(SavepointState::Pending, |s| s.state);
@@ -301,9 +299,10 @@ fn surplus(seen: &Seen) -> Vec<String> {
     // Names end with the time that they were due.
     complete.sort_by_key(|c| std::cmp::Reverse(c.name_any()));
     failed.sort_by_key(|c| std::cmp::Reverse(c.name_any()));
-    let old = complete.into_iter().skip(retain).filter(|c| !is_needed(c));
+    let (held, old): (Vec<_>, Vec<_>) = complete.into_iter().skip(retain).partition(|c| is_needed(c));
     // One that failed is kept for a look.
-    old.chain(failed.into_iter().skip(1)).map(kube::ResourceExt::name_any).collect()
+    let old = old.into_iter().chain(failed.into_iter().skip(1));
+    (old.map(kube::ResourceExt::name_any).collect(), !held.is_empty())
 }
 
 /// What is to be done for one that is deleted.
@@ -318,9 +317,9 @@ fn leave(seen: &Seen) -> Plan {
         plan.actions.push(Action::RemoveFinalizer);
         return plan;
     };
-    let deleted = seen.savepoint.metadata.deletion_timestamp.as_ref().map_or(0, |t| t.0.as_millisecond());
-    let give_up = Timestamp::from_millis(deleted.saturating_add(DELETE_PATIENCE_MS));
-    let question = Question::Remove { name };
+    let deleted = seen.savepoint.metadata.deletion_timestamp.as_ref().map(Timestamp::from).unwrap_or_default();
+    let give_up = deleted.plus(DELETE_PATIENCE);
+    let question = Question::Remove { name: name.clone() };
     let why = match seen.answers.get(&question) {
         Some(Asked::Answered(Answer::Removed, _)) => {
             plan.actions.push(Action::RemoveFinalizer);
@@ -334,8 +333,9 @@ fn leave(seen: &Seen) -> Plan {
             plan.wake = Some(give_up);
             return plan;
         }
+        Some(Asked::Answered(Answer::OutOfReach(why), _)) => why.clone(),
         Some(Asked::Answered(Answer::Failed(why) | Answer::Unknown(why), at)) => {
-            let again = later(*at, AGAIN_MS);
+            let again = at.plus(AGAIN);
             if seen.now < give_up {
                 if seen.now >= again {
                     plan.actions.push(Action::Ask(question));
@@ -348,7 +348,12 @@ fn leave(seen: &Seen) -> Plan {
         }
         None | Some(Asked::UnderWay | Asked::Answered(Answer::Taken { .. }, _)) => "nobody answers".to_owned(),
     };
-    let message = format!("its files stay where they are: they could not be removed: {why}");
+    let place = status.and_then(|s| {
+        let storage = s.storage.as_ref().map(|s| &s.location).filter(|location| !location.is_empty());
+        s.location.as_ref().or(storage)
+    });
+    let place = place.map_or_else(|| "the pods of its job".to_owned(), Clone::clone);
+    let message = format!("files of savepoint {name} are left in {place}: they could not be removed: {why}");
     plan.notes.push(Note { warning: true, reason: "StateLeft", message });
     plan.actions.push(Action::RemoveFinalizer);
     plan
@@ -362,22 +367,14 @@ fn tell(seen: &Seen, status: &mut SavepointStatus, told: &Told) {
     };
     let stalled = status.state == SavepointState::Failed;
     for (kind, holds) in [("Ready", ready), ("Reconciling", !ready && !stalled), ("Stalled", stalled)] {
-        let mut condition = Condition {
+        let condition = Condition {
             kind: kind.to_owned(),
-            status: if holds { ConditionStatus::True } else { ConditionStatus::False },
+            status: holds.into(),
             reason: (*reason).to_owned(),
             message: message.clone(),
             last_transition_time: seen.now,
             observed_generation: status.observed_generation,
         };
-        match status.conditions.iter_mut().find(|c| c.kind == kind) {
-            Some(present) => {
-                if present.status == condition.status {
-                    condition.last_transition_time = present.last_transition_time;
-                }
-                *present = condition;
-            }
-            None => status.conditions.push(condition),
-        }
+        condition.put(&mut status.conditions);
     }
 }

@@ -1,5 +1,6 @@
 //! Savepoints in a small world: their job, their storage, and a controller that dies.
 
+use floodmark_crds::ConditionStatus;
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff};
 
 use super::*;
@@ -139,7 +140,7 @@ fn one_that_fails_is_tried_again_and_then_no_more() {
             tries += 1;
             Some(Answer::Failed("the storage is full".into()))
         });
-        world.seen.now = later(world.seen.now, AGAIN_MS);
+        world.seen.now = world.seen.now.plus(AGAIN);
     }
     assert_eq!((tries, world.status().state), (FAILURES_MAX, SavepointState::Failed));
     assert!(world.is("Stalled") && !world.is("Reconciling"));
@@ -147,7 +148,7 @@ fn one_that_fails_is_tried_again_and_then_no_more() {
     let mut world = World::new(serde_json::json!({"job": "hot"}));
     for _ in 0..10 {
         world.settle(|_| Some(Answer::Unknown("nobody answers".into())));
-        world.seen.now = later(world.seen.now, AGAIN_MS);
+        world.seen.now = world.seen.now.plus(AGAIN);
     }
     assert_eq!(world.status().state, SavepointState::InProgress);
     world.settle(taken);
@@ -184,6 +185,19 @@ fn a_schedule_makes_one_when_it_is_due_and_keeps_the_newest() {
     let left: BTreeSet<_> = world.seen.children.iter().map(kube::ResourceExt::name_any).collect();
     let kept = ["nightly-0", "nightly-1", "nightly-3", "nightly-4"];
     assert!(kept.iter().all(|name| left.contains(*name)) && !left.contains("nightly-2"), "{left:?}");
+    // It goes when no job names it any more, long before the next one is due.
+    assert_eq!(decide(&world.seen).wake, Some(world.seen.now.plus(LOOK_AGAIN)));
+    world.seen.needed.clear();
+    world.seen.now = world.seen.now.plus(LOOK_AGAIN);
+    world.settle(|_| None);
+    assert!(!world.seen.children.iter().any(|c| c.name_any() == "nightly-1"));
+    assert_eq!(decide(&world.seen).wake, world.status().next);
+    // Shortly before the next one there is no earlier look.
+    world.seen.needed.insert("nightly-4".into());
+    world.seen.savepoint.spec.retain = 0;
+    world.seen.now = Timestamp::from_millis(START + 4 * HOUR - 1_000);
+    world.settle(|_| None);
+    assert_eq!(decide(&world.seen).wake, world.status().next);
 }
 
 #[test]
@@ -220,7 +234,7 @@ fn a_deleted_savepoint_leaves_its_files_or_takes_them_along() {
             return;
         }
         world.settle(|_| Some(Answer::Unknown("nobody answers".into())));
-        world.seen.now = later(world.seen.now, AGAIN_MS);
+        world.seen.now = world.seen.now.plus(AGAIN);
     }
     panic!("it is still there");
 }

@@ -147,8 +147,10 @@ pub fn share(
     mine.sort_by_key(|s| (s.shard.subtask, s.shard.name.clone(), s.shard.path.clone()));
     let owned = KeyGroupRange::of_subtask(index, parallelism, max_parallelism);
     let mut replay = Vec::new();
-    for RestoredShard { shard, bytes, .. } in mine {
-        let (header, batches) = decode(bytes).map_err(|e| e.context(format!("read shard {}", shard.path)))?;
+    for restored in mine {
+        let shard = &restored.shard;
+        let (header, batches) =
+            decode(restored.file()?).map_err(|e| e.context(format!("read shard {}", shard.path)))?;
         let known = inputs.iter().find(|i| *i.input == *header.input && i.key_groups.is_some() == header.hashed);
         let Some(known) = known.filter(|i| i.port == header.port) else {
             return Err(Error::abort(format!(
@@ -320,16 +322,17 @@ mod tests {
     fn every_flipped_byte_and_every_cut_is_found() {
         let groups = KeyGroupRange::of_subtask(0, 1, 128);
         let good = shard(pending(&"i".into(), 1, Some(groups), vec![hashed(0..20)]), 0);
+        let file = good.file().unwrap();
         let read = |bytes: Bytes| {
-            let bad = RestoredShard { bytes, ..good.clone() };
+            let bad = RestoredShard::new(good.shard.clone(), bytes);
             share(&[bad], &[input("i", Some(groups))], 0, 1, 128)
         };
-        assert_eq!(keys(&read(good.bytes.clone()).unwrap()), (0..20).collect::<Vec<_>>());
-        for at in 0..good.bytes.len() {
-            let mut bad = good.bytes.to_vec();
+        assert_eq!(keys(&read(file.clone()).unwrap()), (0..20).collect::<Vec<_>>());
+        for at in 0..file.len() {
+            let mut bad = file.to_vec();
             bad[at] ^= 0x10;
             read(bad.into()).expect_err("a flipped byte");
-            read(good.bytes.slice(..at)).expect_err("a cut file");
+            read(file.slice(..at)).expect_err("a cut file");
         }
     }
 
@@ -349,19 +352,19 @@ mod tests {
         let file = Bytes::from_static(include_bytes!("../tests/golden/in-flight-1.rows"));
         let groups = KeyGroupRange::of_subtask(0, 1, 128);
         let read = |bytes| {
-            let shards = [RestoredShard { bytes, ..golden() }];
+            let shards = [RestoredShard::new(golden().shard, bytes)];
             let replay = share(&shards, &[input("up to 1", Some(groups))], 0, 1, 128).unwrap();
             replay.into_iter().map(|r| (r.batch.rows, r.batch.hashes.unwrap().to_vec())).collect::<Vec<_>>()
         };
         let rows = read(file);
-        assert_eq!((rows.len(), rows), (3, read(golden().bytes)));
+        assert_eq!((rows.len(), rows), (3, read(golden().file().unwrap().clone())));
     }
 
     #[test]
     #[ignore = "writes the golden file of a new format"]
     fn write_the_golden_file() {
         let path = format!("{}/tests/golden/in-flight-{FORMAT}.rows", env!("CARGO_MANIFEST_DIR"));
-        std::fs::write(path, golden().bytes).unwrap();
+        std::fs::write(path, golden().file().unwrap()).unwrap();
     }
 
     #[test]

@@ -145,7 +145,7 @@ pub(crate) fn take_in(state: &mut State, shard: &RestoredShard) -> Result<()> {
     let of_slice = shard.slice.unwrap_or(spec.key_groups);
     let Some(theirs) = theirs.common(&of_slice) else { return Ok(()) };
     // What fits stays in memory, with room for others.
-    let fits = state.cached_bytes + shard.bytes.len() <= state.share.bytes() / 2;
+    let fits = state.cached_bytes + shard.content.size() <= state.share.bytes() / 2;
     if of.layer == 0 && !fits {
         let mut files = Files::new(state);
         pages.each(|page| state.write_page(&page, &mut files))?;

@@ -57,7 +57,7 @@ impl State {
             Entry::Occupied(piece) => piece.into_mut(),
             Entry::Vacant(place) => place.insert(Piece::new(at)?),
         };
-        piece.take(&shard.shard, &shard.bytes)
+        piece.take(&shard.shard, shard.file()?)
     }
 
     /// Makes a state of what has been taken in.

@@ -28,7 +28,7 @@ pub use heap::Heap;
 pub use keyed::{KeyedState, Layout, NO_SLOT, RowKeys, Slots, StateBackend, StateSettings, StateSpec, holds};
 pub use list::{Dealing, OperatorState};
 pub use shape::{RowShape, ValueShape};
-pub use snapshot::{Encode, Expand, PendingShard, RestoredShard, StateSnapshot, Uploaded};
+pub use snapshot::{Content, Encode, Expand, PendingShard, RestoredShard, StateSnapshot, Uploaded};
 pub use table::{Chunk, Column, ColumnType, Rows, Table};
 pub use timers::Timers;
 pub use watermarks::KeyGroupWatermarks;

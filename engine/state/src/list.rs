@@ -88,7 +88,7 @@ impl OperatorState {
         if !self.holds(&shard.shard) {
             return Err(Error::abort(format!("shard {} is not of list '{}'", shard.shard.path, self.name)));
         }
-        let elements = read_blocks(KIND, &shard.bytes)?;
+        let elements = read_blocks(KIND, shard.file()?)?;
         self.restoring.entry(shard.shard.subtask).or_default().extend(elements);
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! A file ([`crate::shard`]) holds the columns of the operator's [`Layout`](crate::Layout), and behind them those of the state
 //! itself: when a row was written, if there is a TTL, and in layers above 0 whether its key was removed.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
 use arrow::{
     array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, UInt32Array},
@@ -17,7 +17,7 @@ use floodmark_snapshot::{Error, KeyGroup, KeyGroupRange, Result, ShardKind, Stat
 use crate::{
     keyed::{RowKeys, StateSpec},
     shard::{Header, REMOVED, Reader, WRITTEN, Writer, columns_of},
-    snapshot::RestoredShard,
+    snapshot::{Content, RestoredShard},
     table::Rows,
 };
 
@@ -143,8 +143,8 @@ impl Page {
 /// The rows of a neutral shard that belong to a subtask; of a slice, if the shard comes in slices.
 pub struct Pages<'a> {
     spec: &'a StateSpec,
-    bytes: &'a Bytes,
-    reader: Reader,
+    content: &'a Content,
+    reader: Cow<'a, Reader>,
     /// The key groups wanted: the subtask's, or those of a slice. No others than the shard's own: its file may have more.
     groups: Option<KeyGroupRange>,
 }
@@ -171,7 +171,11 @@ impl<'a> Pages<'a> {
                 return Err(Error::corrupt(format!("shard {path} is a part of its file, and does not say which")));
             }
         };
-        Ok(Self { spec, bytes: &shard.bytes, reader: Reader::whole(&shard.bytes)?, groups })
+        let reader = match &shard.content {
+            Content::File(bytes) => Cow::Owned(Reader::whole(bytes)?),
+            Content::Part(part) => Cow::Borrowed(part.reader()),
+        };
+        Ok(Self { spec, content: &shard.content, reader, groups })
     }
 
     /// What the file says of itself.
@@ -199,14 +203,18 @@ impl<'a> Pages<'a> {
     /// `Corrupt` if they are damaged, `Abort` if the layout can't take them; and those of `page`.
     pub fn each(&self, mut page: impl FnMut(Page) -> Result<()>) -> Result<()> {
         let Some(groups) = self.groups else { return Ok(()) };
-        for (block, place) in self.reader.ranges(groups) {
+        let mut of_block = |block: usize, batches: Vec<RecordBatch>| {
             let of = self.reader.key_groups(block);
             let foreign = of.first < groups.first || groups.last < of.last;
-            for batch in self.reader.block(self.bytes, block, place)? {
-                page(self.page(batch, foreign.then_some(groups))?)?;
+            batches.into_iter().try_for_each(|batch| page(self.page(batch, foreign.then_some(groups))?))
+        };
+        match self.content {
+            Content::File(bytes) => {
+                let mut places = self.reader.ranges(groups).into_iter();
+                places.try_for_each(|(block, place)| of_block(block, self.reader.block(bytes, block, place)?))
             }
+            Content::Part(part) => part.blocks(groups).try_for_each(|(block, batches)| of_block(block, batches?)),
         }
-        Ok(())
     }
 
     /// The rows of a block; `only` those of some key groups.

@@ -13,7 +13,7 @@
 //!
 //! Checksums are verified before anything is decoded, because Arrow IPC alone accepts damaged bytes.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use arrow::{
     array::Array, compute::concat_batches, datatypes::SchemaRef, ipc::writer::StreamWriter, record_batch::RecordBatch,
@@ -208,17 +208,14 @@ impl Writer {
     /// As [`Writer::push`].
     pub fn finish(mut self) -> Result<Bytes> {
         self.close()?;
-        finish(self.blocks, &self.index)
+        let Self { mut blocks, index, .. } = self;
+        let json = serde_json::to_vec(&index).map_err(|e| Error::abort(format!("encode state: {e}")))?;
+        let offset = blocks.len() as u64;
+        blocks.push(&json)?;
+        let length = blocks.len() as u64 - offset;
+        blocks.push(&[offset.to_le_bytes(), length.to_le_bytes()].concat())?;
+        Ok(blocks.finish())
     }
-}
-
-fn finish(mut blocks: BlockWriter, index: &Index) -> Result<Bytes> {
-    let json = serde_json::to_vec(index).map_err(|e| Error::abort(format!("encode state: {e}")))?;
-    let offset = blocks.len() as u64;
-    blocks.push(&json)?;
-    let length = blocks.len() as u64 - offset;
-    blocks.push(&[offset.to_le_bytes(), length.to_le_bytes()].concat())?;
-    Ok(blocks.finish())
 }
 
 /// What the end of a file came to.
@@ -234,7 +231,7 @@ pub enum Opened {
 }
 
 /// Reads a state file, or parts of it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reader {
     header: Header,
     blocks: Vec<Place>,
@@ -353,8 +350,7 @@ impl Reader {
     /// # Errors
     /// `Corrupt` if they are not, byte for byte, what was written there.
     pub fn decode(&self, block: usize, bytes: &Bytes) -> Result<Vec<RecordBatch>> {
-        let payload = self.verify(block, bytes)?;
-        ipc::read("rows of a state file", &payload)
+        decode(&self.verify(block, bytes)?)
     }
 
     fn verify(&self, block: usize, bytes: &Bytes) -> Result<Bytes> {
@@ -395,20 +391,45 @@ impl Reader {
         self.blocks.get(block).map_or(none, Place::key_groups)
     }
 
-    /// A file with just some of the blocks, from their bytes, in order: for who wants a part of a state as if it were all.
+    /// Some of the blocks, by number, from their bytes, in order.
     ///
     /// # Errors
     /// `Corrupt` if they are not, byte for byte, what was written there.
-    pub fn cut(&self, blocks: &[(usize, Bytes)]) -> Result<Bytes> {
-        let mut writer = BlockWriter::new(KIND);
-        let mut places = Vec::with_capacity(blocks.len());
-        for (block, bytes) in blocks {
-            let payload = self.verify(*block, bytes)?;
-            let offset = writer.len() as u64;
-            writer.push(&payload)?;
-            places.push(Place { offset, crc: writer.last_crc(), ..self.blocks[*block].clone() });
-        }
-        finish(writer, &Index { header: self.header.clone(), blocks: places })
+    pub fn part(self: &Arc<Self>, blocks: &[(usize, Bytes)]) -> Result<Part> {
+        let verified = blocks.iter().map(|(block, bytes)| Ok((*block, self.verify(*block, bytes)?)));
+        Ok(Part { reader: self.clone(), blocks: verified.collect::<Result<_>>()? })
+    }
+}
+
+fn decode(payload: &Bytes) -> Result<Vec<RecordBatch>> {
+    ipc::read("rows of a state file", payload)
+}
+
+/// Some blocks of a state file, verified: for who needs a part of it only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    reader: Arc<Reader>,
+    /// Their numbers and what is in them.
+    blocks: Vec<(usize, Bytes)>,
+}
+
+impl Part {
+    /// Of all of the file.
+    #[must_use]
+    pub fn reader(&self) -> &Reader {
+        &self.reader
+    }
+
+    /// Bytes of the rows.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.blocks.iter().map(|(_, payload)| payload.len()).sum()
+    }
+
+    /// All rows of these key groups that it has, a block at a time, with the block's number. Others may be among them.
+    pub fn blocks(&self, key_groups: KeyGroupRange) -> impl Iterator<Item = (usize, Result<Vec<RecordBatch>>)> {
+        let wanted = self.blocks.iter().filter(move |(at, _)| self.reader.key_groups(*at).overlaps(&key_groups));
+        wanted.map(|(at, payload)| (*at, decode(payload)))
     }
 }
 
@@ -460,11 +481,14 @@ mod tests {
             let from = (0..all.num_rows()).find(|at| all.slice(*at, 1) == wanted.slice(0, 1)).unwrap();
             assert_eq!(all.slice(from, 800), wanted);
         }
-        let cut = reader.cut(&blocks).unwrap();
-        let part = Reader::verified(&cut).unwrap();
-        let again: Vec<RecordBatch> = part.blocks(&cut, range(0, 63)).flat_map(Result::unwrap).collect();
-        assert_eq!(again, read);
-        assert_eq!(part.header(), reader.header());
+        let part = Arc::new(reader).part(&blocks).unwrap();
+        let rows = |key_groups| -> Vec<RecordBatch> {
+            part.blocks(key_groups).flat_map(|(_, batches)| batches.unwrap()).collect()
+        };
+        assert_eq!((rows(range(0, 63)), rows(range(0, 5))), (read, Vec::new()));
+        let mut damaged = blocks.clone();
+        damaged[0].1 = blocks[0].1.slice(1..);
+        assert_eq!(part.reader.part(&damaged).unwrap_err().disposition(), Disposition::Corrupt);
     }
 
     #[test]

@@ -5,6 +5,8 @@ use std::{fmt, path::PathBuf};
 use bytes::Bytes;
 use floodmark_snapshot::{Error, KeyGroupRange, Result, Shard, ShardKind};
 
+use crate::shard::Part;
+
 /// The state of one operator at a barrier: fixed, but not all of it written yet.
 #[derive(Debug, Default)]
 pub struct StateSnapshot {
@@ -97,22 +99,61 @@ impl fmt::Debug for PendingShard {
     }
 }
 
-/// A shard read back, its size and hash verified.
+/// What has been read of a shard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// All of its file, size and hash verified.
+    File(Bytes),
+    /// Of a keyed one what is needed, verified.
+    Part(Part),
+}
+
+impl Content {
+    /// Bytes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        match self {
+            Self::File(bytes) => bytes.len(),
+            Self::Part(part) => part.size(),
+        }
+    }
+}
+
+/// A shard read back.
 #[derive(Clone, Debug)]
 pub struct RestoredShard {
     /// What the manifest says of it.
     pub shard: Shard,
-    /// Its bytes, or those of a cut of it.
-    pub bytes: Bytes,
+    /// What has been read of it.
+    pub content: Content,
     /// If it comes slice by slice ([`crate::KeyedState::restores_by_key_group`]): the key groups of the present slice. Rows of
     /// others may be among the bytes; they are those of another slice.
     pub slice: Option<KeyGroupRange>,
 }
 
 impl RestoredShard {
-    /// A shard that comes in one piece.
+    /// A shard that comes in one piece: the bytes of its file.
     #[must_use]
     pub fn new(shard: Shard, bytes: Bytes) -> Self {
-        Self { shard, bytes, slice: None }
+        Self::of(shard, Content::File(bytes))
+    }
+
+    /// A shard, or what is needed of it, that does not come in slices.
+    #[must_use]
+    pub fn of(shard: Shard, content: Content) -> Self {
+        Self { shard, content, slice: None }
+    }
+
+    /// All of its file, for who reads no parts.
+    ///
+    /// # Errors
+    /// `Abort` if there is only a part: none is made of shards that are not keyed.
+    pub fn file(&self) -> Result<&Bytes> {
+        match &self.content {
+            Content::File(bytes) => Ok(bytes),
+            Content::Part(_) => {
+                Err(Error::abort(format!("internal error: only a part of shard {} was read", self.shard.path)))
+            }
+        }
     }
 }

@@ -178,7 +178,7 @@ impl Operator for Gaps {
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
         for shard in shards {
             let list: Vec<(i64, i64)> =
-                serde_json::from_slice(&shard.bytes).map_err(|e| Error::corrupt(format!("list: {e}")))?;
+                serde_json::from_slice(shard.file()?).map_err(|e| Error::corrupt(format!("list: {e}")))?;
             for (split, number) in list {
                 let last = self.last.entry(split).or_insert(number);
                 *last = number.max(*last);

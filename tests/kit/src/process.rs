@@ -91,7 +91,7 @@ impl Server {
             Stop::Terminate => Signal::SIGTERM,
             Stop::Kill => Signal::SIGKILL,
         };
-        kill(Pid::from_raw(i32::try_from(self.child.id())?), signal)?;
+        self.signal(signal)?;
         let start = Instant::now();
         while self.child.try_wait()?.is_none() {
             if start.elapsed() > PATIENCE {
@@ -101,6 +101,11 @@ impl Server {
         }
         self.watched = None;
         Ok(())
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(i32::try_from(self.child.id())?), signal)?)
     }
 
     fn tail(&self) -> String {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use crate::{
@@ -67,6 +68,22 @@ impl S3 {
         self.server.stop(how)?;
         self.server = launch(self.folder.path(), self.address, &self.access_key, &self.secret)?;
         Ok(())
+    }
+
+    /// Stops it in its tracks: connections stay, and nothing is answered until [`S3::resume`].
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn stall(&self) -> Result<()> {
+        self.server.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn resume(&self) -> Result<()> {
+        self.server.signal(Signal::SIGCONT)
     }
 
     /// `http://…`: its address.

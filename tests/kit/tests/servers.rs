@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
 use std::{
+    io::Read as _,
     net::UdpSocket,
     process::{Command, Stdio},
     time::Duration,
@@ -89,7 +90,12 @@ fn places_on_a_network_are_cut_off_and_healed_and_nothing_stays_behind() {
         assert!((0..10).any(|_| reached(&one, &word("healed")) == [true, true]), "after {cut}");
     }
     let prefix = one.prefix();
-    let mut sleeper = Command::new(&prefix[0]).args(&prefix[1..]).args(["sleep", "60"]).spawn().unwrap();
+    let mut sleeper = Command::new(&prefix[0]);
+    sleeper.args(&prefix[1..]).args(["sh", "-c", "echo there; exec sleep 60"]).stdout(Stdio::piped());
+    let mut sleeper = sleeper.spawn().unwrap();
+    // Before it is in the place, it is none of the place's.
+    let mut there = [0; 5];
+    sleeper.stdout.take().unwrap().read_exact(&mut there).unwrap();
     drop((one, other, network));
     assert!(!sleeper.wait().unwrap().success(), "a process has outlived its place");
     let left = |words: &[&str]| {

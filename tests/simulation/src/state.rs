@@ -229,7 +229,7 @@ impl Own {
         let skips = self.process.world.mutation == Some(Mutation::ShardSkipped);
         for shard in shards.into_iter().filter(|s| !(skips && s.shard.subtask == 1)) {
             let rows: Vec<Travelling> =
-                serde_json::from_slice(&shard.bytes).map_err(|e| Error::corrupt(format!("state: {e}")))?;
+                serde_json::from_slice(shard.file()?).map_err(|e| Error::corrupt(format!("state: {e}")))?;
             for (key, second, row) in rows {
                 if !self.owns(key)? {
                     continue;

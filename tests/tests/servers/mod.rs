@@ -6,7 +6,10 @@
 pub mod orders;
 pub mod world;
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
 
 use anyhow::Result;
 use floodmark_testkit::{Kafka, S3};
@@ -16,12 +19,22 @@ static STORE: Mutex<Weak<S3>> = Mutex::new(Weak::new());
 
 /// The shared broker.
 pub fn kafka() -> Result<Arc<Kafka>> {
-    shared(&KAFKA, Kafka::start)
+    kafka_at(Ipv4Addr::LOCALHOST.into())
+}
+
+/// The shared broker, at an address of this machine; all of an executable's tests name the same.
+pub fn kafka_at(host: IpAddr) -> Result<Arc<Kafka>> {
+    shared(&KAFKA, || Kafka::start_at(host))
 }
 
 /// The shared S3 server.
 pub fn s3() -> Result<Arc<S3>> {
-    shared(&STORE, S3::start)
+    s3_at(Ipv4Addr::LOCALHOST.into())
+}
+
+/// The shared S3 server, at an address of this machine; all of an executable's tests name the same.
+pub fn s3_at(host: IpAddr) -> Result<Arc<S3>> {
+    shared(&STORE, || S3::start_at(host))
 }
 
 /// A location in a server's bucket.

@@ -9,7 +9,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs,
-    os::unix::fs::FileExt,
+    io::{Read as _, Seek as _, SeekFrom},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -182,8 +182,14 @@ impl Copy {
     pub(super) async fn read_range(&self, from: u64, to: u64) -> Result<Bytes> {
         let place = self.place.clone();
         let read = move || {
-            let mut bytes = vec![0; to.saturating_sub(from) as usize];
-            fs::File::open(place)?.read_exact_at(&mut bytes, from).map(|()| bytes)
+            let mut file = fs::File::open(place)?;
+            file.seek(SeekFrom::Start(from))?;
+            let len = to.saturating_sub(from);
+            let mut bytes = Vec::with_capacity(len as usize);
+            match file.take(len).read_to_end(&mut bytes)? as u64 == len {
+                true => Ok(bytes),
+                false => Err(std::io::ErrorKind::UnexpectedEof.into()),
+            }
         };
         self.env.blocking("reading a local copy", read).await?.map(Bytes::from).map_err(|e| unreadable(&e))
     }

@@ -120,8 +120,8 @@ impl<'a> Restoring<'a> {
         let files = &self.files;
         stream::iter(shards)
             .map(move |shard| async move {
-                let bytes = files.read_of(shard, owned).await?;
-                Ok(RestoredShard::new(shard.clone(), bytes))
+                let content = files.read_of(shard, owned).await?;
+                Ok(RestoredShard::of(shard.clone(), content))
             })
             .buffered(READS_AHEAD_MAX)
     }

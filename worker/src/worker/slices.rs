@@ -52,8 +52,8 @@ async fn read(files: &Files, parts: &[Parts], key_groups: KeyGroupRange) -> Resu
     let mut shards = Vec::new();
     for part in parts {
         // Also one without rows in it: what a shard says of its state is part of every slice.
-        let bytes = part.read(files, key_groups).await?;
-        shards.push(RestoredShard { slice: Some(key_groups), ..RestoredShard::new(part.shard.clone(), bytes) });
+        let content = part.read(files, key_groups).await?;
+        shards.push(RestoredShard { slice: Some(key_groups), ..RestoredShard::of(part.shard.clone(), content) });
     }
     Ok(Slice { key_groups, shards })
 }

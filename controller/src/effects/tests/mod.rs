@@ -7,7 +7,7 @@ mod world;
 
 use std::{collections::BTreeSet, time::Duration};
 
-use floodmark_crds::{JobState, SavepointState};
+use floodmark_crds::{ConditionStatus, JobState, SavepointState};
 use serde_json::json;
 
 use self::{
@@ -52,7 +52,7 @@ async fn until(world: &World, what: &str, holds: impl Fn(&World) -> bool) {
 fn ready(world: &World) -> bool {
     let Some(job) = world.job() else { return false };
     let status = job.status.unwrap_or_default();
-    let ready = status.condition("Ready").is_some_and(|c| c.status == floodmark_crds::ConditionStatus::True);
+    let ready = status.condition("Ready").is_some_and(|c| c.status == ConditionStatus::True);
     ready && Some(status.observed_generation) == job.metadata.generation
 }
 
@@ -111,10 +111,10 @@ async fn a_job_comes_to_run_and_then_nothing_is_written() {
         patch services sums
         patch services sums
         patch streamjobs sums
-        post controllerrevisions sums-e96da61fd5
+        post controllerrevisions sums-b406877cd2
         post deployments sums-1-coordinator
         post deployments sums-1-worker
-        post secrets sums-1
+        post secrets sums-1-uid-1
         post services sums-1-coordinator
         put streamjobs/status sums
         put streamjobs/status sums
@@ -124,7 +124,7 @@ async fn a_job_comes_to_run_and_then_nothing_is_written() {
     .assert_eq(&writes.join("\n"));
     assert_eq!(at_rest(&world).await, [""; 0]);
     expect_test::expect![[r#"
-        controllerrevisions sums-e96da61fd5
+        controllerrevisions sums-b406877cd2
         deployments sums-1-coordinator
         deployments sums-1-worker
         leases sums
@@ -135,12 +135,46 @@ async fn a_job_comes_to_run_and_then_nothing_is_written() {
         pods sums-1-worker-1
         rolebindings sums
         roles sums
-        secrets sums-1
+        secrets sums-1-uid-1
         serviceaccounts sums
         services sums
         services sums-1-coordinator
         streamjobs sums"#]]
     .assert_eq(&objects(&world).join("\n"));
+}
+
+#[tokio::test]
+async fn a_job_whose_pods_would_not_share_what_they_keep_is_not_started() {
+    let world = World::default();
+    world.apply(json!({"sql": "a", "checkpoints": {"storage": "file:///var/lib/floodmark"}}));
+    let stalled = |w: &World| w.status().condition("Stalled").cloned().filter(|c| c.status == ConditionStatus::True);
+    until(&world, "stalled", |w| stalled(w).is_some()).await;
+    let message = stalled(&world).unwrap().message;
+    assert!(message.starts_with("spec.checkpoints.storage: 'file:///var/lib/floodmark': "), "{message}");
+    assert!(world.server.state().names("deployments").is_empty());
+    world.apply(json!({"sql": "a"}));
+    until(&world, "running", running).await;
+}
+
+#[tokio::test]
+async fn certificates_are_renewed_in_place() {
+    let world = World { certificate_lifetime: Some(Duration::from_secs(60)), ..World::default() };
+    world.apply(json!({"sql": "a", "parallelism": 2}));
+    until(&world, "running", running).await;
+    let secret = || world.server.state().objects[&server::place("secrets", "sums-1-uid-1")].clone();
+    let first = secret();
+    let mut writes = at_rest_for(&world, Duration::from_secs(100)).await;
+    writes.retain(|w| !w.contains(" events "));
+    assert_eq!(writes, ["patch secrets sums-1-uid-1"; 2]);
+    let second = secret();
+    assert_ne!(first["data"]["worker.crt"], second["data"]["worker.crt"]);
+    assert_eq!(first["data"]["job.yaml"], second["data"]["job.yaml"]);
+    assert_eq!(first["metadata"]["uid"], second["metadata"]["uid"]);
+    // One from before that was possible is left alone.
+    let (present, mut older) = (secret(), secret());
+    older["data"].as_object_mut().unwrap().remove("next-worker.key");
+    world.server.state().put(&server::place("secrets", "sums-1-uid-1"), Some(present), older);
+    assert_eq!(at_rest_for(&world, Duration::from_secs(100)).await, [""; 0]);
 }
 
 #[tokio::test]
@@ -155,7 +189,7 @@ async fn what_somebody_takes_away_comes_back() {
         ("leases", "sums"),
         ("deployments", "sums-1-worker"),
         ("services", "sums-1-coordinator"),
-        ("controllerrevisions", "sums-e96da61fd5"),
+        ("controllerrevisions", "sums-b406877cd2"),
     ] {
         world.server.state().delete(&server::place(resource, name));
         until(&world, "complete again", |world| running(world) && objects(world) == all).await;
@@ -227,7 +261,7 @@ async fn life(world: &World) {
     until(world, "running", running).await;
     tidy(world).await;
     world.apply(json!({"sql": "b", "parallelism": 2}));
-    until(world, "upgraded", |w| running(w) && w.status().run.is_some_and(|r| r.revision != "e96da61fd5")).await;
+    until(world, "upgraded", |w| running(w) && w.status().run.is_some_and(|r| r.revision != "b406877cd2")).await;
     tidy(world).await;
     world.apply(json!({"sql": "b", "parallelism": 3}));
     until(world, "rescaled", |w| running(w) && w.status().parallelism == 3).await;
@@ -268,7 +302,7 @@ async fn a_run_that_fails_is_taken_back() {
     world.apply(json!({"sql": "b"}));
     until(&world, "back", |w| w.status().last_run == 3 && w.status().operation.is_none()).await;
     let status = world.status();
-    assert_eq!(status.run.map(|r| (r.number, r.revision)), Some((3, "e96da61fd5".to_owned())));
+    assert_eq!(status.run.map(|r| (r.number, r.revision)), Some((3, "b406877cd2".to_owned())));
     assert_eq!(at_rest(&world).await, [""; 0]);
 }
 
@@ -340,4 +374,116 @@ async fn a_controller_that_dies_over_a_savepoint_asks_for_one_only() {
             assert_eq!(world.outer.lock().unwrap().savepoints.len(), 0, "{crash:?}: {write}");
         }
     }
+}
+
+fn put_keys(world: &World) {
+    world.outer.lock().unwrap().keyed = true;
+    let encoded = |text: &str| serde_json::to_value(k8s_openapi::ByteString(text.into())).unwrap();
+    let data = json!({"AWS_ACCESS_KEY_ID": encoded("a"), "AWS_SECRET_ACCESS_KEY": encoded("b")});
+    world.server.state().put(&server::place("secrets", "keys"), None, json!({"metadata": {}, "data": data}));
+}
+
+/// A job whose checkpoints go with it, and are reached with a Secret.
+fn with_keys() -> serde_json::Value {
+    json!({"sql": "a", "checkpoints": {
+        "onDelete": "Delete", "credentials": {"secretName": "keys"},
+    }})
+}
+
+/// Deletes all that is in the namespace, Secrets first. The controller learns of it when it is done.
+fn delete_namespace(world: &World) {
+    let mut state = world.server.state();
+    state.terminating = true;
+    let mut all: Vec<_> =
+        state.objects.keys().filter(|(_, namespace, _)| namespace == server::NAMESPACE).cloned().collect();
+    all.sort_by_key(|(resource, _, _)| resource != "secrets");
+    all.iter().for_each(|place| state.delete(place));
+}
+
+fn is_empty(world: &World) -> bool {
+    let state = world.server.state();
+    let mut left = state.objects.keys().filter(|(r, n, _)| n == server::NAMESPACE && r != "events");
+    left.next().is_none()
+}
+
+/// Warnings that were written outside of the namespace.
+fn told_elsewhere(world: &World) -> Vec<String> {
+    let state = world.server.state();
+    let events = state.objects.iter().filter(|((r, n, _), _)| r == "events" && n == "system");
+    events.map(|(_, event)| format!("{}: {}", event["reason"], event["note"])).collect()
+}
+
+#[tokio::test]
+async fn files_go_with_their_namespace_although_the_secret_goes_first() {
+    let world = World::default();
+    put_keys(&world);
+    world.apply(with_keys());
+    world.ask_for_savepoint("one", json!({"onDelete": "Delete"}));
+    until(&world, "complete", |w| running(w) && state_of(w, "one") == Some(SavepointState::Completed)).await;
+    let operator = world.operator();
+    let deleted = async {
+        // It has seen them, and rests.
+        world.sleep(Duration::from_secs(5)).await;
+        delete_namespace(&world);
+        while !is_empty(&world) {
+            world.sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::select! {
+        () = operator.clone().run() => {}
+        () = world.live() => {}
+        () = world.time.pass() => {}
+        () = deleted => {}
+        () = world.sleep(PATIENCE) => panic!("never gone: {:#?}", objects(&world)),
+    }
+    let outer = world.outer.lock().unwrap();
+    assert!(outer.state_removed && outer.savepoints.is_empty(), "{outer:?}");
+    assert_eq!(told_elsewhere(&world), [""; 0]);
+    assert_eq!(operator.secrets_kept(), 0, "nothing needs them any more");
+}
+
+#[tokio::test]
+async fn files_that_nobody_can_reach_hold_no_namespace_and_are_told_of() {
+    let world = World::default();
+    put_keys(&world);
+    world.apply(with_keys());
+    world.ask_for_savepoint("one", json!({"onDelete": "Delete"}));
+    until(&world, "complete", |w| running(w) && state_of(w, "one") == Some(SavepointState::Completed)).await;
+    delete_namespace(&world);
+    // This one comes too late to read the Secret.
+    until(&world, "gone", is_empty).await;
+    assert!(world.time.env().clock.monotonic() < Duration::from_secs(60), "nobody waits for what will not be");
+    let outer = world.outer.lock().unwrap();
+    assert!(!outer.state_removed && outer.savepoints.len() == 1, "{outer:?}");
+    let name = outer.savepoints.first().unwrap();
+    let why = "Secret keys, which spec.checkpoints.credentials names, is not there";
+    assert_eq!(
+        told_elsewhere(&world).iter().map(|told| told.replace(name, "NAME")).collect::<BTreeSet<_>>(),
+        [
+            format!(
+                "\"StateLeft\": \"Savepoint shop/one: files of savepoint NAME are left in \
+                 s3://b/c/shop/sums/savepoints/NAME: they could not be removed: {why}\""
+            ),
+            format!(
+                "\"StateLeft\": \"StreamJob shop/sums: the job's checkpoints are left in s3://b/c, folder \
+                 shop/sums/uid-2: they could not be removed: {why}\""
+            ),
+        ]
+        .into()
+    );
+}
+
+#[tokio::test]
+async fn a_storage_that_refuses_is_waited_for_as_long_as_somebody_can_put_it_right() {
+    let world = World::default();
+    put_keys(&world);
+    world.apply(with_keys());
+    until(&world, "running", running).await;
+    world.outer.lock().unwrap().locked = true;
+    world.server.state().delete(&server::place("streamjobs", JOB));
+    at_rest_for(&world, Duration::from_secs(60)).await;
+    assert!(world.job().is_some(), "the Secret may be corrected");
+    world.outer.lock().unwrap().locked = false;
+    until(&world, "gone", |w| w.job().is_none()).await;
+    assert!(world.outer.lock().unwrap().state_removed);
 }

@@ -20,6 +20,9 @@ use kube::client::Body;
 use serde_json::{Map, Value as Json, json};
 use tokio::sync::{Notify, mpsc};
 
+/// The namespace that tests use.
+pub(super) const NAMESPACE: &str = "shop";
+
 /// Where an object is: resource, namespace, name.
 pub(super) type Place = (String, String, String);
 type Answer = StreamBody<BoxStream<'static, Result<Frame<Bytes>, Infallible>>>;
@@ -47,6 +50,8 @@ pub(super) struct State {
     pub(super) writes: Vec<String>,
     /// Writes that were asked for.
     asked: usize,
+    /// The namespace of the tests is being removed: nothing new may be in it.
+    pub(super) terminating: bool,
     crash: Option<Crash>,
 }
 
@@ -115,7 +120,10 @@ impl Server {
             Ok(json) => respond(200, &json),
             Err(Refused(code, reason, message)) => respond(
                 code,
-                &json!({"apiVersion": "v1", "kind": "Status", "status": "Failure", "reason": reason, "message": message, "code": code}),
+                &json!({
+                    "apiVersion": "v1", "kind": "Status", "status": "Failure", "reason": reason, "message": message, "code": code,
+                    "details": {"causes": [{"reason": reason}]},
+                }),
             ),
         }
     }
@@ -227,6 +235,9 @@ impl State {
         let done = match *method {
             Method::POST if present.is_some() => {
                 return Err(Refused(409, "AlreadyExists", format!("{} {} already exists", place.0, place.2)));
+            }
+            Method::POST if self.terminating && place.1 == NAMESPACE => {
+                return Err(Refused(403, "NamespaceTerminating", "the namespace is being terminated".to_owned()));
             }
             Method::POST => self.put(&place, None, typed(body, &target.group_version)),
             Method::PUT => {
@@ -361,7 +372,7 @@ impl State {
 
 /// An object of the namespace that tests use.
 pub(super) fn place(resource: &str, name: &str) -> Place {
-    (resource.to_owned(), "shop".to_owned(), name.to_owned())
+    (resource.to_owned(), NAMESPACE.to_owned(), name.to_owned())
 }
 
 fn object<'a>(json: &'a mut Json, field: &str) -> &'a mut Map<String, Json> {

@@ -21,7 +21,7 @@ use crate::{
     effects::{Access, Operator, Order, Outside, Removed, Reply, SavepointFound, Settings},
     lifecycle::Answer,
     metrics::Metrics,
-    objects::Defaults,
+    objects::{Defaults, IDENTITY_LIFETIME},
 };
 
 /// The name of the job that tests are about.
@@ -40,6 +40,10 @@ pub(super) struct Outer {
     pub(super) state_removed: bool,
     /// The run whose tasks fail.
     pub(super) fails: Option<u64>,
+    /// Storage is reached with a Secret.
+    pub(super) keyed: bool,
+    /// Storage answers nobody any more, and refuses what it is asked.
+    pub(super) locked: bool,
     /// The next answers of a coordinator are lost, though it obeys.
     pub(super) answers_lost: usize,
 }
@@ -51,6 +55,8 @@ pub(super) struct World {
     pub(super) outer: Arc<Mutex<Outer>>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) time: Time,
+    /// Where it is not the usual one.
+    pub(super) certificate_lifetime: Option<Duration>,
 }
 
 impl World {
@@ -65,21 +71,29 @@ impl World {
     pub(super) fn operator(&self) -> Arc<Operator> {
         let client = Client::new(self.server.clone(), "shop");
         let settings = Settings {
+            certificate_lifetime: self.certificate_lifetime.unwrap_or(IDENTITY_LIFETIME),
             namespaces: vec!["shop".into()],
-            defaults: Defaults { image: "floodmark:1".into(), ..Defaults::default() },
+            defaults: Defaults {
+                image: "floodmark:1".into(),
+                controller_namespace: "system".into(),
+                ..Defaults::default()
+            },
             instance: "controller-1".into(),
         };
         Operator::new(client, Arc::new(self.clone()), settings, self.metrics.clone(), self.env())
     }
 
-    /// Applies a job, as a user does.
-    pub(super) fn apply(&self, spec: Json) {
+    /// Applies a job, as a user does. It has a storage.
+    pub(super) fn apply(&self, mut spec: Json) {
         let mut state = self.server.state();
         let at = place("streamjobs", JOB);
         let before = state.objects.get(&at).cloned();
         let mut next = before.clone().unwrap_or_else(
             || json!({"apiVersion": "floodmark.io/v1alpha1", "kind": "StreamJob", "metadata": {"name": JOB}}),
         );
+        if spec["checkpoints"]["storage"].is_null() {
+            spec["checkpoints"]["storage"] = "s3://b/c".into();
+        }
         next["spec"] = spec;
         state.put(&at, before, next);
     }
@@ -147,7 +161,9 @@ impl World {
         let (coordinators, workers) = (of_run("coordinator"), of_run("worker"));
         let names: Vec<&String> = pods.map(|(_, _, name)| name).collect();
         let there = names.iter().any(|n| n.starts_with(&coordinators)) && names.iter().any(|n| n.starts_with(&workers));
-        let secret = state.get("secrets", &format!("{JOB}-{run}"));
+        let of_run = format!("{JOB}-{run}-");
+        let secret = state.objects.iter().find(|((r, _, name), _)| r == "secrets" && name.starts_with(&of_run));
+        let secret = secret.map(|(_, secret)| secret.clone());
         let Some(secret) = secret.filter(|_| there && run > 0 && report.run < run) else { return };
         let manifest: k8s_openapi::ByteString = serde_json::from_value(secret["data"]["job.yaml"].clone()).unwrap();
         let manifest: StreamJob = serde_yaml::from_slice(&manifest.0).unwrap();
@@ -202,13 +218,20 @@ impl Outside for World {
         Ok(found)
     }
 
-    async fn remove_state(&self, _: &StreamJob, _: &Access) -> Removed {
-        self.outer.lock().unwrap().state_removed = true;
+    async fn remove_state(&self, job: &StreamJob, access: &Access) -> Removed {
+        assert_eq!(access.credentials.is_some(), job.spec.checkpoints.credentials.is_some());
+        let mut outer = self.outer.lock().unwrap();
+        if outer.locked {
+            return Removed::Refused("no such bucket".into());
+        }
+        outer.state_removed = true;
         Removed::All
     }
 
-    async fn remove_savepoint(&self, _: &StreamJob, name: &str, _: &Access) -> Removed {
-        self.outer.lock().unwrap().savepoints.remove(name);
+    async fn remove_savepoint(&self, _: &StreamJob, name: &str, access: &Access) -> Removed {
+        let mut outer = self.outer.lock().unwrap();
+        assert_eq!(access.credentials.is_some(), outer.keyed);
+        outer.savepoints.remove(name);
         Removed::All
     }
 

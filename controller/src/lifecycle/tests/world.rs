@@ -3,15 +3,17 @@
 use std::collections::BTreeMap;
 
 use floodmark_crds::{
-    CheckpointReport, ConditionStatus, FailureReport, Report, ReportPhase, RunStatus, StreamJob, StreamJobStatus,
-    Timestamp,
+    CheckpointMode, CheckpointReport, ConditionStatus, FailureReport, Report, ReportPhase, RunStatus, StreamJob,
+    StreamJobSpec, StreamJobStatus, Timestamp,
 };
 
 use super::super::*;
-use crate::revision;
+use crate::{objects::PodCounts, revision};
 
 /// From one tick to the next.
 const TICK_MS: i64 = 700;
+/// How long a run's certificates are shown.
+pub(super) const RENEWED_EVERY_MS: i64 = 300_000;
 /// Ticks until a job with nothing going wrong any more has to be at rest.
 pub(super) const PATIENCE: u32 = 2_000;
 
@@ -48,6 +50,9 @@ struct Run {
     leaving: bool,
     /// What the job was last asked to go on at.
     chosen: u32,
+    /// Its coordinator has ended because of the storage.
+    broken: bool,
+    renew_at: Option<i64>,
 }
 
 /// See the header of this file.
@@ -60,8 +65,8 @@ pub(super) struct World {
     runs: BTreeMap<u64, Run>,
     /// The name of the spec's.
     revision: String,
-    /// Every revision that there was: its SQL.
-    revisions: BTreeMap<String, String>,
+    /// Every revision that there was.
+    revisions: BTreeMap<String, StreamJobSpec>,
     /// In the controller's memory.
     answers: BTreeMap<Question, Asked>,
     job_intact_for: Option<(u64, String)>,
@@ -71,6 +76,16 @@ pub(super) struct World {
     pub(super) random: Random,
     /// One in so many things goes wrong; 0: none.
     pub(super) faults: u64,
+    /// The storage answers nobody: whoever leads ends, and says so.
+    pub(super) outage: bool,
+    /// The storage does not answer the controller.
+    pub(super) hidden: bool,
+    /// How often certificates were renewed.
+    pub(super) renewed: u64,
+    /// What was asked, and when.
+    pub(super) asked: Vec<(i64, Question)>,
+    /// When the last pass wanted to look again.
+    pub(super) wake: Option<Timestamp>,
     pub(super) now: i64,
     pub(super) trace: Vec<String>,
     /// Statuses written, and things done.
@@ -104,6 +119,11 @@ impl World {
             state_deleted: false,
             random: Random::new(seed),
             faults: 0,
+            outage: false,
+            hidden: false,
+            renewed: 0,
+            asked: Vec::new(),
+            wake: None,
             now: 1_795_000_000_000,
             trace: Vec::new(),
             writes: 0,
@@ -116,11 +136,11 @@ impl World {
 
     fn learn(&mut self) {
         self.revision = revision::name(&self.job.spec);
-        self.revisions.insert(self.revision.clone(), self.job.spec.sql.clone());
+        self.revisions.insert(self.revision.clone(), self.job.spec.clone());
     }
 
     /// Somebody changes the spec.
-    pub(super) fn edit(&mut self, change: impl FnOnce(&mut floodmark_crds::StreamJobSpec)) {
+    pub(super) fn edit(&mut self, change: impl FnOnce(&mut StreamJobSpec)) {
         let before = self.job.spec.clone();
         change(&mut self.job.spec);
         if before != self.job.spec {
@@ -156,10 +176,34 @@ impl World {
         self.trace.push("KILL LEADER".to_owned());
     }
 
+    /// The job fails for good.
+    pub(super) fn fail(&mut self) {
+        if let Some((_, Some(report))) = &mut self.lease {
+            report.phase = ReportPhase::Failed;
+            report.failure = Some(FailureReport { cause: "bad value".to_owned(), at_ms: self.now });
+        }
+        self.holder = None;
+        self.trace.push("FAIL".to_owned());
+    }
+
+    /// Somebody stops the job itself.
+    pub(super) fn stop(&mut self) {
+        if let Some((_, Some(report))) = &mut self.lease {
+            report.phase = ReportPhase::Stopped;
+        }
+        self.holder = None;
+        self.trace.push("STOP".to_owned());
+    }
+
     /// The controller's process dies, and with it what it remembers.
     pub(super) fn kill_controller(&mut self) {
         self.answers.clear();
         self.trace.push("KILL CONTROLLER".to_owned());
+    }
+
+    /// Whether an answer is still to come.
+    pub(super) fn is_asking(&self) -> bool {
+        self.answers.values().any(|asked| *asked == Asked::UnderWay)
     }
 
     pub(super) fn status(&self) -> StreamJobStatus {
@@ -180,7 +224,7 @@ impl World {
     pub(super) fn leads(&self) -> Option<&str> {
         let run = self.runs.get(&self.holder?)?;
         let running = self.report().is_some_and(|r| r.phase == ReportPhase::Running);
-        running.then(|| self.revisions[&run.status.revision].as_str())
+        running.then(|| self.revisions[&run.status.revision].sql.as_str())
     }
 
     pub(super) fn run_numbers(&self) -> Vec<u64> {
@@ -190,7 +234,13 @@ impl World {
     fn seen(&self) -> Seen {
         let runs = self.runs.iter().map(|(&number, run)| {
             let trouble = |kind| Some(Trouble { kind, message: format!("pod of run {number}: {kind:?}") });
-            let troubled = if run.kind == "noimage" { trouble(TroubleKind::Image) } else { None };
+            let troubled = match run.kind.as_str() {
+                "noimage" => trouble(TroubleKind::Image),
+                "badinput" => trouble(TroubleKind::BadInput),
+                "nobucket" => trouble(TroubleKind::Storage),
+                _ => None,
+            };
+            let ended = trouble(TroubleKind::Storage).filter(|_| run.broken && run.coordinators == 0);
             let pods = |count, ready, trouble: &Option<Trouble>| PodsSeen { count, ready, trouble: trouble.clone() };
             let seen = RunSeen {
                 complete: !run.leaving,
@@ -198,10 +248,13 @@ impl World {
                 revision: run.status.revision.clone(),
                 parallelism: run.status.parallelism,
                 restore: run.status.restore.clone(),
+                counts: Some(self.counts(&run.status)),
+                checkpoints: Some(self.mode_of(&run.status)),
+                renew_at: run.renew_at.map(Timestamp::from_millis),
                 workers_wanted: run.workers_wanted,
                 coordinators_wanted: run.coordinators_wanted,
                 workers: pods(run.workers_wanted, run.workers_ready, &troubled),
-                coordinators: pods(run.coordinators, run.coordinators, &troubled),
+                coordinators: pods(run.coordinators, run.coordinators, &ended.or(troubled.clone())),
             };
             (number, seen)
         });
@@ -212,15 +265,30 @@ impl World {
             restore_from: self.job.spec.restore.from.clone(),
             job_intact: self.job_intact_for == Some((service, revision.clone())),
             revision,
-            lease: self.lease.as_ref().map(|(run, report)| LeaseSeen {
-                run: *run,
-                held: self.holder.is_some(),
-                report: report.clone(),
-            }),
+            lease: self.lease.as_ref().map(|(run, report)| LeaseSeen { run: *run, report: report.clone() }),
             runs: runs.collect(),
             answers: self.answers.clone(),
             now: Timestamp::from_millis(self.now),
         }
+    }
+
+    /// What the revision of a run asks for.
+    fn counts(&self, run: &RunStatus) -> PodCounts {
+        PodCounts::of(&self.revisions[&run.revision])
+    }
+
+    fn mode_of(&self, run: &RunStatus) -> CheckpointMode {
+        self.revisions[&run.revision].checkpoints.mode
+    }
+
+    fn takes_checkpoints(&self, run: u64) -> bool {
+        self.mode_of(&self.runs[&run].status) != CheckpointMode::Disabled
+    }
+
+    /// Pods that are asked for of a run: coordinators and workers.
+    pub(super) fn pods_of(&self, run: u64) -> (u32, u32) {
+        let run = &self.runs[&run];
+        (run.coordinators_wanted, run.workers_wanted)
     }
 
     fn fault(&mut self) -> bool {
@@ -240,6 +308,7 @@ impl World {
         let plan = decide(&seen);
         let again = decide(&seen);
         assert_eq!(plan, again, "decisions are pure");
+        self.wake = plan.wake;
         for line in plan.to_string().lines() {
             self.trace.push(format!("  {line}"));
         }
@@ -306,15 +375,19 @@ impl World {
                 self.lease.get_or_insert((0, None));
             }
             Action::ApplyRun { run, workers } => {
-                let kind = self.revisions[&run.revision].split(' ').next().unwrap().to_owned();
+                let kind = self.revisions[&run.revision].sql.split(' ').next().unwrap().to_owned();
+                let counts = self.counts(&run);
+                let workers = workers.unwrap_or_else(|| counts.workers(run.parallelism));
                 let made = Run {
                     kind,
                     workers_wanted: workers,
                     workers_ready: 0,
-                    coordinators_wanted: 1,
+                    coordinators_wanted: counts.coordinators(),
                     coordinators: 0,
                     leaving: false,
                     chosen: run.parallelism,
+                    broken: false,
+                    renew_at: Some(self.now + RENEWED_EVERY_MS),
                     status: run.clone(),
                 };
                 let there = self.runs.entry(run.number).or_insert(made);
@@ -322,15 +395,29 @@ impl World {
                 there.workers_wanted = workers;
             }
             Action::ScaleWorkers { run, pods } => {
+                if let Some(run) = self.runs.get(&run) {
+                    let counts = self.counts(&run.status);
+                    assert!(pods == 0 || (1..10).any(|p| counts.workers(p) == pods), "{pods} of {counts:?}");
+                }
                 if let Some(run) = self.runs.get_mut(&run) {
                     run.workers_wanted = pods;
                     run.workers_ready = run.workers_ready.min(pods);
                 }
             }
             Action::ScaleCoordinators { run, pods } => {
+                if let Some(run) = self.runs.get(&run) {
+                    let counts = self.counts(&run.status);
+                    assert!(pods == 0 || pods == counts.coordinators(), "{pods} of {counts:?}");
+                }
                 if let Some(run) = self.runs.get_mut(&run) {
                     run.coordinators_wanted = pods;
                 }
+            }
+            Action::RenewCertificates { run } => {
+                let run = self.runs.get_mut(&run).unwrap();
+                assert!(!run.leaving && run.renew_at.is_some_and(|at| self.now >= at));
+                run.renew_at = Some(self.now + RENEWED_EVERY_MS);
+                self.renewed += 1;
             }
             Action::RemoveRun { run } => {
                 if let Some(run) = self.runs.get_mut(&run) {
@@ -342,6 +429,7 @@ impl World {
                 none => *none = Some((run, None)),
             },
             Action::Ask(question) => {
+                self.asked.push((self.now, question.clone()));
                 self.answers.insert(question, Asked::UnderWay);
             }
         }
@@ -359,11 +447,12 @@ impl World {
             !goes
         });
         for (number, run) in runs.iter_mut() {
-            if run.kind != "noimage" && random.one_in(2) {
+            let starts = !["noimage", "badinput", "nobucket"].contains(&run.kind.as_str());
+            if starts && random.one_in(2) {
                 run.workers_ready = run.workers_wanted;
             }
             if random.one_in(2) {
-                run.coordinators = if run.kind == "noimage" { 0 } else { run.coordinators_wanted };
+                run.coordinators = if starts { run.coordinators_wanted } else { 0 };
             }
             if run.coordinators == 0 && *holder == Some(*number) {
                 *holder = None;
@@ -396,8 +485,11 @@ impl World {
                 if !again {
                     self.starts.push((*allowed, words, self.epoch));
                 }
+                // How the run has failed before is told until it fails again.
+                let failure = report.take().filter(|r| r.run == *allowed).and_then(|r| r.failure);
                 *report = Some(Report {
                     run: *allowed,
+                    failure,
                     phase: ReportPhase::Waiting,
                     parallelism: run.chosen,
                     restarts: 0,
@@ -416,7 +508,14 @@ impl World {
             }
             return;
         };
-        let Some(run) = self.runs.get(&holder) else { return };
+        let Some(run) = self.runs.get_mut(&holder) else { return };
+        if self.outage {
+            report.phase = ReportPhase::Waiting;
+            report.failure = Some(FailureReport { cause: "no answer".to_owned(), at_ms: self.now });
+            (run.coordinators, run.broken) = (0, true);
+            self.holder = None;
+            return;
+        }
         match report.phase {
             ReportPhase::Waiting if run.workers_ready > 0 => report.phase = ReportPhase::Restoring,
             ReportPhase::Restoring if run.kind == "crash" => {
@@ -429,6 +528,9 @@ impl World {
                 report.failure = Some(FailureReport { cause: "bad value".to_owned(), at_ms: self.now });
             }
             ReportPhase::Restoring => report.phase = ReportPhase::Running,
+            // Without checkpoints.
+            ReportPhase::Running
+                if self.revisions[&run.status.revision].checkpoints.mode == CheckpointMode::Disabled => {}
             ReportPhase::Running if self.random.one_in(4) => {
                 self.epoch += 1;
                 report.completed += 1;
@@ -448,8 +550,9 @@ impl World {
             world.holder == Some(run) && world.report().is_some_and(|r| r.run == run && r.phase == ReportPhase::Running)
         };
         match question {
+            Question::Fits { .. } if self.hidden => Answer::Unknown("no answer".to_owned()),
             Question::Fits { revision, .. } => {
-                let sql = &self.revisions[revision];
+                let sql = &self.revisions[revision].sql;
                 match sql.split(' ').next().unwrap() {
                     "unfit" if self.epoch > 0 => Answer::No("the key of the aggregate has changed".to_owned()),
                     "badsql" => Answer::No("line 1, column 1: expected SELECT".to_owned()),
@@ -459,6 +562,9 @@ impl World {
             Question::StopWithSavepoint { run, name } => {
                 if !leads(self, *run) {
                     return Answer::Unknown("the job does not run".to_owned());
+                }
+                if !self.takes_checkpoints(*run) {
+                    return Answer::No("the job takes no snapshots".to_owned());
                 }
                 if self.savepoints.contains(name) {
                     return Answer::No("there is a savepoint of this name".to_owned());
@@ -477,6 +583,9 @@ impl World {
             Question::Rescale { run, parallelism } => {
                 if !leads(self, *run) {
                     return Answer::Unknown("the job does not run".to_owned());
+                }
+                if !self.takes_checkpoints(*run) {
+                    return Answer::No("the job takes no snapshots".to_owned());
                 }
                 if let Some((_, Some(report))) = &mut self.lease {
                     report.parallelism = *parallelism;

@@ -217,7 +217,7 @@ impl Operator for Keyed {
 
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
         for shard in shards.iter().filter(|s| s.shard.kind == ShardKind::Keyed) {
-            let rows: Vec<Row> = serde_json::from_slice(&shard.bytes).unwrap();
+            let rows: Vec<Row> = serde_json::from_slice(shard.file().unwrap()).unwrap();
             for [key, seq, _, path] in rows.into_iter().filter(|r| self.place.owned.contains(group(r[0]))) {
                 self.seen.entry((path, key)).or_default().insert(seq);
             }
@@ -281,7 +281,7 @@ impl Operator for Window {
     fn restore(&mut self, shards: Vec<RestoredShard>) -> Result<()> {
         let mut least: Option<TimestampMs> = None;
         for shard in shards.iter().filter(|s| s.shard.kind == ShardKind::Keyed) {
-            for [key, seq, time, path] in serde_json::from_slice::<Vec<Row>>(&shard.bytes).unwrap() {
+            for [key, seq, time, path] in serde_json::from_slice::<Vec<Row>>(shard.file().unwrap()).unwrap() {
                 if path == -1 {
                     least = Some(least.map_or(time, |l| l.min(time)));
                 } else if self.place.owned.contains(group(key)) {

@@ -296,8 +296,9 @@ pub(super) fn shards_of(operator: &mut dyn Operator, subtask: u32) -> Vec<Restor
 fn kept(operator: &mut dyn Operator, subtask: u32) -> Vec<String> {
     let all = KeyGroupRange::of_subtask(0, 1, 128);
     let rows = |shard: RestoredShard| {
-        let blocks = Reader::verified(&shard.bytes).unwrap();
-        let batches: Vec<Vec<RecordBatch>> = blocks.blocks(&shard.bytes, all).collect::<Result<_>>().unwrap();
+        let file = shard.file().unwrap();
+        let blocks = Reader::verified(file).unwrap();
+        let batches: Vec<Vec<RecordBatch>> = blocks.blocks(file, all).collect::<Result<_>>().unwrap();
         batches.concat().iter().flat_map(|rows| show("state", rows)).collect::<Vec<_>>()
     };
     shards_of(operator, subtask).into_iter().flat_map(rows).collect()

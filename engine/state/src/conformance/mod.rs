@@ -24,8 +24,9 @@ use floodmark_snapshot::{
 pub use self::layout::SuiteLayout;
 use self::layout::{Value, hash, key, read, write};
 use crate::{
-    KeyGroupWatermarks, KeyedState, NO_SLOT, PendingShard, RestoredShard, StateBackend, StateSnapshot, StateSpec,
-    shard::Reader,
+    Content, KeyGroupWatermarks, KeyedState, NO_SLOT, PendingShard, RestoredShard, StateBackend, StateSnapshot,
+    StateSpec,
+    shard::{Part, Reader},
 };
 
 mod layout;
@@ -308,7 +309,8 @@ impl Job {
             let concerns = |s: &&Shard| spec.holds(s) && s.key_groups.is_none_or(|g| g.overlaps(&spec.key_groups));
             let mut shards: Vec<&Shard> = stored.shards.iter().filter(concerns).collect();
             shards.sort_by_key(|s| (s.subtask, s.layer));
-            let files = shards.iter().map(|s| RestoredShard::new((*s).clone(), self.files[&s.path].bytes.clone()));
+            let files =
+                shards.iter().map(|s| RestoredShard::new((*s).clone(), self.files[&s.path].file().unwrap().clone()));
             let files: Vec<RestoredShard> = files.collect();
             // In all the ways in which shards may come: one by one, together, some and then the others.
             let (one_by_one, together) = files.split_at(files.len() * (self.restores % 3) / 2);
@@ -336,9 +338,12 @@ impl Job {
                 };
                 first = slice.last.0 + 1;
                 let mut part = |shard: &&Shard| {
-                    let whole = &self.files[&shard.path].bytes;
-                    let bytes = if random.below(3) == 0 { whole.clone() } else { cut(whole, slice) };
-                    RestoredShard { slice: Some(slice), ..RestoredShard::new((*shard).clone(), bytes) }
+                    let whole = self.files[&shard.path].file().unwrap();
+                    let content = match random.below(3) {
+                        0 => Content::File(whole.clone()),
+                        _ => Content::Part(part_of(whole, slice)),
+                    };
+                    RestoredShard { slice: Some(slice), ..RestoredShard::of((*shard).clone(), content) }
                 };
                 let parts: Vec<RestoredShard> = shards.iter().map(&mut part).collect();
                 match random.below(3) {
@@ -395,11 +400,11 @@ impl Job {
 }
 
 /// A part of a neutral file with at least the rows of these key groups.
-fn cut(file: &Bytes, key_groups: KeyGroupRange) -> Bytes {
-    let reader = Reader::whole(file).unwrap();
+fn part_of(file: &Bytes, key_groups: KeyGroupRange) -> Part {
+    let reader = Arc::new(Reader::whole(file).unwrap());
     let bytes = |(block, at): (usize, std::ops::Range<u64>)| (block, file.slice(at.start as usize..at.end as usize));
     let blocks: Vec<(usize, Bytes)> = reader.ranges(key_groups).into_iter().map(bytes).collect();
-    reader.cut(&blocks).unwrap()
+    reader.part(&blocks).unwrap()
 }
 
 fn value(n: i64) -> Value {
@@ -905,7 +910,7 @@ pub fn damage_is_told(make: Make<'_>) {
     job.write(0, &values(0..60));
     let stored = job.savepoint();
     for shard in &stored.shards {
-        let good = job.files[&shard.path].bytes.clone();
+        let good = job.files[&shard.path].file().unwrap().clone();
         // The first bytes say what kind of file it is; who opened it by its name needs them not.
         for at in (11..good.len()).step_by(3) {
             let mut flipped = good.to_vec();
