@@ -193,7 +193,8 @@ async fn a_process_that_shuts_down_says_so_and_is_reached_again_when_another_tak
     let begun = Instant::now();
     two.listening.close().await;
     assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
-    settled("the sender is told", || one.lost().iter().any(|l| l.reason.contains("shutting down"))).await;
+    settled("the sender is told", || !one.lost().is_empty()).await;
+    assert!(one.lost()[0].reason.contains("shutting down"), "{:?}", one.lost());
     assert!(matches!(writer.sender.try_send(Frame::Idle), Err(Refused::Closed)));
 
     // The connection that was there is no more; nobody has to know.

@@ -198,7 +198,7 @@ impl Service {
         let incoming = ended_by(packets, shut_down);
         let peer = Peer { subject, address: address.to_string() };
         self.acceptor.accept(peer, opening, Pipe { outgoing: Box::new(ServerEnd(outgoing)), incoming })?;
-        Ok(Answers { packets: answers, closing: Some(is_set(self.close.clone()).boxed()) })
+        Ok(Answers::new(answers, self.close.clone()))
     }
 }
 
@@ -224,8 +224,15 @@ where
 /// What goes back on a stream that others opened.
 struct Answers {
     packets: mpsc::Receiver<Packet>,
+    close: watch::Receiver<bool>,
     /// `None` when it has been said.
     closing: Option<BoxFuture<'static, ()>>,
+}
+
+impl Answers {
+    fn new(packets: mpsc::Receiver<Packet>, close: watch::Receiver<bool>) -> Self {
+        Self { packets, closing: Some(is_set(close.clone()).boxed()), close }
+    }
 }
 
 impl Stream for Answers {
@@ -233,11 +240,15 @@ impl Stream for Answers {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let Some(closing_now) = &mut self.closing else { return Poll::Ready(None) };
-        if closing_now.poll_unpin(context).is_ready() {
-            self.closing = None;
-            return Poll::Ready(Some(Err(status_of(&closing()))));
+        if closing_now.poll_unpin(context).is_pending() {
+            let packet = ready!(self.packets.poll_next_unpin(context));
+            // Those who wait for the flag are told one after the other: whoever ended the packets may have been told first.
+            if packet.is_some() || !*self.close.borrow() {
+                return Poll::Ready(packet.map(|packet| Ok(codec::flight_data(packet))));
+            }
         }
-        Poll::Ready(ready!(self.packets.poll_next_unpin(context)).map(|packet| Ok(codec::flight_data(packet))))
+        self.closing = None;
+        Poll::Ready(Some(Err(status_of(&closing()))))
     }
 }
 
@@ -310,5 +321,35 @@ impl FlightService for Service {
 
     async fn list_actions(&self, _: Request<Empty>) -> Answer<Self::ListActionsStream> {
         not_here()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_learns_of_the_closing_first_can_not_end_a_stream_without_a_word() {
+        let (close, closed) = watch::channel(false);
+        let (packets, answers) = mpsc::channel(1);
+        let mut answers = Answers::new(answers, closed);
+        assert!(answers.next().now_or_never().is_none());
+        // As seen by who is not told yet.
+        close.send_if_modified(|closing| {
+            *closing = true;
+            false
+        });
+        drop(packets);
+        let last = answers.next().await.unwrap().unwrap_err();
+        assert!(last.message().contains("shutting down"), "{last}");
+        assert!(answers.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_ends_by_itself_says_nothing_of_closing() {
+        let (_close, closed) = watch::channel(false);
+        let (packets, answers) = mpsc::channel(1);
+        drop(packets);
+        assert!(Answers::new(answers, closed).next().await.is_none());
     }
 }
