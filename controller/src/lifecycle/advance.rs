@@ -253,10 +253,13 @@ impl Next {
                 "The job is left as it was, and does not run"
             }
         };
-        let message = format!(
-            "there is no savepoint: {why}. {left}; to go on from its newest checkpoint instead, set spec.upgrade.mode to \
-             LastCheckpoint"
-        );
+        let instead = match &operation.from {
+            Some(from) if seen.takes_no_checkpoints(from) => {
+                "it takes no checkpoints: to start without its state, set spec.upgrade.mode to Stateless"
+            }
+            _ => "to go on from its newest checkpoint instead, set spec.upgrade.mode to LastCheckpoint",
+        };
+        let message = format!("there is no savepoint: {why}. {left}; {instead}");
         match &operation.to {
             Some(_) => self.give_up(&operation, "SavepointFailed", message, seen),
             None => self.wait(operation, message, seen),

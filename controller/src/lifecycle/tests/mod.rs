@@ -278,6 +278,24 @@ fn a_run_is_judged_by_how_its_own_revision_takes_checkpoints() {
 }
 
 #[test]
+fn who_takes_no_checkpoints_is_told_how_to_upgrade_without_a_savepoint() {
+    let mut world = World::new(7, "ok 1");
+    world.edit(|spec| spec.checkpoints.mode = CheckpointMode::Disabled);
+    world.settle();
+    world.edit(|spec| {
+        spec.sql = "ok 2".to_owned();
+        spec.checkpoints.mode = CheckpointMode::ExactlyOnce;
+    });
+    world.settle();
+    let refused = world.status().refused.unwrap();
+    assert!(refused.message.contains("set spec.upgrade.mode to Stateless"), "{}", refused.message);
+    assert_eq!(world.leads(), Some("ok 1"));
+    world.edit(|spec| spec.upgrade.mode = UpgradeMode::Stateless);
+    world.settle();
+    assert_eq!((world.leads(), world.is("Ready")), (Some("ok 2"), true));
+}
+
+#[test]
 fn a_crash_looping_job_is_upgraded_from_its_last_checkpoint_when_told_to() {
     let mut world = running("ok 1");
     // It can't take a savepoint any more.

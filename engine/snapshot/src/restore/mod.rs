@@ -110,7 +110,7 @@ pub fn nothing_intact(storage: &dyn Storage, job: &JobId, state: &LogState, reje
         let _ = write!(reasons, "; log entry {}: {}", damaged.seq, damaged.reason);
     }
     Some(Error::corrupt(format!(
-        "no checkpoint of {job} in {} is intact, and the job does not start from nothing unless told to (--restore none){reasons}",
+        "no checkpoint of {job} in {} is intact, and the job does not start from nothing unless told to (--restore none; in a cluster, upgrade mode Stateless){reasons}",
         storage.describe()
     )))
 }
@@ -191,7 +191,12 @@ mod tests {
             storage.delete(&JobFolder::of(&job()).path(&format!("blobs/1/{epoch}.state"))).await.unwrap();
         }
         let error = restore(&storage, &state).await.unwrap_err().to_string();
-        assert!(error.contains("(--restore none); checkpoint 3: shard blobs/1/3.state is missing"), "{error}");
+        assert!(
+            error.contains(
+                "(--restore none; in a cluster, upgrade mode Stateless); checkpoint 3: shard blobs/1/3.state is missing"
+            ),
+            "{error}"
+        );
         let damaged = vec![Damaged { seq: 4, reason: "checksum mismatch".into() }];
         let state = LogState { damaged, ..LogState::default() };
         assert!(restore(&storage, &state).await.is_err());

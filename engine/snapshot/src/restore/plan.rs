@@ -131,7 +131,7 @@ impl StatePlan {
             return Ok(());
         }
         Err(Error::abort(format!(
-            "{} does not fit this job (to start without state use --restore none): {}",
+            "{} does not fit this job (to start without state: --restore none; in a cluster, upgrade mode Stateless): {}",
             self.snapshot,
             problems.join("; ")
         )))
@@ -354,7 +354,7 @@ mod tests {
                   - out                              kafka sink         lost: 7 rows
                   + new                              group aggregate    begins empty
                 2 kept, 1 changed, 1 new, 2 lost, 0 can't be restored
-                checkpoint 4 of default/j/local does not fit this job (to start without state use --restore none): hot keeps sum no more; to give the state up set spec.restore.allowDroppedState: true; old (group aggregate) has state, but the job has no such operator any more; to give the state up set spec.restore.allowDroppedState: true; out (kafka sink) has 7 records to write, but the job has no such sink any more; to give the state up set spec.restore.allowDroppedState: true
+                checkpoint 4 of default/j/local does not fit this job (to start without state: --restore none; in a cluster, upgrade mode Stateless): hot keeps sum no more; to give the state up set spec.restore.allowDroppedState: true; old (group aggregate) has state, but the job has no such operator any more; to give the state up set spec.restore.allowDroppedState: true; out (kafka sink) has 7 records to write, but the job has no such sink any more; to give the state up set spec.restore.allowDroppedState: true
                 admitted
             "#]],
         );
@@ -399,8 +399,8 @@ mod tests {
               - old                              group aggregate    lost: 1 row
               = out                              kafka sink         7 rows
             2 kept, 0 changed, 0 new, 1 lost, 3 can't be restored
-            checkpoint 4 of default/j/local does not fit this job (to start without state use --restore none): maxParallelism is 64, but its keys were dealt out for 128: it can't change in a job's life; hot: it was a window aggregate and is now a group aggregate; joined: it was [aggregates] and is now [something else]; old (group aggregate) keeps no state any more; to give the state up set spec.restore.allowDroppedState: true
-            checkpoint 4 of default/j/local does not fit this job (to start without state use --restore none): maxParallelism is 64, but its keys were dealt out for 128: it can't change in a job's life; hot: it was a window aggregate and is now a group aggregate; joined: it was [aggregates] and is now [something else]
+            checkpoint 4 of default/j/local does not fit this job (to start without state: --restore none; in a cluster, upgrade mode Stateless): maxParallelism is 64, but its keys were dealt out for 128: it can't change in a job's life; hot: it was a window aggregate and is now a group aggregate; joined: it was [aggregates] and is now [something else]; old (group aggregate) keeps no state any more; to give the state up set spec.restore.allowDroppedState: true
+            checkpoint 4 of default/j/local does not fit this job (to start without state: --restore none; in a cluster, upgrade mode Stateless): maxParallelism is 64, but its keys were dealt out for 128: it can't change in a job's life; hot: it was a window aggregate and is now a group aggregate; joined: it was [aggregates] and is now [something else]
         "#]],
         );
     }
