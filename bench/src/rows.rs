@@ -93,6 +93,10 @@ impl Layout for Values {
         Ok(keys)
     }
 
+    fn hashes(&self, keys: &[&[u8]]) -> floodmark_snapshot::Result<Vec<u64>> {
+        Ok(keys.iter().map(|key| hash(half_of(key, 8) as u64)).collect())
+    }
+
     fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> floodmark_snapshot::Result<()> {
         match self {
             Self::Numbers => {

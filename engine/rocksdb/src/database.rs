@@ -38,20 +38,20 @@ pub(crate) struct LiveFile {
     pub(crate) key_groups: Option<KeyGroupRange>,
 }
 
-/// Keys of a batch, one behind the other.
+/// Byte strings one behind the other: keys of a batch, or values of rows.
 #[derive(Default)]
-pub(crate) struct KeyList {
+pub(crate) struct Strings {
     bytes: Vec<u8>,
     ends: Vec<usize>,
 }
 
-impl KeyList {
+impl Strings {
     pub(crate) fn clear(&mut self) {
         self.bytes.clear();
         self.ends.clear();
     }
 
-    /// Appends a key, which `write` appends to what it is given.
+    /// Adds one, which `write` appends to what it is given.
     pub(crate) fn push(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
         write(&mut self.bytes);
         self.ends.push(self.bytes.len());
@@ -60,6 +60,14 @@ impl KeyList {
     pub(crate) fn get(&self, at: usize) -> &[u8] {
         let start = if at == 0 { 0 } else { self.ends[at - 1] };
         &self.bytes[start..self.ends[at]]
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        (0..self.len()).map(|at| self.get(at))
     }
 }
 
@@ -120,7 +128,7 @@ impl Database {
     /// Looks up the keys at these places of a list, which must be in the order of the keys.
     pub(crate) fn get<'a>(
         &'a self,
-        keys: &KeyList,
+        keys: &Strings,
         sorted: &[u32],
     ) -> Result<impl Iterator<Item = Result<Option<DBPinnableSlice<'a>>>>> {
         let keys = sorted.iter().map(|at| keys.get(*at as usize));

@@ -11,7 +11,7 @@ use std::{collections::VecDeque, ops::Bound};
 
 use floodmark_snapshot::Result;
 
-use crate::{key, state::State};
+use crate::{database::Strings, key, state::State};
 
 /// Slots that the hand looks at before the bytes are counted anew.
 const STRIDE: u32 = 256;
@@ -215,7 +215,8 @@ impl State {
         if self.spaces.values().take(1).all(|s| s.complete()) && self.spaces.len() == 1 {
             return Ok(());
         }
-        let (now, mut left, mut over) = (self.now(), SWEPT_STORED_ROWS, Vec::new());
+        let (now, mut left) = (self.now(), SWEPT_STORED_ROWS);
+        let (mut over, mut keys) = (Vec::new(), Strings::default());
         let mut last = Vec::new();
         // Files of an earlier subtask may have rows of others' key groups.
         let start = std::mem::take(&mut self.clock.stored).max(key::group_start(self.spec.key_groups.first));
@@ -226,24 +227,26 @@ impl State {
                 return Ok(false);
             }
             left -= 1;
-            let head = self.form.head(value)?;
             if let Some((group, namespace, row_key)) = key::parse(key)
-                && self.expired(head.written, now)
+                && self.expired(self.form.written(value)?, now)
                 && !self.outgoing.is_gone(key)
                 && self.outgoing.dropping(namespace).is_none()
-                // One that is in memory is judged by what is there.
-                && self.spaces.get(&namespace).is_some_and(|s| !s.cache.as_ref().is_some_and(|c| c.holds(head.hash, row_key)))
             {
+                keys.push(|out| out.extend_from_slice(row_key));
                 over.push((namespace, group, key.to_vec()));
             }
             Ok(true)
         })?;
         self.clock.stored = last;
-        for (namespace, group, key) in over {
-            self.outgoing.delete(&key);
-            if let Some(space) = self.spaces.get_mut(&namespace) {
-                space.stored.remove(group);
+        let hashes = self.hashes(&keys)?;
+        for (at, (namespace, group, key)) in over.into_iter().enumerate() {
+            let Some(space) = self.spaces.get_mut(&namespace) else { continue };
+            // One that is in memory is judged by what is there.
+            if space.cache.as_ref().is_some_and(|c| c.holds(hashes[at], keys.get(at))) {
+                continue;
             }
+            space.stored.remove(group);
+            self.outgoing.delete(&key);
             self.account(namespace);
         }
         Ok(())

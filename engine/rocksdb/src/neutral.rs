@@ -121,7 +121,7 @@ impl Source {
                 turn(&mut page, at)?;
             }
             at = Some((group, namespace));
-            page.add(self.form.head(value)?, row_key, value)?;
+            page.add(row_key, value)?;
             Ok(true)
         })?;
         turn(&mut page, at)?;

@@ -86,7 +86,7 @@ impl StateFiles {
         let shaped = Shaped::new(schema, shape)?;
         let form = Form { types, timed: meta.timed };
         let db = database::open_to_read(&shared, folder.path())?;
-        let (mut rows, mut at) = (Page::new(form.clone()), None);
+        let (mut rows, mut at) = (Page::new(form), None);
         let mut turn = |rows: &mut Page, at: Option<i64>| match at {
             Some(namespace) => rows.turn(&mut |rows, slots| page(shaped.encode(namespace, rows, slots)?)),
             None => Ok(()),
@@ -98,7 +98,7 @@ impl StateFiles {
                 turn(&mut rows, at)?;
             }
             at = Some(namespace);
-            rows.add(form.head(value)?, row_key, value).map(|()| true)
+            rows.add(row_key, value).map(|()| true)
         })?;
         turn(&mut rows, at)?;
         // The database is closed before its folder goes.

@@ -18,13 +18,14 @@ use floodmark_state::{
 
 use crate::{
     Process, Share, checkpoint,
-    database::{Database, KeyList},
+    database::{Database, Strings},
     eviction::Clock,
     key,
     lineage::Lineage,
+    neutral::not_ours,
     outgoing::Outgoing,
     restoring::Restoring,
-    row::{Form, Head},
+    row::Form,
     space::{Cache, Space},
     stored::{self, Stored},
 };
@@ -52,7 +53,7 @@ pub(crate) struct State {
     pub(crate) restoring: Restoring,
     /// What a namespace without rows shows.
     nothing: Table,
-    keys: KeyList,
+    keys: Strings,
     order: Vec<u32>,
 }
 
@@ -74,7 +75,7 @@ impl State {
             cached_bytes: 0,
             frozen: 0,
             restoring: Restoring::default(),
-            keys: KeyList::default(),
+            keys: Strings::default(),
             order: Vec::new(),
             spec,
         })
@@ -221,8 +222,8 @@ impl KeyedState for State {
                 let Some(value) = found else { return Ok(()) };
                 let slot = at[row];
                 cache.loaded(slot);
-                let head = form.head(value)?;
-                if ttl.is_none_or(|ttl| now.saturating_sub(head.written) <= ttl) {
+                let written = form.written(value)?;
+                if ttl.is_none_or(|ttl| now.saturating_sub(written) <= ttl) {
                     form.read(value, &mut cache.table, slot)?;
                     found_rows[row] = true;
                 }
@@ -257,15 +258,15 @@ impl KeyedState for State {
         if !absent.is_empty() {
             self.look_up(namespace, hashes, keys, &absent, |cache, form, row, found| {
                 let Some(value) = found else { return Ok(()) };
-                let head = form.head(value)?;
-                if !fresh(head.written) {
+                let written = form.written(value)?;
+                if !fresh(written) {
                     return Ok(());
                 }
                 let (slot, new) = cache.slot(hashes[row], keys[row]);
                 if new {
                     cache.loaded(slot);
                     form.read(value, &mut cache.table, slot)?;
-                    cache.set_written(slot, head.written);
+                    cache.set_written(slot, written);
                 }
                 at[row] = slot;
                 Ok(())
@@ -336,23 +337,33 @@ impl KeyedState for State {
         if space.complete() {
             return Ok(());
         }
-        let mut rest = Page::new(self.form.clone());
+        let (mut keys, mut values, mut rest) = (Strings::default(), Strings::default(), Page::new(self.form.clone()));
+        let mut turn = |keys: &mut Strings, values: &mut Strings| {
+            let hashes = self.hashes(keys)?;
+            for (hash, (key, value)) in hashes.into_iter().zip(keys.iter().zip(values.iter())) {
+                if !space.cache.as_ref().is_some_and(|c| c.holds(hash, key)) {
+                    rest.add_hashed(hash, key, value)?;
+                }
+            }
+            keys.clear();
+            values.clear();
+            rest.turn(page)
+        };
         for group in self.groups() {
             let (start, end) = (key::first(group, namespace), key::end(group, namespace));
             self.database.scan(&start, end, |key, value| {
-                let head = self.form.head(value)?;
-                let row_key = key::parse(key).map_or(&[][..], |(_, _, k)| k);
-                let here = space.cache.as_ref().is_some_and(|c| c.holds(head.hash, row_key));
-                if !here && !self.outgoing.is_gone(key) && !self.expired(head.written, now) {
-                    rest.add(head, row_key, value)?;
-                    if rest.len() >= PAGE_ROWS {
-                        rest.turn(page)?;
+                let (_, _, row_key) = key::parse(key).ok_or_else(not_ours)?;
+                if !self.outgoing.is_gone(key) && !self.expired(self.form.written(value)?, now) {
+                    keys.push(|out| out.extend_from_slice(row_key));
+                    values.push(|out| out.extend_from_slice(value));
+                    if keys.len() >= PAGE_ROWS {
+                        turn(&mut keys, &mut values)?;
                     }
                 }
                 Ok(true)
             })?;
         }
-        rest.turn(page)
+        turn(&mut keys, &mut values)
     }
 
     fn snapshot(&mut self, barrier: &Barrier, watermarks: &KeyGroupWatermarks) -> Result<StateSnapshot> {
@@ -394,6 +405,11 @@ impl KeyedState for State {
 }
 
 impl State {
+    /// The hashes of keys.
+    pub(crate) fn hashes(&self, keys: &Strings) -> Result<Vec<u64>> {
+        self.spec.layout.hashes(&keys.iter().collect::<Vec<_>>())
+    }
+
     /// The database's key of a cached row.
     pub(crate) fn key_of(&self, namespace: i64, rows: &Rows, slot: u32, out: &mut Vec<u8>) {
         out.clear();
@@ -437,14 +453,19 @@ impl Page {
         Self { table: Table::new(types.clone()), types, form, slots: Vec::new() }
     }
 
+    /// Adds a row whose hash nobody asks for: a number stands for it.
+    pub(crate) fn add(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        self.add_hashed(self.slots.len() as u64, key, value)
+    }
+
     /// Adds a row.
-    pub(crate) fn add(&mut self, head: Head, key: &[u8], value: &[u8]) -> Result<()> {
-        let (slot, _) = self.table.slot(head.hash, key);
-        self.form.read(value, &mut self.table, slot)?;
+    pub(crate) fn add_hashed(&mut self, hash: u64, key: &[u8], value: &[u8]) -> Result<()> {
+        let (slot, _) = self.table.slot(hash, key);
+        let then = self.form.read(value, &mut self.table, slot)?;
         if let Some(written) = self.written() {
             self.table.write_runs(&[slot], written, |column, rows, _| {
                 if let Column::Long(values) = column {
-                    values[rows[0] as usize] = Some(head.written);
+                    values[rows[0] as usize] = Some(then);
                 }
             });
         }

@@ -716,6 +716,10 @@ impl floodmark_state::Layout for Fewer {
         unreachable!("nothing is decoded")
     }
 
+    fn hashes(&self, keys: &[&[u8]]) -> floodmark_snapshot::Result<Vec<u64>> {
+        model::Pairs.hashes(keys)
+    }
+
     fn fill(
         &self,
         _: &arrow::record_batch::RecordBatch,

@@ -117,6 +117,13 @@ pub trait Layout: Send + Sync {
     /// When a column that makes up the key is missing or of another type.
     fn decode(&self, batch: &RecordBatch) -> Result<RowKeys>;
 
+    /// The hashes of keys by their bytes: what [`Layout::decode`] says of them, and who calls [`KeyedState::slots`]. Back
+    /// ends need not store what can be told so.
+    ///
+    /// # Errors
+    /// When bytes are none of a key.
+    fn hashes(&self, keys: &[&[u8]]) -> Result<Vec<u64>>;
+
     /// Puts rows of a batch into rows of a table that hold nothing but nulls: row `i` of `batch` into `slots[i]`. A column
     /// that the batch lacks stays null; one that is not known any more is skipped.
     ///

@@ -216,6 +216,13 @@ impl Layout for CountLayout {
         Ok(all)
     }
 
+    fn hashes(&self, keys: &[&[u8]]) -> Result<Vec<u64>> {
+        let number = |key: &[u8]| key.try_into().map(i64::from_le_bytes);
+        let numbers = keys.iter().map(|key| number(key).map_err(|_| Error::abort("a key that is no number")));
+        let numbers = numbers.collect::<Result<Vec<_>>>()?;
+        hash_keys(&[Arc::new(Int64Array::from(numbers)) as ArrayRef], keys.len())
+    }
+
     fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> Result<()> {
         let counts = column(batch, "count")?;
         table.write_runs(slots, 0, |to, places, first| {

@@ -383,6 +383,10 @@ impl Layout for Numbers {
         Ok(found)
     }
 
+    fn hashes(&self, keys: &[&[u8]]) -> Result<Vec<u64>> {
+        hashes(keys.iter().map(|key| number(key)).collect::<Result<Vec<_>>>()?.into_iter())
+    }
+
     fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> Result<()> {
         for (at, name) in COLUMNS.into_iter().enumerate().take(self.columns).filter(|_| !self.skips) {
             let values = longs(batch, name)?;

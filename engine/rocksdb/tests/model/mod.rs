@@ -77,6 +77,10 @@ impl Layout for Pairs {
         Ok(places)
     }
 
+    fn hashes(&self, keys: &[&[u8]]) -> Result<Vec<u64>> {
+        Ok(keys.iter().map(|key| hash(decoded(key))).collect())
+    }
+
     fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> Result<()> {
         let counts = batch.column_by_name("count").unwrap().as_primitive::<Int64Type>();
         let texts = batch.column_by_name("text").unwrap().as_binary::<i32>();

@@ -282,6 +282,10 @@ impl Layout for KeptRows {
         Ok(found)
     }
 
+    fn hashes(&self, keys: &[&[u8]]) -> Result<Vec<u64>> {
+        hash_keys(&self.keys.decode(keys.iter().copied())?, keys.len())
+    }
+
     fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> Result<()> {
         let times = cast(&self.column(batch, self.key_count)?, &DataType::Int64).map_err(arrow_failed)?;
         let values = self.schema.fields()[self.key_count + 1..]

@@ -158,17 +158,22 @@ impl SideLayout {
     /// The keys and hashes of rows.
     fn places(&self, columns: &[ArrayRef]) -> Result<(Keys, Vec<u64>)> {
         let rows = columns.first().map_or(0, |c| c.len());
-        let compared: Vec<ArrayRef> = self.side.keys.iter().map(|k| columns[*k].clone()).collect();
         let keys = self.codec.encode(columns)?;
+        let hashes = self.hashes_of(columns, &keys.all(rows))?;
+        Ok((keys, hashes))
+    }
+
+    /// The hashes of rows with these columns, whose keys these are.
+    fn hashes_of(&self, columns: &[ArrayRef], keys: &[&[u8]]) -> Result<Vec<u64>> {
+        let compared: Vec<ArrayRef> = self.side.keys.iter().map(|k| columns[*k].clone()).collect();
         let max = u64::from(self.max_parallelism);
-        let hashes = hash_keys(&compared, rows)?.into_iter().enumerate().map(|(row, hash)| {
+        let hashes = hash_keys(&compared, keys.len())?.into_iter().zip(keys).map(|(hash, key)| {
             let mut hasher = DefaultHasher::new();
-            hasher.write(keys.get(row));
+            hasher.write(key);
             let of_row = hasher.finish() >> 1;
             of_row - of_row % max + hash % max
         });
-        let hashes = hashes.collect();
-        Ok((keys, hashes))
+        Ok(hashes.collect())
     }
 
     fn column(&self, batch: &RecordBatch, at: usize) -> Result<ArrayRef> {
@@ -204,6 +209,10 @@ impl Layout for SideLayout {
             found.push(*end, hash, keys.get(row));
         }
         Ok(found)
+    }
+
+    fn hashes(&self, keys: &[&[u8]]) -> Result<Vec<u64>> {
+        self.hashes_of(&self.codec.decode(keys.iter().copied())?, keys)
     }
 
     fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> Result<()> {

@@ -185,6 +185,10 @@ impl Layout for GroupingLayout {
         Ok(found)
     }
 
+    fn hashes(&self, keys: &[&[u8]]) -> Result<Vec<u64>> {
+        hash_keys(&self.codec.decode(keys.iter().copied())?, keys.len())
+    }
+
     fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> Result<()> {
         let mut state = usize::from(self.grouping.windowed) + self.grouping.keys.len();
         for (at, call) in self.grouping.placed() {

@@ -1,5 +1,6 @@
 //! State on the heap that checks, at every snapshot, that what its layout tells of its shape makes the same columns as the layout
-//! does. So every test of results that restores also holds operators to their word.
+//! does, and in every call that keys have the hashes that the layout tells. So every test of results also holds operators to
+//! their word.
 
 use std::{ops::RangeInclusive, sync::Arc};
 
@@ -33,10 +34,12 @@ struct Checked {
 
 impl KeyedState for Checked {
     fn slots(&mut self, namespace: i64, hashes: &[u64], keys: &[&[u8]]) -> Result<Slots> {
+        assert_eq!(self.layout.hashes(keys)?, hashes);
         self.state.slots(namespace, hashes, keys)
     }
 
     fn find(&mut self, namespace: i64, hashes: &[u64], keys: &[&[u8]]) -> Result<Vec<u32>> {
+        assert_eq!(self.layout.hashes(keys)?, hashes);
         self.state.find(namespace, hashes, keys)
     }
 

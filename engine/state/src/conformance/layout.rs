@@ -93,6 +93,11 @@ impl Layout for SuiteLayout {
         Ok(keys)
     }
 
+    fn hashes(&self, keys: &[&[u8]]) -> Result<Vec<u64>> {
+        let hashes = keys.iter().map(|key| number(key).map(hash));
+        hashes.collect::<Option<_>>().ok_or_else(|| Error::abort("a key that is no number"))
+    }
+
     fn fill(&self, batch: &RecordBatch, table: &mut Table, slots: &[u32]) -> Result<()> {
         for (at, name) in self.0.iter().enumerate() {
             let Some(column) = batch.column_by_name(name) else { continue };

@@ -53,8 +53,35 @@ const JOB: &str = include_str!("job.yaml");
 const COMMITTED: usize = 3;
 const UNCOMMITTED: usize = 3;
 
-fn heap() -> Arc<dyn StateBackend> {
-    Arc::new(Heap)
+/// What keeps the state of a set's job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backend {
+    Heap,
+    RocksDb,
+}
+
+impl Backend {
+    /// It, and the folder that it needs as long as it is there.
+    fn open(self) -> (Arc<dyn StateBackend>, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let backend: Arc<dyn StateBackend> = match self {
+            Self::Heap => Arc::new(Heap),
+            Self::RocksDb => {
+                let settings =
+                    Settings { memtable_bytes: 4 << 20, block_cache_bytes: 1 << 20, ..Settings::new(folder.path()) };
+                Arc::new(RocksDb::open(&settings, &Env::system()).unwrap())
+            }
+        };
+        (backend, folder)
+    }
+
+    /// The kind of the shards that its checkpoints consist of.
+    fn kind(self) -> ShardKind {
+        match self {
+            Self::Heap => ShardKind::Keyed,
+            Self::RocksDb => ShardKind::RocksDb,
+        }
+    }
 }
 
 fn plan(manifest: &StreamJob, job: &JobId, topics: &Topics, pauses: u32) -> JobGraph {
@@ -121,16 +148,25 @@ impl Set {
         savepoint.manifest
     }
 
+    /// What kept its state: checkpoints of a back end are taken up by the same.
+    fn backend(&self) -> Backend {
+        let newest = self.log().retained.last().unwrap().manifest.clone();
+        if newest.shards().any(|s| s.kind == ShardKind::RocksDb) { Backend::RocksDb } else { Backend::Heap }
+    }
+
     /// What it ought to hold, and does not.
     fn lacks(&self) -> Vec<String> {
-        let state = self.log();
+        let (state, backend) = (self.log(), self.backend());
         let newest = &state.retained.last().unwrap().manifest;
         let kinds: BTreeSet<&str> = newest.operators.values().map(|o| o.kind.as_str()).collect();
         let shards = |kind: ShardKind| newest.shards().filter(move |s| s.kind == kind && s.rows > 0).count();
-        let keyed = |m: &Manifest, kind: &str| {
+        let keyed = |m: &Manifest, kind: &str, of: ShardKind| {
             let mut operators = m.operators.values().filter(|o| o.kind == kind);
-            operators.any(|o| o.shards.iter().any(|s| s.kind == ShardKind::Keyed && s.rows > 0))
+            operators.any(|o| o.shards.iter().any(|s| s.kind == of && s.rows > 0))
         };
+        // Files that an earlier checkpoint has brought.
+        let path = |path: &str| newest.shards().any(|s| s.path == path);
+        let again = state.retained.iter().rev().skip(1).any(|r| r.manifest.shards().any(|s| path(&s.path)));
         let mut lacks = Vec::new();
         let mut want = |there: bool, what: &str| {
             if !there {
@@ -139,10 +175,13 @@ impl Set {
         };
         let stateful = ["window aggregate", "window join", "deduplicate", "group aggregate"];
         for kind in stateful {
-            want(keyed(newest, kind), &format!("state of a {kind} in the newest checkpoint; there is: {kinds:?}"));
-            want(keyed(&self.savepoint(), kind), &format!("state of a {kind} in the savepoint"));
+            let there = keyed(newest, kind, backend.kind());
+            want(there, &format!("state of a {kind} in the newest checkpoint; there is: {kinds:?}"));
+            want(keyed(&self.savepoint(), kind, ShardKind::Keyed), &format!("state of a {kind} in the savepoint"));
         }
-        want(newest.shards().any(|s| s.kind == ShardKind::Keyed && s.layer > 0), "state in layers");
+        let layers = newest.shards().any(|s| s.kind == ShardKind::Keyed && s.layer > 0);
+        want(layers || backend == Backend::RocksDb, "state in layers");
+        want(again, "files that it has in common with an earlier checkpoint");
         want(shards(ShardKind::Channel) > 0, "rows in flight");
         want(shards(ShardKind::Staged) > 0, "staged output");
         want(newest.operators.values().any(|o| o.splits.iter().any(|s| s.watermark.is_some())), "watermarks");
@@ -172,9 +211,10 @@ fn finished(left: &Left, what: &str) {
 fn checkpoints_of_earlier_versions_are_taken_up_at_any_parallelism() {
     for (name, set) in sets() {
         assert_eq!(set.lacks(), Vec::<String>::new(), "{name}");
+        let (backend, _folder) = set.backend().open();
         for parallelism in 1..=4 {
             let topics = copied(&set.topics);
-            let start = Start { parallelism, ..Start::again(&heap()) };
+            let start = Start { parallelism, ..Start::again(&backend) };
             let left = run(&set.manifest, &start, set.objects.clone(), &topics, |_| false);
             let what = format!("{name} at parallelism {parallelism}");
             finished(&left, &what);
@@ -191,9 +231,10 @@ fn older_checkpoints_of_earlier_versions_are_taken_up_when_they_are_named() {
         let older: Vec<Epoch> =
             state.retained.iter().map(|r| r.manifest.epoch).filter(|e| *e >= state.committed).collect();
         assert!(older.len() > UNCOMMITTED, "{name}: {older:?}");
+        let (backend, _folder) = set.backend().open();
         for epoch in older {
             let topics = copied(&set.topics);
-            let start = Start { restore: Reference::Checkpoint(epoch), ..Start::again(&heap()) };
+            let start = Start { restore: Reference::Checkpoint(epoch), ..Start::again(&backend) };
             let left = run(&set.manifest, &start, set.objects.clone(), &topics, |_| false);
             let ended = matches!(&left.end, End::Ended(Ok(summary)) if summary.progress.restored_from == Some(epoch));
             assert!(ended, "{name}, {epoch}: {:?}; {:?}\n{ADVICE}", left.end, left.warnings);
@@ -208,7 +249,8 @@ fn rows_in_flight_are_refused_in_another_plan_and_nothing_is_written() {
     for (name, mut set) in sets() {
         set.manifest.spec.sql = set.manifest.spec.sql.replace("WHERE n = 1;", "WHERE n = 1 AND amount >= 0;");
         let topics = copied(&set.topics);
-        let left = run(&set.manifest, &Start::again(&heap()), set.objects.clone(), &topics, |_| false);
+        let (backend, _folder) = set.backend().open();
+        let left = run(&set.manifest, &Start::again(&backend), set.objects.clone(), &topics, |_| false);
         let End::Ended(Err(RunError::Storage(error))) = &left.end else { panic!("{name}: {:?}", left.end) };
         let error = error.to_string();
         assert!(error.contains("rows that were on their way between operators"), "{name}: {error}");
@@ -218,14 +260,15 @@ fn rows_in_flight_are_refused_in_another_plan_and_nothing_is_written() {
 }
 
 /// Takes the savepoints up in another job, which has written nothing yet.
-fn in_another_job(parallelisms: std::ops::RangeInclusive<u32>, backend: &Arc<dyn StateBackend>) {
+fn in_another_job(parallelisms: std::ops::RangeInclusive<u32>, backend: Backend) {
+    let (backend, _folder) = backend.open();
     for (name, folder) in set::all(SETS).unwrap() {
         let set = Set::read(&folder);
         let location = folder.join(STORAGE).join("t/job/1/savepoints").join(SAVEPOINT);
         for parallelism in parallelisms.clone() {
             let job = JobId { namespace: "t".into(), name: "other".into(), uid: "2".into() };
             let restore = Reference::Location(location.to_str().unwrap().to_owned());
-            let start = Start { job, parallelism, restore, ..Start::again(backend) };
+            let start = Start { job, parallelism, restore, ..Start::again(&backend) };
             let topics = none();
             let left = run(&set.manifest, &start, Objects::new(), &topics, |_| false);
             let what = format!("the savepoint of {name} at parallelism {parallelism}");
@@ -241,22 +284,20 @@ fn in_another_job(parallelisms: std::ops::RangeInclusive<u32>, backend: &Arc<dyn
 
 #[test]
 fn savepoints_of_earlier_versions_are_taken_up_by_other_jobs() {
-    in_another_job(1..=4, &heap());
+    in_another_job(1..=4, Backend::Heap);
 }
 
 #[test]
 fn savepoints_of_earlier_versions_are_taken_up_by_rocksdb() {
-    let folder = tempfile::tempdir().unwrap();
-    let settings = Settings { memtable_bytes: 4 << 20, block_cache_bytes: 1 << 20, ..Settings::new(folder.path()) };
-    let backend: Arc<dyn StateBackend> = Arc::new(RocksDb::open(&settings, &Env::system()).unwrap());
-    in_another_job(1..=3, &backend);
+    in_another_job(1..=3, Backend::RocksDb);
 }
 
 #[test]
 fn a_run_without_a_restore_has_the_same_answer() {
     for (name, set) in sets() {
         let topics = none();
-        let left = run(&set.manifest, &Start::again(&heap()), Objects::new(), &topics, |_| false);
+        let (backend, _folder) = set.backend().open();
+        let left = run(&set.manifest, &Start::again(&backend), Objects::new(), &topics, |_| false);
         finished(&left, &name);
         assert_eq!(answer::faults(&lines(&topics, None)), "", "{name}");
     }
@@ -265,11 +306,13 @@ fn a_run_without_a_restore_has_the_same_answer() {
 /// Runs the new set's job from nothing, until `gone` says so of its checkpoints, completed and committed.
 fn cut_off(
     manifest: &StreamJob,
+    backend: Backend,
     interval: Duration,
     topics: &Topics,
     mut gone: impl FnMut(&mut Reins, usize, usize) -> bool,
 ) -> Objects {
-    let start = Start { interval, pauses: 40, lag: 4, process: 1, ..Start::again(&heap()) };
+    let (backend, _folder) = backend.open();
+    let start = Start { interval, pauses: 40, lag: 4, process: 1, ..Start::again(&backend) };
     let mut seen = 0;
     let left = run(manifest, &start, Objects::new(), topics, |reins| {
         let objects = reins.storage.objects();
@@ -286,9 +329,9 @@ fn cut_off(
 }
 
 /// What the job has left when it is cut off; and a savepoint of another life of it.
-fn made(manifest: &StreamJob, interval: Duration) -> Set {
+fn made(manifest: &StreamJob, backend: Backend, interval: Duration) -> Set {
     let (at_savepoint, mut asked) = (none(), false);
-    let saving = cut_off(manifest, interval, &at_savepoint, |reins, completed, _| {
+    let saving = cut_off(manifest, backend, interval, &at_savepoint, |reins, completed, _| {
         if completed >= COMMITTED && !asked {
             reins.savepoint(SAVEPOINT);
             asked = true;
@@ -296,7 +339,7 @@ fn made(manifest: &StreamJob, interval: Duration) -> Set {
         reins.storage.objects().contains_key(&savepoint_manifest())
     });
     let topics = none();
-    let mut objects = cut_off(manifest, interval, &topics, |_, completed, committed| {
+    let mut objects = cut_off(manifest, backend, interval, &topics, |_, completed, committed| {
         let enough = committed >= COMMITTED;
         topics.values().for_each(|topic| topic.lock().out_of_reach = enough);
         enough && completed >= committed + UNCOMMITTED
@@ -312,8 +355,18 @@ fn json_of(topics: &Topics) -> serde_json::Value {
 }
 
 #[test]
-#[ignore = "writes a new set, named by FLOODMARK_GOLDEN, when the state of operators has changed on purpose"]
+#[ignore = "writes a new set, named by FLOODMARK_GOLDEN, when the state of operators or the heap has changed on purpose"]
 fn write_a_golden_set() {
+    write_set(Backend::Heap);
+}
+
+#[test]
+#[ignore = "writes a new set, named by FLOODMARK_GOLDEN, when what RocksDB's files hold has changed on purpose"]
+fn write_a_golden_set_of_rocksdb() {
+    write_set(Backend::RocksDb);
+}
+
+fn write_set(backend: Backend) {
     let name = std::env::var("FLOODMARK_GOLDEN").expect("FLOODMARK_GOLDEN names the set");
     let folder = set::new(SETS, &name).unwrap();
     let manifest = StreamJob::from_yaml(JOB, MANIFEST).unwrap();
@@ -321,7 +374,7 @@ fn write_a_golden_set() {
     // Where checkpoints fall decides what is in them.
     let intervals = (20..80).map(|n| Duration::from_micros(1_000 * n));
     let lacking = |interval: Duration| {
-        let set = made(&manifest, interval);
+        let set = made(&manifest, backend, interval);
         let lacks = set.lacks();
         eprintln!("a checkpoint every {interval:?} lacks {lacks:?}");
         (set, lacks)
