@@ -59,6 +59,11 @@ impl SinkFactory for Sink {
             CheckpointMode::AtLeastOnce | CheckpointMode::Disabled => Ok(None),
         }
     }
+
+    fn visible(&self, index: u32, history: &str) -> Result<Option<Epoch>> {
+        self.process.look_up()?;
+        Ok(self.process.world.broker().marker_of(&(self.uid.clone(), index), history))
+    }
 }
 
 /// A line per row: its columns as numbers, times as milliseconds.

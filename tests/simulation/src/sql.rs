@@ -14,7 +14,7 @@ use floodmark_dataflow::{
     sink::{Committer, SinkFactory, SinkNode},
     source::{Source, SourceFactory},
 };
-use floodmark_snapshot::{Error, JobId, Result, SplitState};
+use floodmark_snapshot::{Epoch, Error, JobId, Result, SplitState};
 use floodmark_sql::PlanOptions;
 
 use crate::{
@@ -209,6 +209,10 @@ impl SinkFactory for Placeholder {
     }
 
     fn committer(&self, _: u32, _: &str) -> Result<Option<Box<dyn Committer>>> {
+        unbound()
+    }
+
+    fn visible(&self, _: u32, _: &str) -> Result<Option<Epoch>> {
         unbound()
     }
 }
