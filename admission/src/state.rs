@@ -7,7 +7,7 @@ use floodmark_dataflow::takers;
 use floodmark_snapshot::{
     Disposition, Epoch, Error, Manifest,
     log::LogState,
-    restore::{self, Fate, Found, Line, Origin, Reference, StartId, StatePlan, Taker},
+    restore::{self, Fate, Found, Line, Origin, Reference, StartId, StatePlan, Taker, Visible},
     storage::{self, Storage},
 };
 
@@ -208,7 +208,7 @@ impl Start {
             return Verdict::refused(error.to_string());
         }
         let spec = &planned.manifest.spec;
-        let manifest = if found.own { (**original).clone() } else { found.adopted_as(next) };
+        let manifest = if found.own { (**original).clone() } else { found.adopted_as(next, &Visible::new()) };
         let (fingerprint, max_parallelism) = (&planned.graph.fingerprint, spec.max_parallelism);
         let mut plan = StatePlan::new(&manifest, takers, fingerprint, max_parallelism, committed);
         plan.snapshot = format!("checkpoint {} of {}", original.epoch, original.job);

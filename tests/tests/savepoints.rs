@@ -245,14 +245,28 @@ fn a_restore_names_a_checkpoint_by_number_or_location_or_says_what_there_is() ->
     // Retention removes the entry with the checkpoint that it names.
     ensure!(first.log()?.entries.iter().any(|(_, e)| e["event"]["type"] == "restored" && e["event"]["epoch"] == epoch));
     until_checkpoints(&first, &mut run, epoch + 2)?;
-    // In order: one that is killed may have made output visible that its log does not tell another job of.
-    run.signal(Signal::SIGTERM)?;
-    run.wait(PATIENCE)?.ok("stopped")?;
+    run.kill()?;
     // The rest under another name, from the location of a checkpoint.
     let newest = first.log()?;
     let (entry, _) = newest.completed().next_back().context("no checkpoint")?;
     let second = other(folder.path(), "second", &entry.display().to_string())?;
     finish(&second)?;
+    check_all(folder.path())
+}
+
+#[test]
+fn what_a_killed_job_has_made_visible_is_not_written_again_by_the_one_that_takes_over() -> Result<()> {
+    let folder = scratch::folder("job-")?;
+    let first = job(folder.path(), "first")?;
+    let run = first.start_with(Some("after-transaction:+2"))?;
+    let ended = run.wait(PATIENCE)?;
+    ensure!(ended.signal == Some(Signal::SIGKILL as i32), "the job did not die: {:?}", ended.signal);
+    let log = first.log()?;
+    ensure!(log.last_committed() < log.last_epoch(), "its log knows of all output: the test proves nothing");
+    let written = lines_of(&folder.path().join("busy"))?.len();
+    let second = other(folder.path(), "second", &first.checkpoint_folder().display().to_string())?;
+    finish(&second)?;
+    ensure!(lines_of(&folder.path().join("busy"))?.len() > written);
     check_all(folder.path())
 }
 

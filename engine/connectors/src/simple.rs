@@ -14,7 +14,7 @@ use floodmark_dataflow::{
     sink::{Committer, SinkFactory, SinkNode},
     source::SourceFactory,
 };
-use floodmark_snapshot::{Error, Result};
+use floodmark_snapshot::{Epoch, Error, Result};
 
 use crate::options::Options;
 
@@ -81,6 +81,10 @@ impl SinkFactory for Plain {
     }
 
     fn committer(&self, _: u32, _: &str) -> Result<Option<Box<dyn Committer>>> {
+        Ok(None)
+    }
+
+    fn visible(&self, _: u32, _: &str) -> Result<Option<Epoch>> {
         Ok(None)
     }
 }

@@ -395,6 +395,27 @@ fn a_successor_learns_from_the_marker_what_is_committed() {
 }
 
 #[test]
+fn another_job_learns_from_the_marker_what_is_committed() {
+    let topic = "others-marker";
+    broker().create_topic(topic, 1, &[]).unwrap();
+    let of = |prefix: &str| {
+        let options = [("sink.commit-topic", "others-commits"), ("sink.transactional-id-prefix", prefix)];
+        sink(&broker().bootstrap(), topic, &[], &options, Guarantee::ExactlyOnce).unwrap()
+    };
+    let (sink, other) = (of("first"), of("second"));
+    let mut first = sink.committer(1, "of others").unwrap().unwrap();
+    first.open().unwrap();
+    first.commit(Epoch(3), &stage(&sink, vec![rows(0..10)]), &|_| {}).unwrap();
+    first.commit(Epoch(7), &stage(&sink, vec![rows(10..20)]), &|_| {}).unwrap();
+    let visible = |index, history| other.visible(index, history).unwrap();
+    assert_eq!(visible(1, "of others"), Some(Epoch(7)));
+    assert_eq!((visible(0, "of others"), visible(1, "of nobody")), (None, None));
+    // Who asks takes nothing over.
+    first.commit(Epoch(8), &stage(&sink, vec![rows(20..30)]), &|_| {}).unwrap();
+    assert_eq!((visible(1, "of others"), output(broker(), topic)), (Some(Epoch(8)), is(0..30)));
+}
+
+#[test]
 fn a_zombie_in_its_transaction_is_fenced_and_its_records_are_never_seen() {
     let topic = "zombie";
     broker().create_topic(topic, 1, &[]).unwrap();

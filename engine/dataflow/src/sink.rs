@@ -44,6 +44,12 @@ pub trait SinkFactory: Send + Sync {
     /// `history` names the checkpoint log that the epochs belong to. A marker of another history (the user has removed the
     /// job's storage, and epochs count from 1 again) counts for nothing.
     fn committer(&self, index: u32, history: &str) -> Result<Option<Box<dyn Committer>>>;
+
+    /// Up to which epoch the output is visible that subtask `index` of this sink has staged in another job, whose checkpoint
+    /// log is `history`; `None` if none of it is, or nothing is ever staged. A job that takes over a checkpoint of that one
+    /// asks: what the other has made visible, and did not live to say in its log, must not be written again. Changes nothing.
+    /// Blocking; bounded in time.
+    fn visible(&self, index: u32, history: &str) -> Result<Option<Epoch>>;
 }
 
 /// A sink as it stands at the end of a task's chain.

@@ -296,6 +296,10 @@ impl SinkFactory for TopicSink {
     fn committer(&self, index: u32, history: &str) -> Result<Option<Box<dyn Committer>>> {
         Ok(Some(Box::new(Writer { topic: self.0.clone(), index, history: history.to_owned() })))
     }
+
+    fn visible(&self, index: u32, history: &str) -> Result<Option<Epoch>> {
+        Ok(self.0.lock().markers.get(&(history.to_owned(), index)).copied())
+    }
 }
 
 /// Stages a line per row.

@@ -14,7 +14,7 @@ use floodmark_snapshot::{
     Attempt, Disposition, Env, Epoch, Error, Generation, Manifest, OperatorUid, Result, SplitState,
     log::{self, CheckpointLog, Event, JobFolder, LogState},
     manifest::Rescaled,
-    restore::{self, Candidate, Origin, Reference, Rejected, Scope, StatePlan},
+    restore::{self, Candidate, Found, Origin, Reference, Rejected, Scope, StatePlan, Visible},
     storage,
 };
 
@@ -240,12 +240,29 @@ impl Starter<'_> {
             let note = Event::Restored { epoch: Some(epoch), asked: Some(asked) };
             (Candidate { snapshot: found.snapshot, owned }, note)
         } else {
-            let manifest = found.adopted_as(state.last_epoch.next());
+            let manifest = found.adopted_as(state.last_epoch.next(), &self.visible(&found).await?);
             let snapshot = found.snapshot.with_manifest(manifest.clone());
             let note = Event::Adopted { from: snapshot.location(), asked, manifest: Box::new(manifest) };
             (Candidate { snapshot, owned: false }, note)
         };
         Ok(Choice { candidates: vec![candidate], note: Some(note), fall_back: false })
+    }
+
+    /// What the sinks know to be visible of the output that another job's checkpoint holds.
+    async fn visible(&self, found: &Found) -> Result<Visible> {
+        let (spec, staging, history) = (self.spec.clone(), found.staging(), found.history.clone());
+        let ask = move || {
+            let mut visible = Visible::new();
+            for (_, node) in spec.graph.nodes() {
+                let NodeKind::Sink(sink) = &node.node else { continue };
+                for (uid, index) in staging.iter().filter(|(uid, _)| *uid == node.uid) {
+                    let epoch = sink.visible(*index, &history).map_err(|e| e.context(uid))?;
+                    visible.extend(epoch.map(|epoch| ((uid.clone(), *index), epoch)));
+                }
+            }
+            Ok(visible)
+        };
+        self.env.blocking("a connector", ask).await?
     }
 
     fn nothing_intact(&self, rejected: &[restore::Rejected]) -> Option<Error> {

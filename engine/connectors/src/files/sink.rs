@@ -58,15 +58,31 @@ impl SinkFactory for FilesSink {
         if !self.exactly_once {
             return Ok(None);
         }
-        // The end of a ULID is its random part.
-        let history = &history[history.len().saturating_sub(HISTORY_CHARS)..];
         Ok(Some(Box::new(Publish {
             storage: storage::open(&self.path)?,
             runtime: blocking()?,
-            name: format!("part-{history}-{index:04}"),
+            name: part(history, index),
             ending: self.format.ending(),
         })))
     }
+
+    fn visible(&self, index: u32, history: &str) -> Result<Option<Epoch>> {
+        if !self.exactly_once {
+            return Ok(None);
+        }
+        let (storage, name) = (storage::open(&self.path)?, part(history, index));
+        let files = blocking()?.block_on(storage.list("", Some(&name)))?;
+        let epoch =
+            |path: &str| path.strip_prefix(&name)?.strip_prefix('-')?.split('.').next()?.parse().ok().map(Epoch);
+        Ok(files.iter().map_while(|file| epoch(&file.path)).last())
+    }
+}
+
+/// How the names of a subtask's files begin; behind it comes the epoch.
+fn part(history: &str, index: u32) -> String {
+    // The end of a ULID is its random part.
+    let history = &history[history.len().saturating_sub(HISTORY_CHARS)..];
+    format!("part-{history}-{index:04}")
 }
 
 /// The sink's operator: gathers encoded lines.

@@ -9,7 +9,7 @@
 //! *anybody*. So the read waits until that bound has passed the end that the topic had after the fencing: reading less could
 //! miss the own marker, and repeat a commit.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use floodmark_dataflow::sink::Committer;
@@ -40,41 +40,57 @@ const PAUSE: Duration = Duration::from_millis(20);
 const MARKER_PARTITION: i32 = 0;
 const REPLICAS_MAX: usize = 3;
 
-pub(super) struct KafkaCommitter {
-    pub(super) cluster: Cluster,
-    pub(super) topic: String,
-    pub(super) id: String,
-    pub(super) commit_topic: String,
-    pub(super) history: String,
-    pub(super) timeout: Duration,
-    pub(super) env: Env,
-    producer: Option<BaseProducer<Watch>>,
-    /// The last marker of this id and history below `read_to`.
-    marker: Option<Epoch>,
+/// Whose markers are meant.
+pub(super) enum Whose {
+    /// Those of this transactional id.
+    Id(String),
+    /// Those of the id that ends so.
+    IdEnding(String),
+}
+
+impl Whose {
+    fn is(&self, id: &[u8]) -> bool {
+        match self {
+            Self::Id(own) => id == own.as_bytes(),
+            Self::IdEnding(end) => id.ends_with(end.as_bytes()),
+        }
+    }
+}
+
+impl fmt::Display for Whose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => write!(f, "'{id}'"),
+            Self::IdEnding(end) => write!(f, "'…{end}'"),
+        }
+    }
+}
+
+/// The markers of one committer in their topic.
+pub(super) struct Markers {
+    cluster: Cluster,
+    topic: String,
+    whose: Whose,
+    history: String,
+    env: Env,
+    /// The last one of this history below `read_to`.
+    pub(super) newest: Option<Epoch>,
     read_to: i64,
 }
 
-impl KafkaCommitter {
-    pub(super) fn new(
-        cluster: Cluster,
-        topic: String,
-        id: String,
-        commit_topic: String,
-        history: String,
-        timeout: Duration,
-    ) -> Self {
-        let env = Env::system();
-        Self { cluster, topic, id, commit_topic, history, timeout, env, producer: None, marker: None, read_to: 0 }
+impl Markers {
+    pub(super) fn new(cluster: Cluster, topic: String, whose: Whose, history: String) -> Self {
+        Self { cluster, topic, whose, history, env: Env::system(), newest: None, read_to: 0 }
     }
 
-    /// Reads on to the end that the marker topic has now.
-    fn read_markers(&mut self) -> Result<()> {
-        let what = format!("read the commit marker of '{}' in topic '{}'", self.id, self.commit_topic);
-        let end = Lookup::new(&self.cluster, "read_uncommitted")?.offsets(&self.commit_topic, MARKER_PARTITION)?.1;
+    /// Reads on to the end that the topic has now.
+    pub(super) fn read(&mut self) -> Result<()> {
+        let what = format!("read the commit marker of {} in topic '{}'", self.whose, self.topic);
+        let end = Lookup::new(&self.cluster, "read_uncommitted")?.offsets(&self.topic, MARKER_PARTITION)?.1;
         let until = self.env.clock.monotonic() + MARKERS_MAX;
         let committed = Lookup::new(&self.cluster, "read_committed")?;
         let low = loop {
-            let (low, stable) = committed.offsets(&self.commit_topic, MARKER_PARTITION)?;
+            let (low, stable) = committed.offsets(&self.topic, MARKER_PARTITION)?;
             if stable >= end {
                 break low;
             }
@@ -106,7 +122,7 @@ impl KafkaCommitter {
         let consumer: BaseConsumer<Watch> = self.cluster.config(&defaults, &fixed)?.create(what)?;
         let mut assignment = TopicPartitionList::new();
         assignment
-            .add_partition_offset(&self.commit_topic, MARKER_PARTITION, Offset::Offset(from))
+            .add_partition_offset(&self.topic, MARKER_PARTITION, Offset::Offset(from))
             .and_then(|()| consumer.assign(&assignment))
             .map_err(|e| failed(what, &e))?;
         let read = self.follow(&consumer, what, end);
@@ -122,7 +138,7 @@ impl KafkaCommitter {
             match consumer.poll(PAUSE) {
                 Some(Ok(message)) => {
                     until = self.env.clock.monotonic() + MARKERS_MAX;
-                    if message.key() == Some(self.id.as_bytes()) {
+                    if message.key().is_some_and(|id| self.whose.is(id)) {
                         self.found(message.payload().unwrap_or_default());
                     }
                     if message.offset() + 1 >= end {
@@ -143,19 +159,36 @@ impl KafkaCommitter {
     fn found(&mut self, marker: &[u8]) {
         let marker: Value = serde_json::from_slice(marker).unwrap_or_default();
         if marker["history"].as_str() == Some(self.history.as_str()) {
-            self.marker = marker["epoch"].as_u64().map(Epoch);
+            self.newest = marker["epoch"].as_u64().map(Epoch);
         }
     }
+}
 
+/// See the header of this file.
+pub(super) struct KafkaCommitter {
+    pub(super) topic: String,
+    /// Its transactional id.
+    pub(super) id: String,
+    pub(super) timeout: Duration,
+    /// Those of its id.
+    pub(super) markers: Markers,
+    /// `None` as long as it is not open.
+    pub(super) producer: Option<BaseProducer<Watch>>,
+}
+
+impl KafkaCommitter {
     fn write(&self, producer: &BaseProducer<Watch>, epoch: Epoch, staged: &[Bytes], until: Duration) -> Result<()> {
         let wrong = |error: &KafkaError| judged(producer, &format!("write to topic '{}'", self.topic), error);
         for file in staged {
-            unstage(file, |record| send(producer, &self.topic, None, record, &self.env, until).map_err(|e| wrong(&e)))?;
+            unstage(file, |record| {
+                send(producer, &self.topic, None, record, &self.markers.env, until).map_err(|e| wrong(&e))
+            })?;
         }
-        let marker = json!({ "epoch": epoch, "history": self.history }).to_string();
+        let marker = json!({ "epoch": epoch, "history": self.markers.history }).to_string();
         let marker = (Some(self.id.as_bytes()), Some(marker.as_bytes()));
-        send(producer, &self.commit_topic, Some(MARKER_PARTITION), marker, &self.env, until).map_err(|e| wrong(&e))?;
-        settle(producer, &self.env, until).map_err(|e| wrong(&e))
+        send(producer, &self.markers.topic, Some(MARKER_PARTITION), marker, &self.markers.env, until)
+            .map_err(|e| wrong(&e))?;
+        settle(producer, &self.markers.env, until).map_err(|e| wrong(&e))
     }
 
     fn transaction(
@@ -165,7 +198,7 @@ impl KafkaCommitter {
         staged: &[Bytes],
         step: &dyn Fn(Step),
     ) -> Result<()> {
-        let start = self.env.clock.monotonic();
+        let start = self.markers.env.clock.monotonic();
         step(Step::BeforeTransaction);
         let result = producer
             .begin_transaction()
@@ -173,7 +206,7 @@ impl KafkaCommitter {
             .and_then(|()| self.write(producer, epoch, staged, start + self.timeout))
             .and_then(|()| {
                 step(Step::InTransaction);
-                let left = (start + self.timeout).saturating_sub(self.env.clock.monotonic()).max(OPEN_MAX);
+                let left = (start + self.timeout).saturating_sub(self.markers.env.clock.monotonic()).max(OPEN_MAX);
                 let commit = producer.commit_transaction(left);
                 commit.map_err(|e| judged(producer, &format!("commit epoch {epoch}"), &e))
             });
@@ -181,7 +214,7 @@ impl KafkaCommitter {
             step(Step::AfterTransaction);
         }
         // A broker ends a transaction that takes too long in the way it fences: then nobody newer need be there.
-        let slow = self.env.clock.monotonic().saturating_sub(start) >= self.timeout;
+        let slow = self.markers.env.clock.monotonic().saturating_sub(start) >= self.timeout;
         result.map_err(|error| match error.disposition() {
             floodmark_snapshot::Disposition::Fenced if slow => Error::retry(format!(
                 "the transaction of epoch {epoch} took longer than {} s (option 'sink.transaction-timeout'): {error}",
@@ -196,18 +229,18 @@ impl Committer for KafkaCommitter {
     fn open(&mut self) -> Result<Option<Epoch>> {
         // Whatever the last producer left open is aborted by the next.
         self.producer = None;
-        ensure_commit_topic(&self.cluster, &self.commit_topic)?;
+        ensure_commit_topic(&self.markers.cluster, &self.markers.topic)?;
         let timeout = self.timeout.as_millis().to_string();
         let fixed = [("transactional.id", self.id.as_str()), ("transaction.timeout.ms", timeout.as_str())];
-        let producer = producer(&self.cluster, &fixed)?;
+        let producer = producer(&self.markers.cluster, &fixed)?;
         if let Err(error) = producer.init_transactions(OPEN_MAX) {
-            let what = format!("take over transactional id '{}' at {}", self.id, self.cluster.servers());
+            let what = format!("take over transactional id '{}' at {}", self.id, self.markers.cluster.servers());
             // Two that open at once fence each other: only a transaction that is refused proves that somebody is newer.
             return Err(failed(what, &error));
         }
-        self.read_markers()?;
+        self.markers.read()?;
         self.producer = Some(producer);
-        Ok(self.marker)
+        Ok(self.markers.newest)
     }
 
     fn commit(&mut self, epoch: Epoch, staged: &[Bytes], step: &dyn Fn(Step)) -> Result<()> {

@@ -10,13 +10,13 @@ use floodmark_dataflow::{
     metrics::add,
     sink::{Committer, SinkFactory},
 };
-use floodmark_snapshot::{Error, Result, ShardKind};
+use floodmark_snapshot::{Epoch, Error, Result, ShardKind};
 use rdkafka::producer::{BaseProducer, Producer};
 
 use super::{
     client::{Lookup, Watch, failed},
     cluster::Cluster,
-    committer::{KafkaCommitter, check_commit_topic, ensure_commit_topic},
+    committer::{KafkaCommitter, Markers, Whose, check_commit_topic, ensure_commit_topic},
     produce::{producer, send, settle},
     record::{Encoder, Records, stage},
 };
@@ -41,8 +41,9 @@ pub(super) struct KafkaSink {
 }
 
 struct ExactlyOnce {
-    /// Transactional ids are this, a dot, and the subtask.
-    id: String,
+    /// Transactional ids begin with this, and end with the [`identity`] of their subtask.
+    prefix: String,
+    table: String,
     commit_topic: String,
     timeout: Duration,
 }
@@ -140,7 +141,8 @@ fn exactly_once(
     let prefix = prefix.unwrap_or_else(|| format!("floodmark.{}.{}.{}", job.namespace, job.name, job.uid));
     let timeout = options.duration("sink.transaction-timeout")?.unwrap_or(TRANSACTION_TIMEOUT);
     Ok(wanted.then(|| ExactlyOnce {
-        id: format!("{prefix}.{}", table.name),
+        prefix,
+        table: table.name.clone(),
         commit_topic: options.text("sink.commit-topic").unwrap_or(COMMIT_TOPIC).to_owned(),
         timeout,
     }))
@@ -171,16 +173,28 @@ impl SinkFactory for KafkaSink {
     }
 
     fn committer(&self, index: u32, history: &str) -> Result<Option<Box<dyn Committer>>> {
-        let Some(ExactlyOnce { id, commit_topic, timeout }) = &self.exactly_once else { return Ok(None) };
-        Ok(Some(Box::new(KafkaCommitter::new(
-            self.cluster.clone(),
-            self.topic.clone(),
-            format!("{id}.{index}"),
-            commit_topic.clone(),
-            history.to_owned(),
-            *timeout,
-        ))))
+        let Some(ExactlyOnce { prefix, table, commit_topic, timeout }) = &self.exactly_once else { return Ok(None) };
+        let id = format!("{prefix}{}", identity(table, index));
+        let whose = Whose::Id(id.clone());
+        let markers = Markers::new(self.cluster.clone(), commit_topic.clone(), whose, history.to_owned());
+        let (topic, timeout) = (self.topic.clone(), *timeout);
+        Ok(Some(Box::new(KafkaCommitter { topic, id, timeout, markers, producer: None })))
     }
+
+    fn visible(&self, index: u32, history: &str) -> Result<Option<Epoch>> {
+        let Some(ExactlyOnce { table, commit_topic, .. }) = &self.exactly_once else { return Ok(None) };
+        ensure_commit_topic(&self.cluster, commit_topic)?;
+        // By whatever prefix that job goes.
+        let whose = Whose::IdEnding(identity(table, index));
+        let mut markers = Markers::new(self.cluster.clone(), commit_topic.clone(), whose, history.to_owned());
+        markers.read()?;
+        Ok(markers.newest)
+    }
+}
+
+/// The end of a transactional id: which subtask of which table.
+fn identity(table: &str, index: u32) -> String {
+    format!(".{table}.{index}")
 }
 
 /// The exactly-once sink's operator: keeps encoded records until the barrier takes them.

@@ -13,7 +13,7 @@ use std::{fmt::Write as _, sync::Arc};
 pub use self::{
     origin::{Origin, StartId},
     plan::{Fate, Line, StatePlan, Taker},
-    reference::{Found, Reference, Scope, at, find, located},
+    reference::{Found, Reference, Scope, Visible, at, find, located},
     source::Snapshot,
 };
 use crate::{
@@ -54,7 +54,7 @@ pub fn candidates(storage: &Arc<dyn Storage>, job: &JobId, state: &LogState) -> 
             return Err(Error::abort(format!("it belongs to job {}, not to {job}", manifest.job)));
         }
         check_format(manifest)?;
-        let found = reference::own_checkpoint(storage, &folder, retained, state.committed)?;
+        let found = reference::own_checkpoint(storage, &folder, retained, state)?;
         Ok(Candidate { snapshot: found.snapshot, owned })
     };
     let named = |r: &Retained| candidate(r).map_err(|e| e.context(format!("restore checkpoint {}", r.manifest.epoch)));
@@ -242,7 +242,7 @@ mod tests {
         let found = at(moved.to_str().unwrap()).await.unwrap();
         assert!(found.snapshot.verify().await.unwrap().is_empty());
         assert_eq!(found.snapshot.manifest.shards().count(), 1, "what was staged is visible, and not in it");
-        assert_eq!(found.adopted_as(Epoch(12)).epoch, Epoch(12));
+        assert_eq!(found.adopted_as(Epoch(12), &Visible::new()).epoch, Epoch(12));
         for name in ["7.state", savepoint::MANIFEST_FILE] {
             let path = moved.join(name);
             let mut bytes = std::fs::read(&path).unwrap();
@@ -341,10 +341,22 @@ mod tests {
         let mut retained = checkpoint(&*storage, 9).await;
         let operator = retained.manifest.operators.values_mut().next().unwrap();
         let staged = |epoch| Shard { epoch: Some(Epoch(epoch)), ..Shard::new(format!("{epoch}"), ShardKind::Staged) };
-        operator.shards.extend([staged(8), staged(9)]);
+        let of = |shard: Shard, subtask| Shard { subtask, ..shard };
+        operator.shards.extend([staged(7), staged(8), staged(9), of(staged(9), 1)]);
+        let uid = retained.manifest.operators.keys().next().unwrap().clone();
         let snapshot = Snapshot::new(retained.manifest.into(), storage, "");
-        let adopted = Found { snapshot, own: false, committed: Epoch(8) }.adopted_as(Epoch(3));
-        let left: Vec<_> = adopted.shards().filter(|s| s.kind == ShardKind::Staged).collect();
-        assert_eq!((left.len(), left[0].path.as_str(), left[0].epoch), (1, "9", Some(Epoch(3))));
+        let found = Found { snapshot, own: false, committed: Epoch(7), history: "h".into() };
+        assert_eq!(found.staging(), [(uid.clone(), 0), (uid.clone(), 1)].into());
+        let left = |visible: &Visible| {
+            let adopted = found.adopted_as(Epoch(3), visible);
+            let staged: Vec<_> = adopted.shards().filter(|s| s.kind == ShardKind::Staged).cloned().collect();
+            assert!(staged.iter().all(|s| s.epoch == Some(Epoch(3))));
+            staged.into_iter().map(|s| (s.path, s.subtask)).collect::<Vec<_>>()
+        };
+        assert_eq!(left(&Visible::new()), [("8".to_owned(), 0), ("9".to_owned(), 0), ("9".to_owned(), 1)]);
+        // Its log does not say so, but what it wrote does.
+        assert_eq!(left(&[((uid.clone(), 0), Epoch(8))].into()), [("9".to_owned(), 0), ("9".to_owned(), 1)]);
+        assert_eq!(left(&[((uid.clone(), 0), Epoch(9))].into()), [("9".to_owned(), 1)]);
+        assert_eq!(left(&[((uid, 1), Epoch(6))].into()).len(), 3, "less than the log says");
     }
 }

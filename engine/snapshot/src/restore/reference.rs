@@ -1,11 +1,17 @@
 //! How people name a snapshot, and how it is found: `latest`, `7`, the name of a savepoint, or a location.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    str::FromStr,
+    sync::Arc,
+};
 
 use super::Snapshot;
 use crate::{
-    Epoch, Error, JobId, Manifest, Result, ShardKind,
+    Epoch, Error, JobId, Manifest, OperatorUid, Result, Shard, ShardKind,
     log::{self, Event, JobFolder, LogState, Retained},
+    manifest::OperatorSnapshot,
     savepoint,
     storage::{self, Storage},
 };
@@ -70,6 +76,9 @@ impl fmt::Display for Reference {
     }
 }
 
+/// Up to which epoch of another job what its sinks' subtasks have staged is visible, whatever its log says.
+pub type Visible = BTreeMap<(OperatorUid, u32), Epoch>;
+
 /// A snapshot that was found under a name.
 #[derive(Clone, Debug)]
 pub struct Found {
@@ -79,19 +88,35 @@ pub struct Found {
     pub own: bool,
     /// Output staged up to here is visible already, by the log that the snapshot comes from.
     pub committed: Epoch,
+    /// That log: see [`LogState::history`].
+    pub history: String,
 }
 
 impl Found {
+    /// The subtasks of sinks whose output the log does not say to be visible.
+    #[must_use]
+    pub fn staging(&self) -> BTreeSet<(OperatorUid, u32)> {
+        let manifest = &self.snapshot.manifest;
+        let staged = |s: &&Shard| s.kind == ShardKind::Staged && s.epoch.unwrap_or(manifest.epoch) > self.committed;
+        let of = |(uid, operator): (&OperatorUid, &OperatorSnapshot)| {
+            operator.shards.iter().filter(staged).map(|s| (uid.clone(), s.subtask)).collect::<Vec<_>>()
+        };
+        manifest.operators.iter().flat_map(of).collect()
+    }
+
     /// The manifest under which a job takes the snapshot over that is not its own: with an epoch of the job's, and without
     /// the output that is visible already. What is left is staged anew under that epoch, so that the job's own markers decide
     /// whether it must still be written.
     #[must_use]
-    pub fn adopted_as(&self, epoch: Epoch) -> Manifest {
+    pub fn adopted_as(&self, epoch: Epoch, visible: &Visible) -> Manifest {
         let mut manifest = (*self.snapshot.manifest).clone();
         manifest.epoch = epoch;
-        for operator in manifest.operators.values_mut() {
-            let visible = |e: Option<Epoch>| e.unwrap_or(self.snapshot.manifest.epoch) <= self.committed;
-            operator.shards.retain(|s| s.kind != ShardKind::Staged || !visible(s.epoch));
+        for (uid, operator) in &mut manifest.operators {
+            let visible = |s: &Shard| {
+                let known = visible.get(&(uid.clone(), s.subtask)).copied().unwrap_or_default();
+                s.epoch.unwrap_or(self.snapshot.manifest.epoch) <= known.max(self.committed)
+            };
+            operator.shards.retain(|s| s.kind != ShardKind::Staged || !visible(s));
             for shard in operator.shards.iter_mut().filter(|s| s.kind == ShardKind::Staged) {
                 shard.epoch = Some(epoch);
             }
@@ -118,7 +143,7 @@ pub struct Scope<'a> {
 pub async fn find(reference: &Reference, scope: Scope<'_>) -> Result<Found> {
     let Scope { storage, job, state } = scope;
     let folder = JobFolder::of(job);
-    let own = |retained: &Retained| own_checkpoint(storage, &folder, retained, state.committed);
+    let own = |retained: &Retained| own_checkpoint(storage, &folder, retained, state);
     match reference {
         Reference::Nothing => Err(Error::abort("'none' names no snapshot")),
         Reference::Latest => match state.retained.last() {
@@ -186,6 +211,7 @@ async fn within(storage: Arc<dyn Storage>, path: &str, location: &str) -> Result
         snapshot: Snapshot::new(Arc::new(manifest), storage.clone(), folder),
         own: false,
         committed: state.committed,
+        history: state.history.clone(),
     };
     if entry_of.is_some() {
         let bytes = storage.get(path).await?.ok_or_else(|| Error::abort(format!("there is no {location}")))?;
@@ -216,7 +242,7 @@ async fn within(storage: Arc<dyn Storage>, path: &str, location: &str) -> Result
 /// A savepoint: whatever its job staged is visible, and not in it.
 fn exported(storage: Arc<dyn Storage>, root: String, manifest: Manifest) -> Found {
     let committed = manifest.epoch;
-    Found { snapshot: Snapshot::new(Arc::new(manifest), storage, root), own: false, committed }
+    Found { snapshot: Snapshot::new(Arc::new(manifest), storage, root), own: false, committed, history: String::new() }
 }
 
 /// The folder of the storage that a location names, if it is in that storage.
@@ -244,14 +270,14 @@ pub(super) fn own_checkpoint(
     storage: &Arc<dyn Storage>,
     folder: &JobFolder,
     retained: &Retained,
-    committed: Epoch,
+    state: &LogState,
 ) -> Result<Found> {
     let manifest = Arc::new(retained.manifest.clone());
     let snapshot = match &retained.from {
         Some(from) => located(manifest, from, storage)?,
         None => Snapshot::new(manifest, storage.clone(), folder.root()),
     };
-    Ok(Found { snapshot, own: true, committed })
+    Ok(Found { snapshot, own: true, committed: state.committed, history: state.history.clone() })
 }
 
 #[cfg(test)]

@@ -110,6 +110,10 @@ impl SinkFactory for RowsSink {
     fn committer(&self, _: u32, _: &str) -> Result<Option<Box<dyn Committer>>> {
         Ok(None)
     }
+
+    fn visible(&self, _: u32, _: &str) -> Result<Option<Epoch>> {
+        Ok(None)
+    }
 }
 
 /// Plans with the connector `rows`.

@@ -14,7 +14,7 @@ use floodmark_dataflow::{
     sink::{Committer, SinkFactory, SinkNode},
     source::{Polled, Source, SourceFactory},
 };
-use floodmark_snapshot::{Error, Result, ShardKind, SplitState, block::BlockWriter};
+use floodmark_snapshot::{Epoch, Error, Result, ShardKind, SplitState, block::BlockWriter};
 use serde_json::json;
 
 /// Splits of the source.
@@ -176,6 +176,10 @@ impl SinkFactory for TopicSink {
 
     fn committer(&self, index: u32, history: &str) -> Result<Option<Box<dyn Committer>>> {
         Ok(Some(Box::new(Writer { topic: self.topic.clone(), index, history: history.to_owned() })))
+    }
+
+    fn visible(&self, index: u32, history: &str) -> Result<Option<Epoch>> {
+        Ok(self.topic.lock().markers.get(&(history.to_owned(), index)).copied())
     }
 }
 
