@@ -198,7 +198,7 @@ pub struct CheckpointSpec {
     #[serde(default)]
     pub min_pause: HumanDuration,
 
-    /// How many checkpoints in a row may fail before the job does.
+    /// How many checkpoints in a row may fail before the attempt does; the restart strategy says what follows.
     #[serde(default = "default_tolerable_failures")]
     #[schemars(range(max = 1_000_000))]
     pub tolerable_failures: u32,

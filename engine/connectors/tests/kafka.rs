@@ -9,6 +9,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, OnceLock},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -413,6 +414,17 @@ fn another_job_learns_from_the_marker_what_is_committed() {
     // Who asks takes nothing over.
     first.commit(Epoch(8), &stage(&sink, vec![rows(20..30)]), &|_| {}).unwrap();
     assert_eq!((visible(1, "of others"), output(broker(), topic)), (Some(Epoch(8)), is(0..30)));
+    // What is under way is waited for.
+    let (asked, answer) = (other.clone(), Mutex::new(None));
+    let ask = |step: Step| {
+        if step == Step::InTransaction {
+            let asked = asked.clone();
+            *answer.lock().unwrap() = Some(thread::spawn(move || asked.visible(1, "of others").unwrap()));
+            thread::sleep(Duration::from_millis(500));
+        }
+    };
+    first.commit(Epoch(9), &stage(&sink, vec![rows(30..40)]), &ask).unwrap();
+    assert_eq!(answer.into_inner().unwrap().unwrap().join().unwrap(), Some(Epoch(9)));
 }
 
 #[test]

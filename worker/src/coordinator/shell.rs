@@ -348,7 +348,8 @@ impl Shell {
                 }
                 return Ok(After::End(Ended::Unfinished));
             }
-            Decision::Fail(cause) => return Err(Error::abort(cause)),
+            // A storage that can't be written to may be back by the next attempt.
+            Decision::Fail(cause) => return Err(Error::retry(cause)),
             Decision::Done(end) => {
                 let newest = Some(self.state.last_epoch);
                 return Ok(After::End(match end {

@@ -34,7 +34,7 @@ use super::{
 /// Longest that one call waits for brokers. What takes longer is an error to retry.
 const OPEN_MAX: Duration = Duration::from_secs(15);
 /// Longest that the reading of markers waits for others' open transactions, before it is retried.
-const MARKERS_MAX: Duration = Duration::from_secs(10);
+pub(super) const MARKERS_MAX: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(20);
 /// Markers are all in one partition, so that reading them is one read.
 const MARKER_PARTITION: i32 = 0;
@@ -83,11 +83,11 @@ impl Markers {
         Self { cluster, topic, whose, history, env: Env::system(), newest: None, read_to: 0 }
     }
 
-    /// Reads on to the end that the topic has now.
-    pub(super) fn read(&mut self) -> Result<()> {
+    /// Reads on to the end that the topic has now. Waits so long for transactions that are open there.
+    pub(super) fn read(&mut self, patience: Duration) -> Result<()> {
         let what = format!("read the commit marker of {} in topic '{}'", self.whose, self.topic);
         let end = Lookup::new(&self.cluster, "read_uncommitted")?.offsets(&self.topic, MARKER_PARTITION)?.1;
-        let until = self.env.clock.monotonic() + MARKERS_MAX;
+        let until = self.env.clock.monotonic() + patience;
         let committed = Lookup::new(&self.cluster, "read_committed")?;
         let low = loop {
             let (low, stable) = committed.offsets(&self.topic, MARKER_PARTITION)?;
@@ -238,7 +238,7 @@ impl Committer for KafkaCommitter {
             // Two that open at once fence each other: only a transaction that is refused proves that somebody is newer.
             return Err(failed(what, &error));
         }
-        self.markers.read()?;
+        self.markers.read(MARKERS_MAX)?;
         self.producer = Some(producer);
         Ok(self.markers.newest)
     }

@@ -16,7 +16,7 @@ use rdkafka::producer::{BaseProducer, Producer};
 use super::{
     client::{Lookup, Watch, failed},
     cluster::Cluster,
-    committer::{KafkaCommitter, Markers, Whose, check_commit_topic, ensure_commit_topic},
+    committer::{KafkaCommitter, MARKERS_MAX, Markers, Whose, check_commit_topic, ensure_commit_topic},
     produce::{producer, send, settle},
     record::{Encoder, Records, stage},
 };
@@ -182,12 +182,13 @@ impl SinkFactory for KafkaSink {
     }
 
     fn visible(&self, index: u32, history: &str) -> Result<Option<Epoch>> {
-        let Some(ExactlyOnce { table, commit_topic, .. }) = &self.exactly_once else { return Ok(None) };
+        let Some(ExactlyOnce { table, commit_topic, timeout, .. }) = &self.exactly_once else { return Ok(None) };
         ensure_commit_topic(&self.cluster, commit_topic)?;
         // By whatever prefix that job goes.
         let whose = Whose::IdEnding(identity(table, index));
         let mut markers = Markers::new(self.cluster.clone(), commit_topic.clone(), whose, history.to_owned());
-        markers.read()?;
+        // If that job was killed in a transaction, nobody ends it before its time is over.
+        markers.read(*timeout + MARKERS_MAX)?;
         Ok(markers.newest)
     }
 }

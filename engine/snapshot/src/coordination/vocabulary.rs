@@ -255,7 +255,7 @@ pub enum Decision {
     Stay(String),
     /// The sources have ended behind a barrier whose checkpoint has failed: the attempt can't go on, and the job can.
     Restart(String),
-    /// The job can't go on.
+    /// The attempt can't go on: why. The restart strategy says whether there is another.
     Fail(String),
     /// The job has ended; tasks end by themselves.
     Done(End),
