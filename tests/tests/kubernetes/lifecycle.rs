@@ -40,9 +40,7 @@ fn a_job_is_applied_runs_and_writes_what_it_should() -> Result<()> {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn changed_sql_is_taken_up_behind_a_savepoint() -> Result<()> {
-    let mut stage = Stage::new("e2e-upgrade")?;
-    stage.deploy(&json!({}))?;
-    stage.flows()?;
+    let mut stage = Stage::flowing("e2e-upgrade")?;
     stage.edit(&json!({"sql": filtered(&stage.sql(), "amount > 0")}))?;
     let job = stage.look()?;
     ensure!(!holds(&job, "Ready"), "a Ready of the generation before is stale: {job:#}");
@@ -71,9 +69,7 @@ fn who_waits_for_ready_waits_for_what_was_applied_last() -> Result<()> {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn a_spec_that_changes_during_an_upgrade_is_taken_up_too() -> Result<()> {
-    let mut stage = Stage::new("e2e-midway")?;
-    stage.deploy(&json!({}))?;
-    stage.flows()?;
+    let mut stage = Stage::flowing("e2e-midway")?;
     let mut last = String::new();
     for (step, by) in [("Preparing", "amount > 0"), ("Starting", "amount > -1"), ("", "amount > -2")] {
         last = filtered(&stage.sql(), by);
@@ -121,9 +117,7 @@ fn a_job_that_has_failed_is_upgraded_from_its_last_checkpoint() -> Result<()> {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn kubectl_scale_keeps_the_pods() -> Result<()> {
-    let mut stage = Stage::new("e2e-rescale")?;
-    stage.deploy(&json!({}))?;
-    stage.flows()?;
+    let mut stage = Stage::flowing("e2e-rescale")?;
     let (coordinators, workers) = (stage.pods("coordinator")?, stage.pods("worker")?);
     for parallelism in [4, 3, 1] {
         let replicas = format!("--replicas={parallelism}");
@@ -158,9 +152,7 @@ fn a_suspended_job_goes_on_where_it_stopped() -> Result<()> {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn what_can_not_run_is_refused_or_rolled_back_and_the_output_is_exact() -> Result<()> {
-    let mut stage = Stage::new("e2e-rollback")?;
-    stage.deploy(&json!({}))?;
-    stage.flows()?;
+    let mut stage = Stage::flowing("e2e-rollback")?;
     let sql = stage.sql();
     let workers = stage.pods("worker")?;
     // SQL that is wrong is not even taken.

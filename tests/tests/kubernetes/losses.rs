@@ -31,9 +31,7 @@ fn lost_pods_cost_seconds_and_no_record() -> Result<()> {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn what_only_coordinates_can_be_lost() -> Result<()> {
-    let mut stage = Stage::new("e2e-lost")?;
-    stage.deploy(&json!({}))?;
-    stage.flows()?;
+    let mut stage = Stage::flowing("e2e-lost")?;
     stage.namespace.kubectl(&["delete", "lease,configmap,service", "-l", "floodmark.io/job"])?;
     let nothing = json!({"status": null}).to_string();
     let patch = ["patch", "streamjob", stage.name, "--subresource=status", "--type=merge", "-p", &nothing];
@@ -47,9 +45,7 @@ fn what_only_coordinates_can_be_lost() -> Result<()> {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn a_coordinator_that_dies_over_a_savepoint_takes_it_all_the_same() -> Result<()> {
-    let mut stage = Stage::new("e2e-midsave")?;
-    stage.deploy(&json!({}))?;
-    stage.flows()?;
+    let mut stage = Stage::flowing("e2e-midsave")?;
     let (coordinator, _) = stage.pods("coordinator")?.remove(0);
     savepoints::ask(&stage, "midway", &json!({}))?;
     stage.namespace.until("savepoint", "midway", "asked for", |s| !text(s, "/status/name").is_empty())?;

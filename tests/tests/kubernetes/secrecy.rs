@@ -110,9 +110,7 @@ fn rights(stage: &Stage) -> Result<()> {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn pods_that_the_namespace_does_not_allow_are_told() -> Result<()> {
-    let mut stage = Stage::new("e2e-restricted")?;
-    stage.deploy(&json!({}))?;
-    stage.flows()?;
+    let mut stage = Stage::flowing("e2e-restricted")?;
     // The namespace enforces the profile *restricted*, which what runs keeps to.
     stage.edit(&json!({"worker": {"podTemplate": {"spec": {"hostNetwork": true}}}}))?;
     let job = stage.until("stalled", |job| holds(job, "Stalled"))?;

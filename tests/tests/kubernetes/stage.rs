@@ -72,6 +72,14 @@ impl Stage {
         Self::on(name, Turn::shared(), servers::s3_at(Cluster::of_environment()?.host)?)
     }
 
+    /// The same, with the job as it is by itself: it is ready, and its output goes on.
+    pub(crate) fn flowing(name: &'static str) -> Result<Self> {
+        let stage = Self::new(name)?;
+        stage.deploy(&json!({}))?;
+        stage.flows()?;
+        Ok(stage)
+    }
+
     /// The same, with the cluster for itself.
     pub(crate) fn alone(name: &'static str) -> Result<Self> {
         let turn = Turn::alone();

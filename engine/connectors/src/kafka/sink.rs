@@ -175,21 +175,27 @@ impl SinkFactory for KafkaSink {
     fn committer(&self, index: u32, history: &str) -> Result<Option<Box<dyn Committer>>> {
         let Some(ExactlyOnce { prefix, table, commit_topic, timeout }) = &self.exactly_once else { return Ok(None) };
         let id = format!("{prefix}{}", identity(table, index));
-        let whose = Whose::Id(id.clone());
-        let markers = Markers::new(self.cluster.clone(), commit_topic.clone(), whose, history.to_owned());
+        let markers = self.markers(commit_topic, Whose::Id(id.clone()), history);
         let (topic, timeout) = (self.topic.clone(), *timeout);
         Ok(Some(Box::new(KafkaCommitter { topic, id, timeout, markers, producer: None })))
     }
 
     fn visible(&self, index: u32, history: &str) -> Result<Option<Epoch>> {
         let Some(ExactlyOnce { table, commit_topic, timeout, .. }) = &self.exactly_once else { return Ok(None) };
-        ensure_commit_topic(&self.cluster, commit_topic)?;
+        if Lookup::new(&self.cluster, "read_committed")?.partitions_if_any(commit_topic)?.is_none() {
+            return Ok(None);
+        }
         // By whatever prefix that job goes.
-        let whose = Whose::IdEnding(identity(table, index));
-        let mut markers = Markers::new(self.cluster.clone(), commit_topic.clone(), whose, history.to_owned());
+        let mut markers = self.markers(commit_topic, Whose::IdEnding(identity(table, index)), history);
         // If that job was killed in a transaction, nobody ends it before its time is over.
         markers.read(*timeout + MARKERS_MAX)?;
         Ok(markers.newest)
+    }
+}
+
+impl KafkaSink {
+    fn markers(&self, commit_topic: &str, whose: Whose, history: &str) -> Markers {
+        Markers::new(self.cluster.clone(), commit_topic.to_owned(), whose, history.to_owned())
     }
 }
 

@@ -11,7 +11,6 @@ use super::Snapshot;
 use crate::{
     Epoch, Error, JobId, Manifest, OperatorUid, Result, Shard, ShardKind,
     log::{self, Event, JobFolder, LogState, Retained},
-    manifest::OperatorSnapshot,
     savepoint,
     storage::{self, Storage},
 };
@@ -93,15 +92,18 @@ pub struct Found {
 }
 
 impl Found {
+    /// At which epoch a shard was staged; `None` if it is no output.
+    fn staged_at(&self, shard: &Shard) -> Option<Epoch> {
+        (shard.kind == ShardKind::Staged).then(|| shard.epoch.unwrap_or(self.snapshot.manifest.epoch))
+    }
+
     /// The subtasks of sinks whose output the log does not say to be visible.
     #[must_use]
     pub fn staging(&self) -> BTreeSet<(OperatorUid, u32)> {
-        let manifest = &self.snapshot.manifest;
-        let staged = |s: &&Shard| s.kind == ShardKind::Staged && s.epoch.unwrap_or(manifest.epoch) > self.committed;
-        let of = |(uid, operator): (&OperatorUid, &OperatorSnapshot)| {
-            operator.shards.iter().filter(staged).map(|s| (uid.clone(), s.subtask)).collect::<Vec<_>>()
-        };
-        manifest.operators.iter().flat_map(of).collect()
+        let operators = self.snapshot.manifest.operators.iter();
+        let shards = operators.flat_map(|(uid, operator)| operator.shards.iter().map(move |shard| (uid, shard)));
+        let left = shards.filter(|(_, shard)| self.staged_at(shard) > Some(self.committed));
+        left.map(|(uid, shard)| (uid.clone(), shard.subtask)).collect()
     }
 
     /// The manifest under which a job takes the snapshot over that is not its own: with an epoch of the job's, and without
@@ -112,11 +114,9 @@ impl Found {
         let mut manifest = (*self.snapshot.manifest).clone();
         manifest.epoch = epoch;
         for (uid, operator) in &mut manifest.operators {
-            let visible = |s: &Shard| {
-                let known = visible.get(&(uid.clone(), s.subtask)).copied().unwrap_or_default();
-                s.epoch.unwrap_or(self.snapshot.manifest.epoch) <= known.max(self.committed)
-            };
-            operator.shards.retain(|s| s.kind != ShardKind::Staged || !visible(s));
+            let known = |subtask| visible.get(&(uid.clone(), subtask)).copied().unwrap_or_default();
+            let left = |s: &Shard| self.staged_at(s).is_none_or(|at| at > known(s.subtask).max(self.committed));
+            operator.shards.retain(left);
             for shard in operator.shards.iter_mut().filter(|s| s.kind == ShardKind::Staged) {
                 shard.epoch = Some(epoch);
             }
