@@ -7,6 +7,7 @@
 #![allow(clippy::disallowed_methods, reason = "these tests drive real processes in real time")]
 
 use std::{
+    net::Ipv4Addr,
     path::Path,
     sync::Arc,
     thread::sleep,
@@ -42,7 +43,7 @@ fn copy_of(order: Order) -> Row {
 /// What all other tests of this file rest on.
 #[test]
 fn the_feeder_writes_each_order_once_also_if_the_broker_is_killed_meanwhile() -> Result<()> {
-    let mut scenario = Scenario::on(Arc::new(Kafka::start()?), "feeder")?;
+    let mut scenario = Scenario::on(Arc::new(Kafka::start_to_crash(Ipv4Addr::LOCALHOST.into())?), "feeder")?;
     let (orders, count) = (Orders::default(), 60_000);
     let feeder = scenario.feeder(orders, count, 20_000)?;
     sleep(Duration::from_millis(1_500));
@@ -107,7 +108,7 @@ fn with_checkpoints_on_s3_and_changing_parallelism_it_is_exact_too() -> Result<(
 #[test]
 fn a_broker_that_restarts_mid_run_is_survived() -> Result<()> {
     // A broker of its own: the others' is left alone.
-    let mut scenario = Scenario::on(Arc::new(Kafka::start()?), "restart")?;
+    let mut scenario = Scenario::on(Arc::new(Kafka::start_to_crash(Ipv4Addr::LOCALHOST.into())?), "restart")?;
     let (orders, count) = (Orders { seed: 9, ..Orders::default() }, 300_000);
     let mut job = scenario.job(scenario.both(false));
     let feeder = scenario.feeder(orders, count, 20_000)?;

@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::signal::Signal;
 use rdkafka::{
     ClientConfig, ClientContext, Message, Offset, TopicPartitionList,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
@@ -32,6 +33,10 @@ const CLUSTER_ID: &str = "Zmxvb2RtYXJrLXRlc3QtMQ";
 /// Nobody else talks to the node's own controller.
 const CONTROLLER_HOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const STARTS_MAX: u32 = 3;
+/// After what silence the cluster takes a broker for gone. On a busy machine one is silent for seconds.
+const SESSION: Duration = Duration::from_secs(18);
+/// The same of one that is crashed: for so long it can't come back.
+const SESSION_IF_CRASHED: Duration = Duration::from_millis(1500);
 /// Longest that a client's request may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(20);
@@ -90,11 +95,23 @@ impl Kafka {
     /// # Errors
     /// See [`Kafka::start`].
     pub fn start_at(host: IpAddr) -> Result<Self> {
+        Self::with_session(host, SESSION)
+    }
+
+    /// The same for a test that crashes the broker: it can come back at once.
+    ///
+    /// # Errors
+    /// See [`Kafka::start`].
+    pub fn start_to_crash(host: IpAddr) -> Result<Self> {
+        Self::with_session(host, SESSION_IF_CRASHED)
+    }
+
+    fn with_session(host: IpAddr, session: Duration) -> Result<Self> {
         let mut tries = 0;
         loop {
             let folder = scratch::folder("kafka-")?;
             let address = SocketAddr::new(host, free_port(host)?);
-            let properties = properties(folder.path(), address, free_port(CONTROLLER_HOST)?);
+            let properties = properties(folder.path(), address, free_port(CONTROLLER_HOST)?, session);
             std::fs::write(folder.path().join("server.properties"), properties)?;
             tries += 1;
             match format(folder.path()).and_then(|()| launch(folder.path(), address)) {
@@ -139,6 +156,34 @@ impl Kafka {
     pub fn restart(&mut self, how: Stop) -> Result<()> {
         self.down(how)?;
         self.up()
+    }
+
+    /// Stops the broker in its tracks: connections stay, and nothing is answered until [`Kafka::resume`].
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn stall(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn resume(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        self.server.as_ref().context("the broker is down")?.signal(signal)
+    }
+
+    /// How many brokers the cluster lists.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn brokers(&self) -> Result<usize> {
+        Ok(self.consumer(Isolation::Uncommitted)?.fetch_metadata(None, PATIENCE)?.brokers().len())
     }
 
     /// Creates a topic with settings such as `("cleanup.policy", "compact")`, and waits until it can be used.
@@ -488,7 +533,7 @@ fn launch(folder: &Path, address: SocketAddr) -> Result<Server> {
     })
 }
 
-fn properties(folder: &Path, address: SocketAddr, controller: u16) -> String {
+fn properties(folder: &Path, address: SocketAddr, controller: u16, session: Duration) -> String {
     let settings = [
         ("process.roles", "broker,controller".to_owned()),
         ("node.id", "1".to_owned()),
@@ -506,8 +551,7 @@ fn properties(folder: &Path, address: SocketAddr, controller: u16) -> String {
         ("group.initial.rebalance.delay.ms", "0".to_owned()),
         ("controller.quorum.election.timeout.ms", "200".to_owned()),
         ("controller.quorum.fetch.timeout.ms", "500".to_owned()),
-        // A broker that crashed may come back when its session has expired.
-        ("broker.session.timeout.ms", "1500".to_owned()),
+        ("broker.session.timeout.ms", session.as_millis().to_string()),
         ("broker.heartbeat.interval.ms", "250".to_owned()),
         // Nothing is fetched from followers here, and nothing must be cleaned away under a test.
         ("log.retention.hours", "-1".to_owned()),

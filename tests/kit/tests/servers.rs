@@ -12,7 +12,7 @@ use floodmark_testkit::{Cut, Isolation, Kafka, Network, Place, S3, Stop, unkeyed
 
 #[test]
 fn a_broker_keeps_its_data_over_a_crash_and_hides_what_is_not_committed() {
-    let mut kafka = Kafka::start().unwrap();
+    let mut kafka = Kafka::start_to_crash(std::net::Ipv4Addr::LOCALHOST.into()).unwrap();
     kafka.create_topic("t", 2, &[]).unwrap();
     kafka.produce("t", 1, [(Some("k"), Some("v")), (None, None)]).unwrap();
     kafka.transaction("t", 0, unkeyed(["committed"])).unwrap().commit().unwrap();

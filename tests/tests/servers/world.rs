@@ -165,7 +165,7 @@ impl World {
     /// With servers, and nobody who runs the job.
     pub fn new(name: &'static str) -> Result<Self> {
         let network = Network::lay()?;
-        let broker = Arc::new(Kafka::start_at(network.server(0).into())?);
+        let broker = Arc::new(Kafka::start_to_crash(network.server(0).into())?);
         let store = S3::start_at(network.server(1).into())?;
         let scenario = Scenario::on(broker, name)?;
         let mut job = scenario.job(scenario.both(false));

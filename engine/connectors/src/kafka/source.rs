@@ -35,6 +35,10 @@ const GATHERED_MAX: usize = 8 << 20;
 /// Bytes that a record counts for beyond its value: bounds how many are gathered.
 const RECORD_OVERHEAD: usize = 64;
 
+/// A client that has brought nothing for so long is asked whether it still reaches the brokers, and how long it may take to answer.
+const SILENCE: Duration = Duration::from_secs(10);
+const ANSWER: Duration = Duration::from_millis(500);
+
 /// Fetching: large answers, and a queue deep enough to decode from while the next answer travels, but bounded.
 const FETCH: [(&str, &str); 6] = [
     ("fetch.message.max.bytes", "4194304"),
@@ -84,8 +88,7 @@ impl SourceFactory for KafkaSource {
             gathered: 0,
             over: VecDeque::new(),
             bad: self.bad.open(&context.env, context.metrics.clone())?,
-            bounded: self.bounded,
-            cluster: self.cluster.clone(),
+            clients: Clients { cluster: self.cluster.clone(), group: self.group.clone(), bounded: self.bounded },
             context: context.clone(),
         };
         for split in splits {
@@ -93,14 +96,22 @@ impl SourceFactory for KafkaSource {
             reader.add(split, decoder)?;
         }
         for topic in &mut reader.topics {
-            topic.consumer = Some(self.consumer(topic, &reader.splits)?);
+            topic.consumer = Some(reader.clients.open(&topic.name, &reader.splits)?);
         }
         Ok(Box::new(reader))
     }
 }
 
-impl KafkaSource {
-    fn consumer(&self, topic: &Topic, splits: &[Split]) -> Result<BaseConsumer<Watch>> {
+/// Makes the clients of a reader.
+struct Clients {
+    cluster: Cluster,
+    group: String,
+    bounded: bool,
+}
+
+impl Clients {
+    /// One that goes on reading a topic behind what has been gathered.
+    fn open(&self, topic: &str, splits: &[Split]) -> Result<BaseConsumer<Watch>> {
         let end = if self.bounded { "true" } else { "false" };
         let fixed = [
             ("group.id", self.group.as_str()),
@@ -110,12 +121,13 @@ impl KafkaSource {
             ("enable.partition.eof", end),
             ("allow.auto.create.topics", "false"),
         ];
-        let what = format!("read topic '{}'", topic.name);
+        let what = format!("read topic '{topic}'");
         let read = |e: KafkaError| failed(&what, &e);
         let consumer: BaseConsumer<Watch> = self.cluster.config(&FETCH, &fixed)?.create(&what)?;
         let mut assignment = TopicPartitionList::new();
-        for split in splits.iter().filter(|s| s.topic == topic.name && !s.finished) {
-            assignment.add_partition_offset(&split.topic, split.partition, Offset::Offset(split.next)).map_err(read)?;
+        for split in splits.iter().filter(|s| s.topic == topic && !s.finished) {
+            let from = Offset::Offset(split.gathered_to);
+            assignment.add_partition_offset(topic, split.partition, from).map_err(read)?;
         }
         consumer.assign(&assignment).map_err(read)?;
         Ok(consumer)
@@ -146,6 +158,8 @@ struct Topic {
     name: String,
     /// Index of the split of each partition.
     splits: Vec<Option<usize>>,
+    /// When its client last showed that it reaches the brokers.
+    heard: Duration,
     consumer: Option<BaseConsumer<Watch>>,
 }
 
@@ -164,15 +178,14 @@ struct Reader {
     /// Splits that have something to hand on: rows, or the news of their end.
     over: VecDeque<usize>,
     bad: BadRecordHandler,
-    bounded: bool,
-    cluster: Cluster,
+    clients: Clients,
     context: SubtaskContext,
 }
 
 impl Source for Reader {
     fn poll(&mut self, wait: Duration) -> Result<Polled> {
         if self.over.is_empty() {
-            if self.bounded && self.splits.iter().all(|s| s.finished) {
+            if self.clients.bounded && self.splits.iter().all(|s| s.finished) {
                 return Ok(Polled::Exhausted);
             }
             self.gather(wait)?;
@@ -236,7 +249,8 @@ impl Reader {
         let slot = usize::try_from(partition).map_err(|_| unknown())?;
         let index = self.splits.len();
         let at = self.topics.iter().position(|t| t.name == topic).unwrap_or_else(|| {
-            self.topics.push(Topic { name: topic.to_owned(), splits: Vec::new(), consumer: None });
+            let heard = self.context.env.clock.monotonic();
+            self.topics.push(Topic { name: topic.to_owned(), splits: Vec::new(), heard, consumer: None });
             self.topics.len() - 1
         });
         let slots = &mut self.topics[at].splits;
@@ -279,6 +293,7 @@ impl Reader {
                 wait = Duration::ZERO;
             } else {
                 silent += 1;
+                self.see_to_client(t)?;
                 if self.gathered > 0 || !self.over.is_empty() {
                     wait = Duration::ZERO;
                 }
@@ -341,6 +356,9 @@ impl Reader {
             }
         }
         *gathered += weight;
+        if any {
+            topics[t].heard = context.env.clock.monotonic();
+        }
         add(&context.metrics.bytes, bytes as u64);
         match failure {
             Some(error) => self.failure(t, &error).map(|()| true),
@@ -348,17 +366,41 @@ impl Reader {
         }
     }
 
+    /// Replaces the client of a topic if it no longer reaches the brokers. The library does come back from brokers that are away,
+    /// but not from a cluster that has listed none for a moment: then it drops all that it knew, and neither asks again nor
+    /// says so (issue 5301 of librdkafka).
+    fn see_to_client(&mut self, t: usize) -> Result<()> {
+        let Self { topics, splits, clients, context, .. } = self;
+        let topic = &mut topics[t];
+        let now = context.env.clock.monotonic();
+        let over = topic.splits.iter().flatten().all(|i| splits[*i].finished);
+        if over || now.saturating_sub(topic.heard) < SILENCE {
+            return Ok(());
+        }
+        let Some(consumer) = &topic.consumer else { return Ok(()) };
+        let reached = consumer.fetch_metadata(Some(&topic.name), ANSWER).is_ok_and(|m| !m.brokers().is_empty());
+        if !reached {
+            let servers = clients.cluster.servers();
+            tracing::warn!(topic = topic.name, "no answer from the brokers at {servers}; a new client goes on asking");
+            let new = clients.open(&topic.name, splits)?;
+            topic.consumer.replace(new).into_iter().for_each(drop_aside);
+        }
+        topic.heard = context.env.clock.monotonic();
+        Ok(())
+    }
+
     /// Whether an error ends the job, and with which words. The library itself goes on after all others.
     fn failure(&self, t: usize, error: &KafkaError) -> Result<()> {
         let topic = &self.topics[t].name;
-        let servers = self.cluster.servers();
+        let cluster = &self.clients.cluster;
+        let servers = cluster.servers();
         match error.rdkafka_error_code() {
             Some(
                 RDKafkaErrorCode::AutoOffsetReset
                 | RDKafkaErrorCode::OffsetOutOfRange
                 | RDKafkaErrorCode::LogTruncation,
             ) => {
-                let lookup = Lookup::new(&self.cluster, self.cluster.isolation())?;
+                let lookup = Lookup::new(cluster, cluster.isolation())?;
                 for split in self.splits.iter().filter(|s| s.topic == *topic && !s.finished) {
                     let (low, high) = lookup.offsets(topic, split.partition)?;
                     super::start::check_kept(topic, split.partition, split.gathered_to, low, high)?;
@@ -371,7 +413,7 @@ impl Reader {
                 | RDKafkaErrorCode::UnknownPartition,
             ) => {
                 // A broker that is starting may say so too.
-                if Lookup::new(&self.cluster, self.cluster.isolation())?.is_gone(topic) {
+                if Lookup::new(cluster, cluster.isolation())?.is_gone(topic) {
                     return Err(Error::abort(format!("topic '{topic}' at {servers} was deleted while it was read")));
                 }
                 tracing::warn!(topic, %error, "reading goes on when the topic is there again");

@@ -6,8 +6,11 @@
     reason = "a test waits for a real server in real time"
 )]
 
+mod between;
+
 use std::{
     collections::BTreeMap,
+    net::Ipv4Addr,
     sync::{Arc, Mutex, OnceLock},
     thread,
     time::{Duration, Instant},
@@ -28,6 +31,8 @@ use floodmark_dataflow::{
 };
 use floodmark_snapshot::{Disposition, Env, Epoch, JobId, KeyGroup, KeyGroupRange, Result, SplitState, Step};
 use floodmark_testkit::{Isolation, Kafka, Stop, unkeyed};
+
+use between::Between;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -578,7 +583,7 @@ fn murmur2(data: &[u8]) -> u32 {
 
 #[test]
 fn a_broker_that_restarts_is_survived() {
-    let mut kafka = Kafka::start().unwrap();
+    let mut kafka = Kafka::start_to_crash(Ipv4Addr::LOCALHOST.into()).unwrap();
     let (input, topic, direct) = ("restart-in", "restart-out", "restart-direct");
     for topic in [input, topic, direct] {
         kafka.create_topic(topic, 1, &[]).unwrap();
@@ -623,6 +628,29 @@ fn a_broker_that_restarts_is_survived() {
     let mut found = output(&kafka, direct);
     found.dedup();
     assert_eq!(found, is(0..20));
+}
+
+#[test]
+fn a_cluster_that_lists_no_brokers_for_a_moment_is_survived() {
+    let topic = "nobody";
+    // The more there is to take in of an answer, the surer the client has dropped its brokers before it is through with it.
+    broker().create_topic(topic, 40, &[]).unwrap();
+    let between = Between::start(&broker().bootstrap()).unwrap();
+    // So that it asks soon.
+    let often = [("properties.topic.metadata.refresh.interval.ms", "200")];
+    let factory = source_at(&between.address(), topic, &often);
+    let mut reader = factory.open(factory.splits(&[]).unwrap(), &subtask()).unwrap();
+    broker().produce_values(topic, 0, numbers(0..10)).unwrap();
+    assert_eq!(take(&mut reader, 10).len(), 10);
+    between.hide();
+    let start = Instant::now();
+    while between.hidden() == 0 {
+        assert!(start.elapsed() < PATIENCE, "nobody asked");
+        reader.poll(Duration::from_millis(10)).unwrap();
+    }
+    between.show();
+    broker().produce_values(topic, 0, numbers(10..15)).unwrap();
+    assert_eq!(take(&mut reader, 5).iter().map(|r| r.1).collect::<Vec<_>>(), is(10..15));
 }
 
 #[test]
