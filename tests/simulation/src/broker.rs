@@ -11,7 +11,14 @@ use floodmark_snapshot::Epoch;
 use crate::executor::Pid;
 
 /// The identity under which a subtask of a sink writes.
-pub(crate) type ProducerId = (String, u32);
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct ProducerId {
+    /// Its job's number: another job fences nobody of this one.
+    pub(crate) job: u32,
+    /// The sink's.
+    pub(crate) uid: String,
+    pub(crate) index: u32,
+}
 
 /// A process, and the number of its attempt.
 pub(crate) type Writer = (Pid, u64);
@@ -126,6 +133,20 @@ impl Broker {
         self.producers.get(id)?.marker.as_ref().filter(|(of, _)| of == history).map(|(_, epoch)| *epoch)
     }
 
+    /// The same, whoever's producer it is.
+    pub(crate) fn marker_in(&self, uid: &str, index: u32, history: &str) -> Option<Epoch> {
+        self.of_subtask(uid, index).filter_map(|id| self.marker_of(id, history)).max()
+    }
+
+    /// Whether a transaction of this subtask is open, of whichever job.
+    pub(crate) fn is_open(&self, uid: &str, index: u32) -> bool {
+        self.of_subtask(uid, index).any(|id| self.producers[id].open.is_some())
+    }
+
+    fn of_subtask<'a>(&'a self, uid: &'a str, index: u32) -> impl Iterator<Item = &'a ProducerId> {
+        self.producers.keys().filter(move |id| id.uid == uid && id.index == index)
+    }
+
     /// Whether anybody writes in transactions.
     pub(crate) fn stages(&self) -> bool {
         !self.producers.is_empty()
@@ -160,7 +181,7 @@ mod tests {
     #[test]
     fn a_producer_that_was_taken_over_is_fenced_and_what_it_left_open_is_never_seen() {
         let mut broker = Broker::default();
-        let id = ("sink".to_owned(), 0);
+        let id = ProducerId { job: 1, uid: "sink".to_owned(), index: 0 };
         let marker = |epoch| ("h".to_owned(), Epoch(epoch));
         let old = broker.init(&id);
         let open = broker.write(&id, old, vec!["a".into()]).unwrap();
@@ -171,7 +192,13 @@ mod tests {
         assert_eq!(broker.commit(&id, new, own, marker(2)), Ok(()));
         assert_eq!(broker.committed(), ["b"]);
         assert_eq!((broker.marker_of(&id, "h"), broker.marker_of(&id, "other")), (Some(Epoch(2)), None));
+        assert_eq!((broker.marker_in("sink", 0, "h"), broker.marker_in("sink", 1, "h")), (Some(Epoch(2)), None));
+        let other = ProducerId { job: 2, ..id.clone() };
+        broker.init(&other);
+        assert_eq!(broker.marker_of(&other, "h"), None);
+        assert!(!broker.is_open("sink", 0));
         let late = broker.write(&id, new, vec!["c".into()]).unwrap();
+        assert!(broker.is_open("sink", 0));
         broker.time_out(&id, late);
         assert_eq!(broker.commit(&id, new, late, marker(3)), Err(Refusal::Fenced));
         assert_eq!((broker.committed().len(), broker.hidden()), (1, 2));

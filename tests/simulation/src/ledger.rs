@@ -236,10 +236,7 @@ impl Ledger {
             .flat_map(|(uid, o)| o.shards.iter().map(move |s| (staged(uid), s)))
             .filter(|(_, s)| s.kind == ShardKind::Staged && s.rows > 0)
             // Records of an earlier barrier may have been written with an earlier marker.
-            .filter(|(uid, s)| {
-                let id = (uid.0.clone(), s.subtask);
-                broker.marker_of(&id, &self.history) < Some(s.epoch.unwrap_or(epoch))
-            })
+            .filter(|(uid, s)| broker.marker_in(&uid.0, s.subtask, &self.history) < Some(s.epoch.unwrap_or(epoch)))
             .map(|(uid, s)| format!("committed {epoch} is said, but {uid}[{}] has not written it", s.subtask))
             .collect();
         missing.into_iter().for_each(|m| notes.violation(m));

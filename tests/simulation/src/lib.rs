@@ -55,6 +55,8 @@ pub enum Mutation {
     PositionAhead,
     /// Who writes takes the producer over first: nobody is fenced.
     FencingOff,
+    /// Whoever takes a checkpoint of another job over does not ask what is visible of it.
+    VisibleUnasked,
     /// Nobody ever looks for orphans.
     NeverSwept,
     /// A process looks for orphans when it starts, and never again.
@@ -63,13 +65,14 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::MarkerIgnored,
         Self::ZombieAccepted,
         Self::ShardSkipped,
         Self::DeletedEarly,
         Self::PositionAhead,
         Self::FencingOff,
+        Self::VisibleUnasked,
         Self::NeverSwept,
         Self::SweptOnce,
     ];

@@ -30,6 +30,8 @@ use crate::{
 const FINISH_MAX: Duration = Duration::from_secs(600);
 /// Once the job is finished, whatever process is left must end within this time.
 const END_MAX: Duration = Duration::from_secs(300);
+/// How often somebody goes on from what a process that died has left otherwise than by starting it again.
+const ADOPTED_FROM_THE_DEAD: f64 = 0.15;
 /// Processes of one life before it counts as going round in circles.
 const STARTS_MAX: usize = 20_000;
 
@@ -312,25 +314,25 @@ impl Life {
         self.executor.add(0, Box::pin(listen));
     }
 
-    /// A process has stopped and nobody else runs. What it has left is gone on from in one of many ways: by the same job or by
-    /// the next, from its newest checkpoint or its savepoint, which may have been moved.
+    /// A process has stopped, died or given up, and nobody else runs. What it has left is gone on from in one of many ways: by the
+    /// same job or by the next, from its newest checkpoint or its savepoint, which may have been moved.
     fn go_on_from(&mut self, pid: Pid) {
         let made = std::mem::take(&mut *self.made.lock().unwrap_or_else(PoisonError::into_inner));
         if self.world.plan.checkpoints.mode == CheckpointMode::Disabled {
             return;
         }
         let savepoint = made.into_iter().rev().find(|(by, _)| *by == pid).map(|(_, name)| name);
+        let folder = jobs::folder(self.job);
         let (way, another, initial) = self.world.random(|r| (r.below(10), r.chance(0.5), r.chance(0.5)));
         let snapshot = match (savepoint, way) {
             (_, 0..=2) => return,
             (Some(name), 3..=5) if !another => Reference::Savepoint(name),
-            (Some(name), 3..=5) => self.location(&format!("{}/savepoints/{name}", jobs::folder(self.job))),
+            (Some(name), 3..=5) => self.location(&format!("{folder}/savepoints/{name}")),
             (Some(name), _) => self.elsewhere(&name),
-            (None, 3..=6) => self.location(&jobs::folder(self.job)),
             (None, _) => {
                 let entry = self.world.monitor().ledger(self.job).newest_entry(&self.world.objects());
                 let Some(entry) = entry else { return };
-                self.location(&entry)
+                self.location(if way <= 6 { &folder } else { &entry })
             }
         };
         self.world.monitor().count("starts from a snapshot");
@@ -378,7 +380,12 @@ impl Life {
             }
             let outcome = process.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
             let dead = self.world.core.is_dead(process.pid);
-            let stopped = matches!(&outcome, Some(Ok(Summary { outcome: Outcome::Stopped, .. })));
+            let left_over = match &outcome {
+                Some(Ok(summary)) => summary.outcome == Outcome::Stopped,
+                Some(Err(RunError::Fenced(_))) => false,
+                // It was in the middle of something.
+                Some(Err(_)) | None => self.world.random(|r| r.chance(ADOPTED_FROM_THE_DEAD)),
+            };
             match outcome {
                 None if !dead => {
                     left.push(process);
@@ -395,7 +402,7 @@ impl Life {
                 crew.dismiss(&self.world);
             }
             // What one that has been taken over has left is not where the job is.
-            if stopped && left.is_empty() && process.pid == self.starts as Pid {
+            if left_over && self.finished.is_none() && left.is_empty() && process.pid == self.starts as Pid {
                 self.go_on_from(process.pid);
             }
             if newest == Some(process.pid) && self.finished.is_none() && self.next_start.is_none() {

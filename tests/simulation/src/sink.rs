@@ -23,6 +23,9 @@ use crate::{
     world::Strike,
 };
 
+/// From one look at an open transaction to the next.
+const OPEN_PAUSE: Duration = Duration::from_secs(1);
+
 /// Lines of numbers, one per row.
 pub(crate) struct Sink {
     pub(crate) process: Arc<Process>,
@@ -53,7 +56,8 @@ impl SinkFactory for Sink {
     fn committer(&self, index: u32, history: &str) -> Result<Option<Box<dyn Committer>>> {
         match self.process.world.plan.checkpoints.mode {
             CheckpointMode::ExactlyOnce => {
-                let (process, id) = (self.process.clone(), (self.uid.clone(), index));
+                let process = self.process.clone();
+                let id = ProducerId { job: process.job, uid: self.uid.clone(), index };
                 Ok(Some(Box::new(Producer { process, id, history: history.to_owned(), epoch: 0 })))
             }
             CheckpointMode::AtLeastOnce | CheckpointMode::Disabled => Ok(None),
@@ -62,7 +66,16 @@ impl SinkFactory for Sink {
 
     fn visible(&self, index: u32, history: &str) -> Result<Option<Epoch>> {
         self.process.look_up()?;
-        Ok(self.process.world.broker().marker_of(&(self.uid.clone(), index), history))
+        let world = &self.process.world;
+        if world.mutation == Some(Mutation::VisibleUnasked) {
+            return Ok(None);
+        }
+        if world.broker().is_open(&self.uid, index) {
+            // Who left it open may have asked for its commit.
+            self.process.block(OPEN_PAUSE);
+            return Err(Error::retry(format!("a transaction of {}[{index}] is still open", self.uid)));
+        }
+        Ok(world.broker().marker_in(&self.uid, index, history))
     }
 }
 
@@ -144,7 +157,7 @@ impl Producer {
     fn refused(&self, refusal: Refusal) -> Error {
         match refusal {
             Refusal::Fenced => {
-                Error::fenced(format!("{}[{}]: a newer producer has this identity", self.id.0, self.id.1))
+                Error::fenced(format!("{}[{}]: a newer producer has this identity", self.id.uid, self.id.index))
             }
             Refusal::NoTransaction => Error::retry("the transaction is over"),
         }
