@@ -217,12 +217,14 @@ impl Crew {
         self.replacements.extend(gone.map(|_| next));
     }
 
-    /// The coordinator is gone: so are its workers, sooner or later.
-    pub(crate) fn dismiss(self, world: &Arc<World>) {
-        for worker in self.workers {
+    /// The coordinator is gone: so are its workers, sooner or later. Answers who they are.
+    pub(crate) fn dismiss(self, world: &Arc<World>) -> Vec<Pid> {
+        let pids: Vec<Pid> = self.workers.iter().map(|w| w.pid).collect();
+        for pid in pids.iter().copied() {
             let delay = world.random(|r| r.spread(Duration::from_millis(1), OUTLIVES_MAX));
             let at = world.clone();
-            world.core.after(delay, move || at.bury(worker.pid));
+            world.core.after(delay, move || at.bury(pid));
         }
+        pids
     }
 }

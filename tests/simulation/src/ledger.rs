@@ -85,9 +85,9 @@ impl Ledger {
         self.files(objects).filter(|path| !named.contains(*path)).count()
     }
 
-    /// The newest checkpoint's entry in the log, by its path from the storage's root.
+    /// The newest checkpoint's entry in the log, by its path from the storage's root; if it is newer than any that was adopted.
     pub(crate) fn newest_entry(&self, objects: &Objects) -> Option<String> {
-        let newest = self.live.keys().next_back()?;
+        let newest = self.live.keys().next_back().filter(|own| self.adopted.keys().next_back() < Some(*own))?;
         let folder = format!("{}/log/", self.folder);
         let completes = |bytes: &Bytes| match log::decode(bytes).map(|entry| entry.event) {
             Ok(Event::Completed { manifest }) => manifest.epoch == *newest,

@@ -64,6 +64,8 @@ pub(crate) struct Life {
     /// See [`Options::calm`].
     calm: bool,
     made: Made,
+    /// Workers that will be gone.
+    dismissed: Vec<Pid>,
     /// The number of the job: one that has stopped may be taken over by the next.
     job: u32,
     /// What the next process is told to start from.
@@ -89,6 +91,7 @@ impl Life {
             finished: None,
             calm: options.calm,
             made: Made::default(),
+            dismissed: Vec::new(),
             job: 1,
             from: Start { restore: first, initial: None },
             moves: 0,
@@ -331,6 +334,7 @@ impl Life {
             (Some(name), _) => self.elsewhere(&name),
             (None, _) => {
                 let entry = self.world.monitor().ledger(self.job).newest_entry(&self.world.objects());
+                // A job that has none of its own since it was started from another snapshot: that is where it is.
                 let Some(entry) = entry else { return };
                 self.location(if way <= 6 { &folder } else { &entry })
             }
@@ -339,6 +343,10 @@ impl Life {
         if another {
             self.world.monitor().count("jobs taken over by another");
             self.job += 1;
+            // Who starts another job with what one has left sees to it that nobody of that one is left: no log fences them.
+            for pid in self.dismissed.drain(..) {
+                self.world.bury(pid);
+            }
         }
         // The same job has a past, so that it would not look at its first snapshot.
         self.from = if another && initial {
@@ -399,7 +407,7 @@ impl Life {
                 }
             }
             if let Some(crew) = process.crew {
-                crew.dismiss(&self.world);
+                self.dismissed.extend(crew.dismiss(&self.world));
             }
             // What one that has been taken over has left is not where the job is.
             if left_over && self.finished.is_none() && left.is_empty() && process.pid == self.starts as Pid {
