@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, reason = "these tests drive real processes in real time")]
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     thread::sleep,
@@ -267,6 +268,46 @@ fn a_job_is_rescaled_while_rows_flow_and_a_worker_dies() -> Result<()> {
     // One that can't be changes nothing.
     crew.rescale(1_000)?.refused(1, &["at most 128"])?;
     next.wait(PATIENCE)?.ok("finished")?;
+    crew.dismiss()?;
+    check(folder.path(), events)
+}
+
+/// Where the slices run that were given out last, each by its worker.
+fn slices_run_on(run: &Run) -> Vec<String> {
+    let log = run.log();
+    let last = log.lines().rev().find_map(|line| line.split_once("slices run on "));
+    last.map(|(_, workers)| workers.split(", ").map(str::to_owned).collect()).unwrap_or_default()
+}
+
+fn distinct(workers: &[String]) -> usize {
+    workers.iter().collect::<BTreeSet<_>>().len()
+}
+
+#[test]
+fn subtasks_move_to_a_worker_that_comes_in_place_of_a_lost_one() -> Result<()> {
+    let folder = scratch::folder("processes-")?;
+    let events = 600_000;
+    let mut job = job(folder.path(), events, 15_000);
+    job.parallelism = 4;
+    let mut crew = Crew::new(folder.path(), job)?;
+    let mut leader = crew.coordinator()?;
+    says(&mut leader, LEADS)?;
+    crew.worker(2)?;
+    crew.worker(2)?;
+    crew.new_output(&mut leader)?;
+    assert_eq!(distinct(&slices_run_on(&leader)), 2);
+    // Without a spare, who is left runs everything.
+    crew.workers.remove(0).kill()?;
+    crew.new_output(&mut leader)?;
+    let crowded = slices_run_on(&leader);
+    assert_eq!((crowded.len(), distinct(&crowded)), (4, 1), "{crowded:?}");
+    crew.worker(2)?;
+    says(&mut leader, "subtasks have moved to free slots")?;
+    let evened = slices_run_on(&leader);
+    let stayed = evened.iter().zip(&crowded).filter(|(now, before)| now == before).count();
+    assert_eq!((distinct(&evened), stayed), (2, 2), "{evened:?} after {crowded:?}");
+    println!("new output {:.2?} after they have moved", crew.new_output(&mut leader)?);
+    leader.wait(PATIENCE)?.ok("finished")?;
     crew.dismiss()?;
     check(folder.path(), events)
 }
