@@ -20,14 +20,15 @@ use crate::report::{Figure, Report, Spread, rounded};
 
 pub(crate) const ABOUT: &str = "\
 Starts `floodmark coordinator` and one `floodmark worker` with a small job between files: a windowed aggregate whose input stands still \
-after 1,000 rows, with a checkpoint each second on local disk, on the heap. Ten seconds after its first checkpoint it reads, from /proc, \
-what is resident of either process: `resident` counts every page in memory, also those of the program's own file, which the system maps 16 \
+after 1,000 rows, with a checkpoint each second on local disk, on the heap. Fifty seconds after its first checkpoint, which is forty after \
+the processes have given code back that only their start used, it reads, from /proc, what is resident of either process: `resident` counts every page in memory, also those of the program's own file, which the system maps 16 \
 at a time and drops when memory is short; `proportional` divides what processes share; `not in a file` is what can't be dropped: the heap, \
-stacks, and relocated data. `in use` are the pages that the process touches within ten seconds more.";
+stacks, and relocated data. `in use` are the pages that the process has touched within the last ten seconds.";
 
 const OF: &str = "footprint";
-/// From the first checkpoint to the measurement, and from there to the end of the next.
-const RESTS_FOR: Duration = Duration::from_secs(10);
+/// From the first checkpoint to where touched pages are counted from, and from there to the measurement.
+const SETTLES_FOR: Duration = Duration::from_secs(40);
+const COUNTS_FOR: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(20);
 /// Bytes: what a process may take.
 const GOAL_MB: f64 = 40.0;
@@ -144,17 +145,17 @@ INSERT INTO turnover SELECT window_start, shop, count(*), sum(amount)
     let mut coordinator = identities.start_coordinator(&job, "coordinator", &site)?;
     let mut worker = identities.start_worker(&job, "worker", &at(0), &site, 1)?;
     coordinator.until("a checkpoint", PATIENCE, || Ok(job.log()?.last_epoch() > 0))?;
-    rest(&mut coordinator, &mut worker)?;
+    rest(&mut coordinator, &mut worker, SETTLES_FOR)?;
     for run in [&coordinator, &worker] {
         forget_use(run)?;
     }
-    rest(&mut coordinator, &mut worker)?;
+    rest(&mut coordinator, &mut worker, COUNTS_FOR)?;
     Ok([Memory::of(&coordinator)?, Memory::of(&worker)?])
 }
 
 /// Lets time pass while both run.
-fn rest(coordinator: &mut Run, worker: &mut Run) -> Result<()> {
-    let until = Instant::now() + RESTS_FOR;
+fn rest(coordinator: &mut Run, worker: &mut Run, time: Duration) -> Result<()> {
+    let until = Instant::now() + time;
     while Instant::now() < until {
         ensure!(
             coordinator.is_running()? && worker.is_running()?,

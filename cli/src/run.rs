@@ -93,6 +93,7 @@ fn run_on(
     workers: impl FnOnce(&Job, &Env) -> Result<Workers, Failure>,
 ) -> Result<Exit, Failure> {
     let env = crash::arm(Env::system())?;
+    floodmark_footprint::keep_small();
     let started = env.clock.monotonic();
     let progress = Arc::new(Progress::default());
     let mut job = String::new();

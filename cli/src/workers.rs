@@ -61,6 +61,7 @@ pub(crate) fn worker(args: &WorkerArgs, screen: &Screen) -> Result<Exit, Failure
         }
     }
     let env = crate::crash::arm(Env::system())?;
+    floodmark_footprint::keep_small();
     let job = job::load(&args.job, None)?;
     let places = Places {
         storage: args.storage.as_deref(),

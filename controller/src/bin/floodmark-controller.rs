@@ -28,6 +28,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_target(false).init();
+    floodmark_footprint::keep_small();
     // One that passes run in, one for connections, and few to plan in: each thread keeps memory of its own.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(1).max_blocking_threads(BLOCKING_MAX).enable_all().build();
