@@ -4,13 +4,7 @@
 
 mod model;
 
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::Arc,
-    thread::sleep,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use arrow::{array::AsArray, datatypes::Int64Type};
 use floodmark_rocksdb::{RocksDb, Settings, StateFiles};
@@ -18,6 +12,7 @@ use floodmark_snapshot::{
     Clock, Disposition, Env, Epoch, KeyGroup, KeyGroupRange, Shard, ShardKind,
     block::{BlockWriter, read_blocks},
     coordination::Barrier,
+    env::sleep,
 };
 use floodmark_state::{Heap, StateBackend};
 use model::{Model, Random, States, Store, of_kind, spec, whole};
@@ -318,7 +313,7 @@ fn a_subtask_is_handed_only_the_files_that_have_its_key_groups() {
         shards.iter().filter(|s| s.key_groups.is_none_or(|g| g.overlaps(&groups))).map(|s| s.size).sum()
     };
     // What has been written last is in files of all key groups until the database gets to sorting it.
-    let patience = Instant::now() + Duration::from_secs(60);
+    let patience = env.clock.monotonic() + Duration::from_secs(60);
     let mut shards = loop {
         states.add(1, &[epoch], b"x");
         epoch += 1;
@@ -328,7 +323,11 @@ fn a_subtask_is_handed_only_the_files_that_have_its_key_groups() {
         if quarter * 2 < all {
             break shards;
         }
-        assert!(Instant::now() < patience, "{quarter} of {all} bytes for 4 of 16 key groups, {} files", shards.len());
+        assert!(
+            env.clock.monotonic() < patience,
+            "{quarter} of {all} bytes for 4 of 16 key groups, {} files",
+            shards.len()
+        );
         sleep(Duration::from_millis(50));
     };
     let model = states.all();
