@@ -321,6 +321,14 @@ impl Run {
         read_lossy(&self.paths.log)
     }
 
+    /// The worker of each slice, by name, as this coordinator has said last; empty if it has not.
+    #[must_use]
+    pub fn placement(&self) -> Vec<String> {
+        let log = self.log();
+        let last = log.lines().rev().find_map(|line| line.split_once("slices run on "));
+        last.into_iter().flat_map(|(_, workers)| workers.split(", ")).map(str::to_owned).collect()
+    }
+
     /// Whether it has not ended yet.
     ///
     /// # Errors

@@ -272,13 +272,6 @@ fn a_job_is_rescaled_while_rows_flow_and_a_worker_dies() -> Result<()> {
     check(folder.path(), events)
 }
 
-/// Where the slices run that were given out last, each by its worker.
-fn slices_run_on(run: &Run) -> Vec<String> {
-    let log = run.log();
-    let last = log.lines().rev().find_map(|line| line.split_once("slices run on "));
-    last.map(|(_, workers)| workers.split(", ").map(str::to_owned).collect()).unwrap_or_default()
-}
-
 fn distinct(workers: &[String]) -> usize {
     workers.iter().collect::<BTreeSet<_>>().len()
 }
@@ -295,15 +288,15 @@ fn subtasks_move_to_a_worker_that_comes_in_place_of_a_lost_one() -> Result<()> {
     crew.worker(2)?;
     crew.worker(2)?;
     crew.new_output(&mut leader)?;
-    assert_eq!(distinct(&slices_run_on(&leader)), 2);
+    assert_eq!(distinct(&leader.placement()), 2);
     // Without a spare, who is left runs everything.
     crew.workers.remove(0).kill()?;
     crew.new_output(&mut leader)?;
-    let crowded = slices_run_on(&leader);
+    let crowded = leader.placement();
     assert_eq!((crowded.len(), distinct(&crowded)), (4, 1), "{crowded:?}");
     crew.worker(2)?;
     says(&mut leader, "subtasks have moved to free slots")?;
-    let evened = slices_run_on(&leader);
+    let evened = leader.placement();
     let stayed = evened.iter().zip(&crowded).filter(|(now, before)| now == before).count();
     assert_eq!((distinct(&evened), stayed), (2, 2), "{evened:?} after {crowded:?}");
     println!("new output {:.2?} after they have moved", crew.new_output(&mut leader)?);

@@ -47,7 +47,6 @@ const KEYS_SEED: u64 = 11;
 const BURSTS: u64 = 100;
 /// What a coordinator says of a worker that has come, and of where the job runs.
 const COME: &str = " has come: ";
-const PLACED: &str = "slices run on ";
 /// What one says that does not lead.
 const STANDS_BY: &str = "standing by";
 
@@ -216,9 +215,7 @@ impl World {
 
     /// Kills a worker that has a part of the job: each time that of another part.
     pub(crate) fn kill_worker(&mut self) -> Result<()> {
-        let log = self.coordinator.log();
-        let placed = log.lines().rev().find_map(|line| Some(line.split_once(PLACED)?.1));
-        let placed: Vec<u32> = placed.into_iter().flat_map(|p| p.split(", ")).filter_map(worker_id).collect();
+        let placed: Vec<u32> = self.coordinator.placement().iter().filter_map(|worker| worker_id(worker)).collect();
         ensure!(!placed.is_empty(), "the coordinator does not say where the job runs; {}", self.logs());
         let victim = placed[self.killed % placed.len()];
         self.killed += 1;

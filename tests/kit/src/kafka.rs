@@ -11,7 +11,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use nix::sys::signal::Signal;
 use rdkafka::{
     ClientConfig, ClientContext, Message, Offset, TopicPartitionList,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
@@ -156,34 +155,6 @@ impl Kafka {
     pub fn restart(&mut self, how: Stop) -> Result<()> {
         self.down(how)?;
         self.up()
-    }
-
-    /// Stops the broker in its tracks: connections stay, and nothing is answered until [`Kafka::resume`].
-    ///
-    /// # Errors
-    /// When it has ended.
-    pub fn stall(&self) -> Result<()> {
-        self.signal(Signal::SIGSTOP)
-    }
-
-    /// Lets it go on.
-    ///
-    /// # Errors
-    /// When it has ended.
-    pub fn resume(&self) -> Result<()> {
-        self.signal(Signal::SIGCONT)
-    }
-
-    fn signal(&self, signal: Signal) -> Result<()> {
-        self.server.as_ref().context("the broker is down")?.signal(signal)
-    }
-
-    /// How many brokers the cluster lists.
-    ///
-    /// # Errors
-    /// When it does not answer.
-    pub fn brokers(&self) -> Result<usize> {
-        Ok(self.consumer(Isolation::Uncommitted)?.fetch_metadata(None, PATIENCE)?.brokers().len())
     }
 
     /// Creates a topic with settings such as `("cleanup.policy", "compact")`, and waits until it can be used.

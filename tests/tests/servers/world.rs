@@ -342,12 +342,13 @@ impl World {
     /// A worker of a crew that has slices of the job to run, by what the coordinator has said last: one that came when there were
     /// slots enough has none.
     pub fn busy_worker(&self, crew: Crew) -> Result<usize> {
-        let log = self.members[crew.coordinator()].run.as_ref().map_or_else(String::new, Run::log);
+        let coordinator = self.members[crew.coordinator()].run.as_ref();
+        let (log, placed) = coordinator.map(|run| (run.log(), run.placement())).unwrap_or_default();
         let last = |words: &str| log.lines().rev().find_map(|line| line.split_once(words));
-        let run: Vec<&str> = last("slices run on ").into_iter().flat_map(|(_, names)| names.split(", ")).collect();
         let busy = |number: &usize| {
             let come = last(&format!(" has come: worker at {}:", self.members[*number].place.address()));
-            come.and_then(|(line, _)| line.split_once("INFO ")).is_some_and(|(_, name)| run.contains(&name))
+            come.and_then(|(line, _)| line.split_once("INFO "))
+                .is_some_and(|(_, name)| placed.iter().any(|worker| worker == name))
         };
         crew.workers().find(busy).with_context(|| format!("no worker has anything to run: {log}"))
     }

@@ -233,19 +233,20 @@ impl Starter<'_> {
         let scope = Scope { storage: &spec.storage, job: &spec.job, state };
         let found = restore::find(reference, scope).await?;
         restore::check_format(&found.snapshot.manifest).map_err(|e| e.context(reference))?;
-        let visible = if found.own { Visible::new() } else { self.visible(&found).await? };
         let epoch = found.snapshot.manifest.epoch;
-        if let Some(newer) = visible.values().copied().chain([found.committed]).max().filter(|v| *v > epoch) {
-            tracing::warn!(
-                "output up to checkpoint {newer} is visible, and checkpoint {epoch} is older: what lies between is written again"
-            );
-        }
         let (candidate, note) = if found.own {
             let mut known = state.retained.iter().chain(&state.abandoned);
             let owned = known.any(|r| r.manifest.epoch == epoch && r.from.is_none());
             let note = Event::Restored { epoch: Some(epoch), asked: Some(asked) };
             (Candidate { snapshot: found.snapshot, owned }, note)
         } else {
+            let visible = self.visible(&found).await?;
+            // Of the job's own checkpoints [`Self::ready`] says it.
+            if let Some(newer) = visible.values().copied().chain([found.committed]).max().filter(|v| *v > epoch) {
+                tracing::warn!(
+                    "output up to checkpoint {newer} is visible, and checkpoint {epoch} is older: what lies between is written again"
+                );
+            }
             let manifest = found.adopted_as(state.last_epoch.next(), &visible);
             let snapshot = found.snapshot.with_manifest(manifest.clone());
             let note = Event::Adopted { from: snapshot.location(), asked, manifest: Box::new(manifest) };
