@@ -26,7 +26,7 @@ use super::cluster::{Cluster, Hidden};
 
 /// How long a look-up goes on asking a broker that doesn't answer, how long it waits for one answer, and between two tries.
 const LOOKUP_MAX: Duration = Duration::from_secs(7);
-const LOOKUP_STEP: Duration = Duration::from_secs(2);
+pub(super) const LOOKUP_STEP: Duration = Duration::from_secs(2);
 const LOOKUP_PAUSE: Duration = Duration::from_millis(50);
 /// Events that a client is asked for at once to learn why it has no connection.
 const EVENTS_MAX: usize = 100;

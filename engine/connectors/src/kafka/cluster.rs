@@ -147,6 +147,8 @@ impl Cluster {
         client.set_log_level(RDKafkaLogLevel::Warning);
         // A broker that was away is wanted back at once: the library would wait up to ten seconds between two tries.
         client.set("reconnect.backoff.max.ms", "1000");
+        // Half of this passes before a client, which has found the brokers by its first connection, connects to one of them.
+        client.set("reconnect.backoff.ms", "20");
         for (name, value) in defaults {
             client.set(*name, *value);
         }

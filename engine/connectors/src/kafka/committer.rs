@@ -25,7 +25,7 @@ use rdkafka::{
 use serde_json::{Value, json};
 
 use super::{
-    client::{Lookup, Watch, drop_aside, failed},
+    client::{LOOKUP_STEP, Lookup, Watch, drop_aside, failed},
     cluster::Cluster,
     produce::{judged, producer, send, settle},
     record::unstage,
@@ -33,6 +33,8 @@ use super::{
 
 /// Longest that one call waits for brokers. What takes longer is an error to retry.
 const OPEN_MAX: Duration = Duration::from_secs(15);
+/// How many answers of brokers without an id a new client waits for.
+const INTRODUCTIONS_MAX: usize = 5;
 /// Longest that the reading of markers waits for others' open transactions, before it is retried.
 pub(super) const MARKERS_MAX: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(20);
@@ -233,6 +235,7 @@ impl Committer for KafkaCommitter {
         let timeout = self.timeout.as_millis().to_string();
         let fixed = [("transactional.id", self.id.as_str()), ("transaction.timeout.ms", timeout.as_str())];
         let producer = producer(&self.markers.cluster, &fixed)?;
+        until_connected(&producer, &self.markers.topic);
         if let Err(error) = producer.init_transactions(OPEN_MAX) {
             let what = format!("take over transactional id '{}' at {}", self.id, self.markers.cluster.servers());
             // Two that open at once fence each other: only a transaction that is refused proves that somebody is newer.
@@ -249,6 +252,18 @@ impl Committer for KafkaCommitter {
         self.transaction(&producer, epoch, staged, step)?;
         self.producer = Some(producer);
         Ok(())
+    }
+}
+
+/// Waits until a broker answers under its own id, for as long as some answer comes: where none is connected, the library tries
+/// again to take over a transactional id only after half a second. The connection by which it finds the brokers does not
+/// count, and is closed. What is wrong is left to that request to say.
+fn until_connected(producer: &BaseProducer<Watch>, topic: &str) {
+    for _ in 0..INTRODUCTIONS_MAX {
+        match producer.client().fetch_metadata(Some(topic), LOOKUP_STEP) {
+            Ok(answer) if answer.orig_broker_id() < 0 => {}
+            Ok(_) | Err(_) => return,
+        }
     }
 }
 
