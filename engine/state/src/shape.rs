@@ -168,7 +168,10 @@ impl Packed {
 }
 
 /// A column of a table as one of this type.
-fn values(rows: &Rows, at: usize, slots: &[u32], data_type: &DataType) -> Result<ArrayRef, ArrowError> {
+///
+/// # Errors
+/// When it is of no type that this one's values are kept in, or holds what is none of them.
+pub fn values(rows: &Rows, at: usize, slots: &[u32], data_type: &DataType) -> Result<ArrayRef, ArrowError> {
     macro_rules! gather {
         ($variant:ident, $array:ty, |$v:ident| $map:expr) => {
             slots
@@ -188,7 +191,8 @@ fn values(rows: &Rows, at: usize, slots: &[u32], data_type: &DataType) -> Result
         DataType::Date32 => cast(&cast(&gather!(Long, Int64Array, |v| *v), &DataType::Int32)?, data_type)?,
         DataType::Float32 | DataType::Float64 => cast(&gather!(Double, Float64Array, |v| *v), data_type)?,
         DataType::Decimal128(..) => Arc::new(gather!(Wide, Decimal128Array, |v| *v).with_data_type(data_type.clone())),
-        DataType::Utf8 => Arc::new(gather!(Bytes, StringArray, |v| String::from_utf8_lossy(v).into_owned())),
+        // All texts are looked at together.
+        DataType::Utf8 => Arc::new(StringArray::try_from_binary(gather!(Bytes, BinaryArray, |v| v.as_ref()))?),
         DataType::Binary => Arc::new(gather!(Bytes, BinaryArray, |v| v.as_ref())),
         _ => cast(&gather!(Long, Int64Array, |v| *v), data_type)?,
     })

@@ -8,10 +8,7 @@
 use std::{cmp::Ordering, sync::Arc};
 
 use arrow::{
-    array::{
-        Array, ArrayRef, AsArray, BooleanArray, Decimal128Array, Float64Array, Int64Array, StringArray, UInt32Array,
-        new_empty_array,
-    },
+    array::{Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, UInt32Array, new_empty_array},
     buffer::BooleanBuffer,
     compute::{cast, take},
     datatypes::{DataType, Decimal128Type, Field, FieldRef, Float64Type, Int64Type, Schema},
@@ -19,7 +16,7 @@ use arrow::{
 use datafusion_common::ScalarValue;
 use datafusion_physical_expr::{PhysicalExpr, aggregate::AggregateFunctionExpr};
 use floodmark_snapshot::{Error, Result};
-use floodmark_state::{Column, ColumnType, Table, ValueShape, table::Rows};
+use floodmark_state::{Column, ColumnType, Table, ValueShape, shape, table::Rows};
 
 use super::{
     arrow_failed, failed,
@@ -562,33 +559,7 @@ fn counts(rows: &Rows, at: usize, slots: &[u32]) -> ArrayRef {
 
 /// The values of a native column, as an array of `data_type`.
 fn values(rows: &Rows, at: usize, slots: &[u32], data_type: &DataType) -> Result<ArrayRef> {
-    macro_rules! gather {
-        ($variant:ident, $array:ty, |$v:ident| $map:expr) => {
-            slots
-                .iter()
-                .map(|slot| {
-                    let (chunk, row) = rows.read(*slot as usize);
-                    match &chunk.columns[at] {
-                        Column::$variant(values) => values[row].as_ref().map(|$v| $map),
-                        _ => None,
-                    }
-                })
-                .collect::<$array>()
-        };
-    }
-    match storage_of(data_type) {
-        Some(ColumnType::Long) => from_longs(gather!(Long, Int64Array, |v| *v), data_type),
-        Some(ColumnType::Double) => cast(&gather!(Double, Float64Array, |v| *v), data_type).map_err(arrow_failed),
-        Some(ColumnType::Wide) => {
-            let array = gather!(Wide, Decimal128Array, |v| *v);
-            Ok(Arc::new(array.with_data_type(data_type.clone())))
-        }
-        // The bytes came out of a string.
-        Some(ColumnType::Bytes) => {
-            Ok(Arc::new(gather!(Bytes, StringArray, |v| String::from_utf8_lossy(v).into_owned())))
-        }
-        None => Err(Error::abort(format!("no column for values of type {data_type}"))),
-    }
+    shape::values(rows, at, slots, data_type).map_err(arrow_failed)
 }
 
 /// Dates go by way of 32 bits: there is no direct cast.
@@ -598,13 +569,4 @@ fn to_longs(values: &ArrayRef) -> Result<ArrayRef> {
         _ => values.clone(),
     };
     cast(&values, &DataType::Int64).map_err(arrow_failed)
-}
-
-fn from_longs(values: Int64Array, data_type: &DataType) -> Result<ArrayRef> {
-    let values: ArrayRef = Arc::new(values);
-    let values = match data_type {
-        DataType::Date32 => cast(&values, &DataType::Int32).map_err(arrow_failed)?,
-        _ => values,
-    };
-    cast(&values, data_type).map_err(arrow_failed)
 }
