@@ -1,7 +1,7 @@
 //! How the controller is started.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
@@ -41,22 +41,28 @@ pub struct Args {
     #[arg(long, value_name = "DOMAIN")]
     pub cluster_domain: Option<String>,
 
-    /// By which address jobs' pods listen on all of theirs: 0.0.0.0, or :: where they have IPv6. Left out, that of the family of
-    /// the API server's address
+    /// By which address pods listen on all of theirs, jobs' and the controller's own: 0.0.0.0, or :: where they have IPv6. Left out,
+    /// that of the family of the API server's address
     #[arg(long, value_name = "ADDRESS")]
-    pub job_listen: Option<IpAddr>,
+    pub pod_listen: Option<IpAddr>,
 
     /// How long the certificates are in force by which the pods of a run know each other; they are renewed with a third of it left
     #[arg(long, value_name = "DURATION", default_value = "17520h", value_parser = lifetime)]
     pub certificate_lifetime: HumanDuration,
 
-    /// Answer GET /healthz, /readyz and /metrics here
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
-    pub listen_http: SocketAddr,
+    /// Answer GET /healthz, /readyz and /metrics here; :PORT is on all addresses
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = listen)]
+    pub listen_http: Listen,
 
-    /// Answer the API server's questions about what people apply here, over HTTPS
-    #[arg(long, value_name = "ADDRESS", requires = "webhook_service", requires = "webhook_configuration")]
-    pub listen_webhook: Option<SocketAddr>,
+    /// Answer the API server's questions about what people apply here, over HTTPS; :PORT is on all addresses
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        requires = "webhook_service",
+        requires = "webhook_configuration",
+        value_parser = listen
+    )]
+    pub listen_webhook: Option<Listen>,
 
     /// The Service by which the API server reaches that address
     #[arg(long, value_name = "NAME", requires = "listen_webhook")]
@@ -71,13 +77,30 @@ pub struct Args {
     pub lease: Option<String>,
 }
 
+/// Where the controller listens.
+#[derive(Clone, Copy, Debug)]
+pub struct Listen {
+    /// `None` for all addresses.
+    address: Option<IpAddr>,
+    port: u16,
+}
+
+impl Listen {
+    /// The address to listen at, in a pod that has IPv6 addresses or not.
+    #[must_use]
+    pub fn at(self, ipv6: bool) -> SocketAddr {
+        let all = if ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+        SocketAddr::new(self.address.unwrap_or(all), self.port)
+    }
+}
+
 impl Args {
-    /// Whether jobs' pods have IPv6 addresses. `api_server` is where pods find the API server, as Kubernetes tells them: Services and
+    /// Whether pods have IPv6 addresses. `api_server` is where pods find the API server, as Kubernetes tells them: Services and
     /// pods have the same primary family.
     #[must_use]
     pub fn ipv6(&self, api_server: Option<&str>) -> bool {
         let told = api_server.and_then(|host| host.parse().ok());
-        self.job_listen.or(told).is_some_and(|address| address.is_ipv6())
+        self.pod_listen.or(told).is_some_and(|address| address.is_ipv6())
     }
 }
 
@@ -94,6 +117,13 @@ fn lifetime(text: &str) -> Result<HumanDuration, String> {
         return Err("who signs them is in force for ten years, and they must be for less than five".to_owned());
     }
     Ok(lifetime)
+}
+
+fn listen(text: &str) -> Result<Listen, String> {
+    let port = text.strip_prefix(':').map(|port| port.parse().map(|port| Listen { address: None, port }).ok());
+    let told = || text.parse().map(|at: SocketAddr| Listen { address: Some(at.ip()), port: at.port() }).ok();
+    port.unwrap_or_else(told)
+        .ok_or_else(|| "write ADDRESS:PORT, such as 127.0.0.1:8080 or [::1]:8080, or :PORT".to_owned())
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -122,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn jobs_listen_by_the_family_of_the_cluster_unless_told_otherwise() {
+    fn pods_listen_by_the_family_of_the_cluster_unless_told_otherwise() {
         let ipv6 = |words: &[&str], api_server| {
             let args = Args::parse_from(["floodmark-controller", "--image", "a"].iter().chain(words));
             args.ipv6(api_server)
@@ -132,7 +162,24 @@ mod tests {
         {
             assert_eq!(ipv6(&[], api_server), is, "{api_server:?}");
         }
-        assert!(ipv6(&["--job-listen", "::"], Some("10.96.0.1")));
-        assert!(!ipv6(&["--job-listen", "0.0.0.0"], Some("fd00:10:96::1")));
+        assert!(ipv6(&["--pod-listen", "::"], Some("10.96.0.1")));
+        assert!(!ipv6(&["--pod-listen", "0.0.0.0"], Some("fd00:10:96::1")));
+    }
+
+    #[test]
+    fn a_port_alone_is_listened_at_on_all_addresses() {
+        let at = |text: &str, ipv6| listen(text).map(|listen| listen.at(ipv6).to_string()).ok();
+        for (text, ipv4, ipv6) in [
+            (":8080", Some("0.0.0.0:8080"), Some("[::]:8080")),
+            ("127.0.0.1:80", Some("127.0.0.1:80"), Some("127.0.0.1:80")),
+            ("[::1]:80", Some("[::1]:80"), Some("[::1]:80")),
+            ("8080", None, None),
+            (":", None, None),
+            ("::1", None, None),
+            (":70000", None, None),
+            ("example.com:80", None, None),
+        ] {
+            assert_eq!((at(text, false).as_deref(), at(text, true).as_deref()), (ipv4, ipv6), "{text}");
+        }
     }
 }

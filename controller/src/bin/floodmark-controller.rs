@@ -51,6 +51,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let env = Env::system();
     let metrics = Arc::new(Metrics::default());
     let client = connect(&metrics).await?;
+    let ipv6 = args.ipv6(std::env::var("KUBERNETES_SERVICE_HOST").ok().as_deref());
     let settings = Settings {
         namespaces: args.watch_namespaces.clone(),
         defaults: Defaults {
@@ -59,7 +60,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
             controller_namespace: args.namespace.clone(),
             controller_labels: args.pod_labels.iter().cloned().collect(),
             cluster_domain: args.cluster_domain.clone(),
-            ipv6: args.ipv6(std::env::var("KUBERNETES_SERVICE_HOST").ok().as_deref()),
+            ipv6,
         },
         instance: args.identity.clone(),
         certificate_lifetime: args.certificate_lifetime.get(),
@@ -86,7 +87,8 @@ async fn run(args: Args) -> anyhow::Result<()> {
             None => std::future::pending().await,
         }
     };
-    let served = serving::serve(args.listen_http, told);
+    let listen_http = args.listen_http.at(ipv6);
+    let served = serving::serve(listen_http, told);
     let works = async {
         if let Some(election) = &election {
             election.won().await;
@@ -104,7 +106,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
     tokio::select! {
         ended = works => ended?,
         hooked = hooked => hooked.context("answer API servers")?,
-        served = served => served.with_context(|| format!("answer HTTP at {}", args.listen_http))?,
+        served = served => served.with_context(|| format!("answer HTTP at {listen_http}"))?,
         _ = terminated.recv() => {}
         _ = interrupted.recv() => {}
     }
@@ -118,7 +120,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
 /// What answers API servers, if it shall.
 fn webhook(args: &Args, client: &Client, defaults: &Defaults, env: &Env) -> Option<Webhook> {
     let place = Place {
-        listen: args.listen_webhook?,
+        listen: args.listen_webhook?.at(defaults.ipv6),
         namespace: args.namespace.clone(),
         service: args.webhook_service.clone()?,
         configuration: args.webhook_configuration.clone()?,
