@@ -323,7 +323,8 @@ pub struct RestartSpec {
     #[serde(default)]
     pub strategy: RestartStrategy,
 
-    /// From a failure to the next attempt; with `ExponentialDelay` the first time, and twice as long with each failure.
+    /// From a failure to the next attempt. With `ExponentialDelay` that is at once behind the first failure, after this delay behind
+    /// the second, and twice as long with each that follows.
     #[serde(default = "default_restart_delay")]
     pub delay: HumanDuration,
 
@@ -331,7 +332,7 @@ pub struct RestartSpec {
     #[serde(default = "default_restart_max_delay")]
     pub max_delay: HumanDuration,
 
-    /// With `ExponentialDelay`: after so long without a failure, and after a completed checkpoint, delays begin anew.
+    /// With `ExponentialDelay`: after so long without a failure, and after a completed checkpoint, a failure counts as the first.
     #[serde(default = "default_restart_reset_after")]
     pub reset_after: HumanDuration,
 
@@ -349,7 +350,7 @@ pub struct RestartSpec {
 /// How a job answers failures.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum RestartStrategy {
-    /// Another attempt, after a delay that grows.
+    /// Another attempt, at once and then after delays that grow.
     #[default]
     ExponentialDelay,
     /// Another attempt after the same delay, a number of times.

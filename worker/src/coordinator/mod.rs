@@ -95,7 +95,8 @@ pub(crate) async fn run(
             }
             Verdict::Again(delay) => {
                 job.progress.attempt_failed(error.to_string(), job.env.clock.wall_ms(), true);
-                tracing::warn!(%error, "the attempt has failed; the next begins in {delay:?}");
+                let when = if delay.is_zero() { "at once".to_owned() } else { format!("in {delay:?}") };
+                tracing::warn!(%error, "the attempt has failed; the next begins {when}");
                 tokio::select! {
                     biased;
                     // Whoever stops a job that does not run is told why it does not.

@@ -21,13 +21,13 @@ pub enum RestartStrategy {
         /// From the failure to the next attempt.
         delay: Duration,
     },
-    /// Another attempt after a delay that grows from failure to failure.
+    /// Another attempt at once, and from the second failure on after a delay that grows from failure to failure.
     ExponentialDelay {
-        /// The first delay.
+        /// The first delay, behind the second failure.
         initial: Duration,
         /// No delay is longer.
         max: Duration,
-        /// After so long without a failure, and after a completed checkpoint, delays begin anew.
+        /// After so long without a failure, and after a completed checkpoint, a failure counts as the first.
         reset_after: Duration,
     },
     /// Another attempt, unless failures come too close.
@@ -41,7 +41,7 @@ pub enum RestartStrategy {
     },
 }
 
-/// At once the first time, then slower and slower, for ever: what a job is given that says nothing.
+/// Slower and slower, for ever: what a job is given that says nothing.
 impl Default for RestartStrategy {
     fn default() -> Self {
         Self::ExponentialDelay {
@@ -111,9 +111,9 @@ impl Restarts {
                     self.in_a_row = 1;
                 }
                 self.note(now, 1);
-                // Each delay is twice the one before.
-                let factor = 1_u32.checked_shl(self.in_a_row - 1).unwrap_or(u32::MAX);
-                Verdict::Again(initial.saturating_mul(factor).min(max))
+                // What fails once is mostly something that died. Each delay is twice the one before.
+                let factor = |failures| 1_u32.checked_shl(failures).unwrap_or(u32::MAX);
+                Verdict::Again(initial.saturating_mul(self.in_a_row.checked_sub(2).map_or(0, factor)).min(max))
             }
             RestartStrategy::FailureRate { max, interval, delay } => {
                 self.note(now, max as usize + 1);
@@ -176,7 +176,7 @@ mod tests {
         let mut restarts = Restarts::new(strategy);
         let delays =
             |restarts: &mut Restarts, from: u32| (0..5).map(|n| failed(restarts, from + n)).collect::<Vec<_>>();
-        let expected: Vec<_> = [1, 2, 4, 5, 5].into_iter().map(|n| Verdict::Again(SECOND * n)).collect();
+        let expected: Vec<_> = [0, 1, 2, 4, 5].into_iter().map(|n| Verdict::Again(SECOND * n)).collect();
         assert_eq!(delays(&mut restarts, 10), expected);
         assert_eq!(failed(&mut restarts, 113), Verdict::Again(max), "not calm for long enough");
         assert_eq!(delays(&mut restarts, 213), expected);
