@@ -1,7 +1,7 @@
 //! How the controller is started.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     time::Duration,
 };
 
@@ -86,10 +86,9 @@ pub struct Listen {
 }
 
 impl Listen {
-    /// The address to listen at, in a pod that has IPv6 addresses or not.
+    /// The address to listen at; `all` is the one for all addresses of the pod.
     #[must_use]
-    pub fn at(self, ipv6: bool) -> SocketAddr {
-        let all = if ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    pub fn at(self, all: IpAddr) -> SocketAddr {
         SocketAddr::new(self.address.unwrap_or(all), self.port)
     }
 }
@@ -120,10 +119,11 @@ fn lifetime(text: &str) -> Result<HumanDuration, String> {
 }
 
 fn listen(text: &str) -> Result<Listen, String> {
-    let port = text.strip_prefix(':').map(|port| port.parse().map(|port| Listen { address: None, port }).ok());
-    let told = || text.parse().map(|at: SocketAddr| Listen { address: Some(at.ip()), port: at.port() }).ok();
-    port.unwrap_or_else(told)
-        .ok_or_else(|| "write ADDRESS:PORT, such as 127.0.0.1:8080 or [::1]:8080, or :PORT".to_owned())
+    let told = match text.strip_prefix(':') {
+        Some(port) => port.parse().map(|port| Listen { address: None, port }).ok(),
+        None => text.parse().map(|at: SocketAddr| Listen { address: Some(at.ip()), port: at.port() }).ok(),
+    };
+    told.ok_or_else(|| "write ADDRESS:PORT, such as 127.0.0.1:8080 or [::1]:8080, or :PORT".to_owned())
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -136,6 +136,7 @@ fn label(text: &str) -> Result<(String, String), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::objects::Defaults;
 
     #[test]
     fn certificates_live_long_enough_to_be_renewed_and_not_too_long() {
@@ -168,7 +169,10 @@ mod tests {
 
     #[test]
     fn a_port_alone_is_listened_at_on_all_addresses() {
-        let at = |text: &str, ipv6| listen(text).map(|listen| listen.at(ipv6).to_string()).ok();
+        let at = |text: &str, ipv6| {
+            let all = Defaults { ipv6, ..Defaults::default() }.all_addresses();
+            listen(text).map(|listen| listen.at(all).to_string()).ok()
+        };
         for (text, ipv4, ipv6) in [
             (":8080", Some("0.0.0.0:8080"), Some("[::]:8080")),
             ("127.0.0.1:80", Some("127.0.0.1:80"), Some("127.0.0.1:80")),

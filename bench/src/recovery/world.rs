@@ -45,7 +45,7 @@ const POLL: Duration = Duration::from_millis(50);
 const KEYS_SEED: u64 = 11;
 /// Events are written in bursts of this many a second.
 const BURSTS: u64 = 100;
-/// What a coordinator says of a worker that has come, and of where the job runs.
+/// What a coordinator says of a worker that has come.
 const COME: &str = " has come: ";
 /// What one says that does not lead.
 const STANDS_BY: &str = "standing by";

@@ -51,7 +51,6 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let env = Env::system();
     let metrics = Arc::new(Metrics::default());
     let client = connect(&metrics).await?;
-    let ipv6 = args.ipv6(std::env::var("KUBERNETES_SERVICE_HOST").ok().as_deref());
     let settings = Settings {
         namespaces: args.watch_namespaces.clone(),
         defaults: Defaults {
@@ -60,11 +59,12 @@ async fn run(args: Args) -> anyhow::Result<()> {
             controller_namespace: args.namespace.clone(),
             controller_labels: args.pod_labels.iter().cloned().collect(),
             cluster_domain: args.cluster_domain.clone(),
-            ipv6,
+            ipv6: args.ipv6(std::env::var("KUBERNETES_SERVICE_HOST").ok().as_deref()),
         },
         instance: args.identity.clone(),
         certificate_lifetime: args.certificate_lifetime.get(),
     };
+    let listen_http = args.listen_http.at(settings.defaults.all_addresses());
     let webhook = webhook(&args, &client, &settings.defaults, &env);
     let operator =
         Operator::new(client.clone(), Arc::new(Reach::new(env.clone())), settings, metrics.clone(), env.clone());
@@ -87,7 +87,6 @@ async fn run(args: Args) -> anyhow::Result<()> {
             None => std::future::pending().await,
         }
     };
-    let listen_http = args.listen_http.at(ipv6);
     let served = serving::serve(listen_http, told);
     let works = async {
         if let Some(election) = &election {
@@ -120,7 +119,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
 /// What answers API servers, if it shall.
 fn webhook(args: &Args, client: &Client, defaults: &Defaults, env: &Env) -> Option<Webhook> {
     let place = Place {
-        listen: args.listen_webhook?.at(defaults.ipv6),
+        listen: args.listen_webhook?.at(defaults.all_addresses()),
         namespace: args.namespace.clone(),
         service: args.webhook_service.clone()?,
         configuration: args.webhook_configuration.clone()?,

@@ -8,7 +8,11 @@
 //! Invariants: objects of two jobs of a namespace never share a kind and a name; a pod that its job says nothing else about meets
 //! the *restricted* profile of Pod Security; a worker's pod holds no key but its own.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use floodmark_crds::StreamJob;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
@@ -82,6 +86,14 @@ pub struct Defaults {
     pub cluster_domain: Option<String>,
     /// Whether pods have IPv6 addresses: then they listen on all of them, and on those of IPv4 that they have.
     pub ipv6: bool,
+}
+
+impl Defaults {
+    /// The address by which a pod listens on all of its own.
+    #[must_use]
+    pub fn all_addresses(&self) -> IpAddr {
+        if self.ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
+    }
 }
 
 /// A field of a StreamJob of which no object can be made.

@@ -3,10 +3,7 @@
 //! Invariants: nothing in a pod depends on the run's parallelism, which changes while pods stay; the key of the job's authority is
 //! in none; only a coordinator has a token for the API server.
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-};
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use floodmark_crds::{EnvSource, Quantity as Amount, Resources, RunStatus, StreamJob, StreamJobSpec};
 use floodmark_link::tls::Role;
@@ -158,8 +155,7 @@ fn container(
 
 /// All addresses of a pod, with this port.
 fn any(port: u16, defaults: &Defaults) -> String {
-    let all: IpAddr = if defaults.ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
-    SocketAddr::new(all, port).to_string()
+    SocketAddr::new(defaults.all_addresses(), port).to_string()
 }
 
 fn coordinator_args(job: &StreamJob, spec: &StreamJobSpec, run: &RunStatus, defaults: &Defaults) -> Vec<String> {

@@ -21,7 +21,7 @@ use arrow::{
 use floodmark_snapshot::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::table::{Column, Rows};
+use crate::table::{Column, ColumnType, Rows};
 
 /// What the columns of a layout's schema are made of, from the first to the last.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -167,10 +167,24 @@ impl Packed {
     }
 }
 
-/// A column of a table as one of this type.
+/// The column type that holds values of a type as they are, if there is one.
+#[must_use]
+pub fn storage_of(data_type: &DataType) -> Option<ColumnType> {
+    match data_type {
+        DataType::Int8 | DataType::Int16 | DataType::Int32 | DataType::Int64 => Some(ColumnType::Long),
+        DataType::UInt8 | DataType::UInt16 | DataType::UInt32 => Some(ColumnType::Long),
+        DataType::Date32 | DataType::Timestamp(..) => Some(ColumnType::Long),
+        DataType::Float32 | DataType::Float64 => Some(ColumnType::Double),
+        DataType::Decimal128(..) => Some(ColumnType::Wide),
+        DataType::Utf8 => Some(ColumnType::Bytes),
+        _ => None,
+    }
+}
+
+/// A column of a table as one of this type; what is not of its [`storage_of`] is null.
 ///
 /// # Errors
-/// When it is of no type that this one's values are kept in, or holds what is none of them.
+/// When no column holds values of this type, or one is none of them.
 pub fn values(rows: &Rows, at: usize, slots: &[u32], data_type: &DataType) -> Result<ArrayRef, ArrowError> {
     macro_rules! gather {
         ($variant:ident, $array:ty, |$v:ident| $map:expr) => {
@@ -186,18 +200,50 @@ pub fn values(rows: &Rows, at: usize, slots: &[u32], data_type: &DataType) -> Re
                 .collect::<$array>()
         };
     }
-    Ok(match data_type {
+    let bytes = || gather!(Bytes, BinaryArray, |v| v.as_ref());
+    Ok(match (data_type, storage_of(data_type)) {
         // There is no cast from 64 bits.
-        DataType::Date32 => cast(&cast(&gather!(Long, Int64Array, |v| *v), &DataType::Int32)?, data_type)?,
-        DataType::Float32 | DataType::Float64 => cast(&gather!(Double, Float64Array, |v| *v), data_type)?,
-        DataType::Decimal128(..) => Arc::new(gather!(Wide, Decimal128Array, |v| *v).with_data_type(data_type.clone())),
+        (DataType::Date32, _) => cast(&cast(&gather!(Long, Int64Array, |v| *v), &DataType::Int32)?, data_type)?,
+        (_, Some(ColumnType::Long)) => cast(&gather!(Long, Int64Array, |v| *v), data_type)?,
+        (_, Some(ColumnType::Double)) => cast(&gather!(Double, Float64Array, |v| *v), data_type)?,
+        (_, Some(ColumnType::Wide)) => {
+            Arc::new(gather!(Wide, Decimal128Array, |v| *v).with_data_type(data_type.clone()))
+        }
         // All texts are looked at together.
-        DataType::Utf8 => Arc::new(StringArray::try_from_binary(gather!(Bytes, BinaryArray, |v| v.as_ref()))?),
-        DataType::Binary => Arc::new(gather!(Bytes, BinaryArray, |v| v.as_ref())),
-        _ => cast(&gather!(Long, Int64Array, |v| *v), data_type)?,
+        (_, Some(ColumnType::Bytes)) => Arc::new(StringArray::try_from_binary(bytes())?),
+        // Encoded rows.
+        (DataType::Binary, None) => Arc::new(bytes()),
+        (_, None) => {
+            return Err(ArrowError::InvalidArgumentError(format!("no column for values of type {data_type}")));
+        }
     })
 }
 
 fn not_of_shape(error: ArrowError) -> Error {
     Error::corrupt(format!("rows of a state are not of its shape: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Table;
+
+    #[test]
+    fn values_that_no_column_holds_are_refused() {
+        let mut table = Table::new(vec![ColumnType::Bytes]);
+        let slots: Vec<u32> = (0..2).map(|key: u8| table.slot(u64::from(key), &[key]).0).collect();
+        let mut set = |text: &[u8]| {
+            table.write_runs(&slots[..1], 0, |column, rows, _| {
+                if let Column::Bytes(values) = column {
+                    values[rows[0] as usize] = Some(text.into());
+                }
+            });
+            values(table.rows(), 0, &slots, &DataType::Utf8)
+        };
+        let texts: ArrayRef = Arc::new(StringArray::from(vec![Some("höher"), None]));
+        assert_eq!(&set("höher".as_bytes()).unwrap(), &texts);
+        assert!(set(b"\xff").is_err(), "no text");
+        let error = values(table.rows(), 0, &slots, &DataType::Boolean).unwrap_err().to_string();
+        assert_eq!(error, "Invalid argument error: no column for values of type Boolean");
+    }
 }

@@ -111,9 +111,10 @@ impl Restarts {
                     self.in_a_row = 1;
                 }
                 self.note(now, 1);
-                // What fails once is mostly something that died. Each delay is twice the one before.
-                let factor = |failures| 1_u32.checked_shl(failures).unwrap_or(u32::MAX);
-                Verdict::Again(initial.saturating_mul(self.in_a_row.checked_sub(2).map_or(0, factor)).min(max))
+                // What fails once is mostly something that died. Behind the others, each delay is twice the one before.
+                let Some(doublings) = self.in_a_row.checked_sub(2) else { return Verdict::Again(Duration::ZERO) };
+                let factor = 1_u32.checked_shl(doublings).unwrap_or(u32::MAX);
+                Verdict::Again(initial.saturating_mul(factor).min(max))
             }
             RestartStrategy::FailureRate { max, interval, delay } => {
                 self.note(now, max as usize + 1);

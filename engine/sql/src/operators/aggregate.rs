@@ -60,7 +60,7 @@ impl Method {
         if expr.is_distinct() && !matches!(expr.fun().name(), "min" | "max") || !expr.order_bys().is_empty() {
             return Self::Revived;
         }
-        match (expr.fun().name(), storage_of(arg)) {
+        match (expr.fun().name(), shape::storage_of(arg)) {
             ("count", _) => Self::Count,
             ("sum", _) if *arg == DataType::Int64 => Self::SumLong,
             ("sum", _) if *arg == DataType::Float64 => Self::SumDouble,
@@ -78,19 +78,6 @@ impl Method {
             }
             _ => Self::Revived,
         }
-    }
-}
-
-/// The column type that holds values of a type as they are, if there is one.
-fn storage_of(data_type: &DataType) -> Option<ColumnType> {
-    match data_type {
-        DataType::Int8 | DataType::Int16 | DataType::Int32 | DataType::Int64 => Some(ColumnType::Long),
-        DataType::UInt8 | DataType::UInt16 | DataType::UInt32 => Some(ColumnType::Long),
-        DataType::Date32 | DataType::Timestamp(..) => Some(ColumnType::Long),
-        DataType::Float32 | DataType::Float64 => Some(ColumnType::Double),
-        DataType::Decimal128(..) => Some(ColumnType::Wide),
-        DataType::Utf8 => Some(ColumnType::Bytes),
-        _ => None,
     }
 }
 
